@@ -67,7 +67,8 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 bench: setup
-	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	@$(BIN)/python benchmarks/import_time.py
+	@$(BIN)/python benchmarks/ops.py
 
 gpu-check: setup
 	@$(BIN)/python benchmarks/gpu_check.py

@@ -1,0 +1,5 @@
+"""`python -m neutralize` is the command `neutralize`."""
+
+from neutralize.cli import main
+
+main()

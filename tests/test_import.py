@@ -1,0 +1,41 @@
+"""Importing neutralize is quick, light, and leaves CUDA alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import neutralize
+seconds = time.perf_counter() - start
+print(json.dumps({
+    "seconds": seconds,
+    "cuda_initialized": torch.cuda.is_initialized(),
+    "imported": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """Three fresh processes that import torch, then neutralize."""
+    return [json.loads(subprocess.check_output([sys.executable, "-c", PROGRAM], text=True)) for _ in range(3)]
+
+
+def test_takes_less_than_half_a_second_after_torch(imports):
+    assert min(each["seconds"] for each in imports) < 0.5
+
+
+def test_does_not_initialise_cuda(imports):
+    assert not any(each["cuda_initialized"] for each in imports)
+
+
+@pytest.mark.parametrize("heavy", ["rich", "typer", "matplotlib", "transformers", "accelerate", "gguf", "triton"])
+def test_leaves_heavy_packages_out(imports, heavy):
+    assert heavy not in imports[0]["imported"]
+    assert "neutralize" in imports[0]["imported"]
