@@ -171,11 +171,18 @@ struct Diagonal {
 
 // ---- b <- b + shift * (W_old . 1); W <- scale * W ------------------------------------------------------------------
 // The row sum has one fixed order, so that every backend gives the same bits: column c goes into lane c mod kLanes,
-// each lane adds its columns in ascending order, and the lanes are then added as a binary tree (lane i takes lane
-// i + n/2 for n = kLanes, kLanes/2, ... 2).
+// each lane starts at +0 and adds its columns in ascending order, and the lanes are then added as a binary tree (lane i
+// takes lane i + n/2 for n = kLanes, kLanes/2, ... 2).
 template <typename T>
 struct Fold {
+  using Compute = typename Element<T>::compute;
   static constexpr int kLanes = 32 * (16 / static_cast<int>(sizeof(T)));  // what a warp of 16-byte accesses covers
+
+  // Product and sum are rounded one by one. As with every offset, a shift of zero is not added: the bias keeps its bits
+  // even where the weights hold an infinity.
+  static NEUTRALIZE_HD Compute bias(Compute old, Compute shift, Compute row_sum) {
+    return shift != Compute(0) ? old + shift * row_sum : old;
+  }
 };
 
 }  // namespace neutralize

@@ -1,0 +1,108 @@
+// x86-64 with AVX2 and F16C.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+
+namespace neutralize::cpu {
+namespace {
+
+struct Isa {
+  static void stream(char* p, int64_t lines, uint64_t pattern) {
+    const __m256i value = _mm256_set1_epi64x(static_cast<long long>(pattern));
+    for (int64_t i = 0; i < lines; ++i) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 64 * i), value);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 64 * i + 32), value);
+    }
+    _mm_sfence();
+  }
+
+  // The hardware rounds as affine.h does, but keeps the payload of a NaN: all but its sign is made canonical first.
+  static __m128i rounded(__m256 value) {
+    const __m256 sign = _mm256_and_ps(value, _mm256_set1_ps(-0.0f));
+    const __m256 nan = _mm256_or_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+    const __m256 clean = _mm256_blendv_ps(value, nan, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    return _mm256_cvtps_ph(clean, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
+  static void half(half_bits* p, int64_t n, float scale, float offset, bool add);
+  static void decode(const half_bits* p, float* out, int64_t n);
+  static void encode(const float* p, half_bits* out, int64_t n);
+  static void lookup(uint8_t* p, int64_t n, const uint8_t* table) {
+    for (int64_t i = 0; i < n; ++i) p[i] = table[p[i]];
+  }
+};
+
+}  // namespace
+}  // namespace neutralize::cpu
+
+#include "loops.h"
+
+namespace neutralize::cpu {
+namespace {
+
+void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) {
+  const __m256 s = _mm256_set1_ps(scale);
+  const __m256 o = _mm256_set1_ps(offset);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    auto* at = reinterpret_cast<__m128i*>(p + i);
+    __m256 value = _mm256_mul_ps(s, _mm256_cvtph_ps(_mm_loadu_si128(at)));
+    if (add) value = _mm256_add_ps(value, o);
+    _mm_storeu_si128(at, rounded(value));
+  }
+  half_one_by_one(p + i, n - i, scale, offset, add);
+}
+
+void Isa::decode(const half_bits* p, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+  }
+  for (; i < n; ++i) out[i] = Element<half_bits>::load(p[i]);
+}
+
+void Isa::encode(const float* p, half_bits* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), rounded(_mm256_loadu_ps(p + i)));
+  }
+  for (; i < n; ++i) out[i] = Element<half_bits>::store(p[i]);
+}
+
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+}  // namespace
+}  // namespace neutralize::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace neutralize::cpu {
+
+const Kernels* avx2_kernels() {
+  static const Kernels kernels{"avx2", rewrite, rescale_fold};
+  return __builtin_cpu_supports("avx2") && has_f16c() ? &kernels : nullptr;
+}
+
+}  // namespace neutralize::cpu
+
+#else
+
+const neutralize::cpu::Kernels* neutralize::cpu::avx2_kernels() { return nullptr; }
+
+#endif

@@ -1,0 +1,127 @@
+// A tensor as every kernel sees it: a matrix of rows = dim 0 and columns = the other dims flattened. No torch in here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace neutralize {
+
+struct Matrix {
+  char* data;
+  int64_t rows;
+  int64_t cols;
+  int64_t row_stride;  // in elements; == cols where the tensor is contiguous
+  Storage storage;
+
+  int64_t itemsize() const { return itemsize_of(storage); }
+  int64_t numel() const { return rows * cols; }
+  bool contiguous() const { return row_stride == cols; }
+  int64_t row_bytes() const { return cols * itemsize(); }
+  int64_t stride_bytes() const { return row_stride * itemsize(); }
+  uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
+  uintptr_t end() const {
+    return numel() == 0 ? begin() : begin() + static_cast<uintptr_t>((rows - 1) * stride_bytes() + row_bytes());
+  }
+};
+
+// Rows [first, last) of the matrix have a one of the generalized identity inside their columns. Written without
+// row * step, which could overflow: |start|, |step| < 2^62 is all that is asked of them.
+struct RowRange {
+  int64_t first;
+  int64_t last;
+};
+
+inline RowRange diagonal_rows(int64_t rows, int64_t cols, Diagonal diagonal) {
+  const auto floor_div = [](int64_t a, int64_t b) { return a / b - (a % b != 0 && (a % b < 0) != (b < 0)); };
+  if (diagonal.step == 0) {
+    return diagonal.start >= 0 && diagonal.start < cols ? RowRange{0, rows} : RowRange{0, 0};
+  }
+  // 0 <= start + r * step <= cols - 1, solved for r; a negative step swaps the two bounds.
+  int64_t low = -diagonal.start;
+  int64_t high = cols - 1 - diagonal.start;
+  if (diagonal.step < 0) std::swap(low, high);
+  const int64_t first = -floor_div(-low, diagonal.step);  // ceil
+  const int64_t last = floor_div(high, diagonal.step) + 1;
+  const RowRange range{std::max<int64_t>(first, 0), std::min(last, rows)};
+  return range.first < range.last ? range : RowRange{0, 0};
+}
+
+// Returns the positions of two matrices that share memory, or {-1, -1}. A list is written in parallel and in any order,
+// so what is in it twice would be rewritten twice. Usual lists cost one pass, and one sort where addresses are unordered;
+// blocks that interleave in memory (column slices of one matrix) are compared row interval by row interval.
+inline std::pair<int64_t, int64_t> overlapping_pair(const std::vector<Matrix>& matrices) {
+  struct Span {
+    uintptr_t begin;
+    uintptr_t end;
+    int64_t index;
+    bool operator<(const Span& other) const { return begin < other.begin; }
+  };
+  std::vector<Span> spans;
+  spans.reserve(matrices.size());
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    if (matrices[i].numel() != 0) {
+      spans.push_back({matrices[i].begin(), matrices[i].end(), static_cast<int64_t>(i)});
+    }
+  }
+  if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
+  std::vector<Span> rows;
+  for (size_t first = 0; first < spans.size();) {
+    // [first, last): a group whose spans chain together.
+    size_t last = first + 1;
+    uintptr_t reach = spans[first].end;
+    bool strided = !matrices[static_cast<size_t>(spans[first].index)].contiguous();
+    while (last < spans.size() && spans[last].begin < reach) {
+      reach = std::max(reach, spans[last].end);
+      strided |= !matrices[static_cast<size_t>(spans[last].index)].contiguous();
+      ++last;
+    }
+    if (last - first > 1) {
+      if (!strided) return {spans[first].index, spans[first + 1].index};
+      const auto same_stride = [&](const Span& span) {
+        const Matrix& a = matrices[static_cast<size_t>(spans[first].index)];
+        return matrices[static_cast<size_t>(span.index)].stride_bytes() == a.stride_bytes();
+      };
+      rows.clear();
+      if (std::all_of(spans.begin() + static_cast<int64_t>(first), spans.begin() + static_cast<int64_t>(last),
+                      same_stride)) {
+        // Blocks of one wide matrix: it is enough that their column intervals, modulo the stride, are apart. (Blocks
+        // that do meet there may still have disjoint rows; those fall through to the exact comparison.)
+        const auto stride = static_cast<uintptr_t>(matrices[static_cast<size_t>(spans[first].index)].stride_bytes());
+        bool wraps = false;
+        for (size_t i = first; i < last; ++i) {
+          const uintptr_t offset = (spans[i].begin - spans[first].begin) % stride;
+          const auto width = static_cast<uintptr_t>(matrices[static_cast<size_t>(spans[i].index)].row_bytes());
+          wraps |= offset + width > stride;
+          rows.push_back({offset, offset + width, spans[i].index});
+        }
+        std::sort(rows.begin(), rows.end());
+        bool apart = !wraps;
+        for (size_t i = 1; i < rows.size(); ++i) apart &= rows[i].begin >= rows[i - 1].end;
+        if (apart) {
+          first = last;
+          continue;
+        }
+        rows.clear();
+      }
+      for (size_t i = first; i < last; ++i) {
+        const Matrix& matrix = matrices[static_cast<size_t>(spans[i].index)];
+        for (int64_t row = 0; row < matrix.rows; ++row) {
+          const uintptr_t begin = matrix.begin() + static_cast<uintptr_t>(row * matrix.stride_bytes());
+          rows.push_back({begin, begin + static_cast<uintptr_t>(matrix.row_bytes()), spans[i].index});
+        }
+      }
+      std::sort(rows.begin(), rows.end());
+      for (size_t i = 1; i < rows.size(); ++i) {
+        if (rows[i].begin < rows[i - 1].end) return {rows[i - 1].index, rows[i].index};
+      }
+    }
+    first = last;
+  }
+  return {-1, -1};
+}
+
+}  // namespace neutralize

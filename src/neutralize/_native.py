@@ -1,0 +1,142 @@
+"""Load the native parts, say which ones are there and why others are not, and make sure that the ops exist.
+
+Importing this module defines ``torch.ops.neutralize.*`` in every kind of install: by the C++ library where it was built,
+otherwise by the reference in plain torch. It never initialises CUDA: loading ``_cuda`` registers kernels and no more.
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from neutralize import reference
+
+_HERE = Path(__file__).resolve().parent
+
+
+def _read_record() -> dict[str, Any]:
+    """Return what setup.py wrote down, or an empty record where the package was not installed by it."""
+    try:
+        record: dict[str, Any] = json.loads((_HERE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    """Return the pybind11 module and why it is or is not there."""
+    built = any((_HERE / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+    if not built:
+        return None, _RECORD.get("native_reason") or "the native extension was not built"
+    try:
+        return importlib.import_module("neutralize._C"), "loaded"
+    except ImportError as error:
+        return None, f"the native extension is there but does not load: {error}"
+
+
+def _load_cuda() -> tuple[bool, str]:
+    """Load the CUDA kernels where torch has CUDA; return whether they are there and why."""
+    built = [_HERE / f"_cuda{suffix}" for suffix in EXTENSION_SUFFIXES if (_HERE / f"_cuda{suffix}").exists()]
+    if not built:
+        return False, _RECORD.get("cuda_reason") or "the CUDA part was not built"
+    if _C is None:
+        return False, "the CUDA part needs the native extension, which is not loaded"
+    if torch.version.cuda is None:
+        return False, f"torch {torch.__version__} has no CUDA"
+    try:
+        torch.ops.load_library(built[0])
+    except OSError as error:
+        return False, f"the CUDA part is there but does not load: {error}"
+    return True, "loaded"
+
+
+_RECORD = _read_record()
+_C, _C_REASON = _load_native()
+_CUDA, _CUDA_REASON = _load_cuda()
+
+_library = torch.library.Library("neutralize", "FRAGMENT")
+if _C is None:
+    _library.define(
+        "rewrite_(Tensor(a!)[] tensors, float[] scale, float[] diagonal, float[] fill, int[] start, int[] step) -> ()"
+    )
+    _library.define("rescale_fold_(Tensor(a!)[] weights, Tensor(b!)[] biases, float[] scale, float[] shift) -> ()")
+
+    @torch.library.register_fake("neutralize::rewrite_", lib=_library)
+    def _rewrite_fake(
+        tensors: Sequence[torch.Tensor],
+        scale: Sequence[float],
+        diagonal: Sequence[float],
+        fill: Sequence[float],
+        start: Sequence[int],
+        step: Sequence[int],
+    ) -> None: ...
+
+    @torch.library.register_fake("neutralize::rescale_fold_", lib=_library)
+    def _rescale_fold_fake(
+        weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], scale: Sequence[float], shift: Sequence[float]
+    ) -> None: ...
+
+
+# Every device without kernels of its own.
+_library.impl("rewrite_", reference.rewrite_, "CompositeExplicitAutograd")
+_library.impl("rescale_fold_", reference.rescale_fold_, "CompositeExplicitAutograd")
+
+DEVICE_TYPES = frozenset((["cpu"] if _C is not None else []) + (["cuda"] if _CUDA else []))
+"""The device types whose tensors native kernels rewrite."""
+
+
+def cpu_isas() -> list[str]:
+    """Return the instruction sets this machine could use, best first; empty without the native extension."""
+    return list(_C.build_info()["cpu_isas_usable"]) if _C is not None else []
+
+
+def use_cpu_isa(name: str) -> None:
+    """Use the CPU kernels of another instruction set, or ``"auto"`` for the best; for tests and measurements.
+
+    Raises:
+        ValueError: this build or machine has no such kernels.
+    """
+    if _C is None:
+        raise ValueError(f"cpu: expected the native extension for {name}, got none; {_C_REASON}")
+    _C.use_cpu_isa(name)
+
+
+def build_info() -> dict[str, Any]:
+    """Return what this install holds and uses, in plain types.
+
+    Returns:
+        ``native`` and ``cuda`` (``built``, ``loaded``, ``reason``), the CPU instruction sets compiled, usable and in use,
+        the CUDA architectures, and the versions of torch, the ABI target and the compilers that it was built with.
+    """
+    compiled: dict[str, Any] = _C.build_info() if _C is not None else {}
+    return {
+        "native": {
+            "built": any((_HERE / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES),
+            "loaded": _C is not None,
+            "reason": _C_REASON,
+        },
+        "cpu": {
+            "isas_compiled": compiled.get("cpu_isas_compiled", []),
+            "isas_usable": compiled.get("cpu_isas_usable", []),
+            "isa": _C.cpu_isa() if _C is not None else None,
+            "last_level_cache_bytes": compiled.get("last_level_cache_bytes"),
+        },
+        "cuda": {
+            "built": any((_HERE / f"_cuda{suffix}").exists() for suffix in EXTENSION_SUFFIXES),
+            "loaded": _CUDA,
+            "reason": _CUDA_REASON,
+            "archs": list(_RECORD.get("cuda_archs", [])),
+        },
+        "built_with": {
+            "torch": _RECORD.get("torch") or compiled.get("built_with_torch"),
+            "abi_target": compiled.get("abi_target"),
+            "compiler": _RECORD.get("cxx") or compiled.get("compiler"),
+            "nvcc": _RECORD.get("nvcc"),
+            "debug": bool(_RECORD.get("debug", False)),
+        },
+    }
