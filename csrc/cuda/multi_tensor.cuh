@@ -1,0 +1,1040 @@
+// Many tensors in few launches: the chunk table, the planning of launches, and the kernels' device code, each once.
+//
+// No torch in here, raw pointers only. The planning is plain C++ for any host compiler. The device code is compiled by
+// nvcc, and by g++ through tests/emulation/emulation.h, which defines the CUDA keywords and walks the grid on the CPU:
+// it is the same text, because whatever needs a barrier is cut into phases and the barriers stand in one place, `run`.
+//
+// Note [Chunks]
+//   A tensor is cut into chunks of 32 KiB that start on a 128-byte line; a block of 256 threads owns one chunk.
+//
+//     tensor   |head|........body........|........body........|...body...|tail|
+//     chunk    '-------- 0 --------------'-------- 1 ---------'------ 2 ------'
+//     body     word 0 -> lane 0, word 1 -> lane 1, ... word 255 -> lane 255, word 256 -> lane 0, ...
+//              (words of 16 bytes; a thread has kUnroll of them in flight before its first store)
+//     head, tail: fewer than 16 bytes each, one element per lane
+//
+//   Of a row-strided block a chunk is a few whole rows, or a piece of one; a power-of-two group of lanes walks a row.
+//   The block finds its tensor by a binary search over the first chunk of every tensor of the launch, so the number of
+//   tensors in a launch is bounded, by the parameters, but neither their size nor the number of blocks is.
+//
+// Note [Parameters]
+//   The table travels by value in the kernel's parameters: no allocation, no copy, no lifetime to keep, capturable in a
+//   graph. An entry (pointer, extent, first chunk) costs 24 bytes; all the rest, the coefficients and the geometry, is a
+//   form, and tensors that agree in it share it. CUDA 12.1 raised the limit from 4 KiB to 32,764 bytes for sm_70 and
+//   later, which is every architecture that we ship (7.5 and up; the driver must be 530 or later); an older toolkit
+//   gets the 4 KiB tables alone. Short lists take the 4 KiB kernel, because all of the parameters are copied per launch.
+//
+// Note [Same bits]
+//   The element rule is affine.h's; nothing is contracted (--fmad=false), shuffled or reassociated. Half and bfloat16 go
+//   through the conversion instructions, which round as affine.h does; only the payload and sign of a NaN are theirs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../affine.h"
+#include "../matrix.h"
+
+namespace neutralize {
+namespace cuda {
+
+// ---- what is asked for ---------------------------------------------------------------------------------------------
+// The planners take any struct with the members of checks.h's Rewrite (matrix, scale, diagonal, fill, ones) and
+// RescaleFold (weight, bias, scale, shift).
+constexpr int kStorages = 6;
+
+template <typename Body>
+auto with_storage(Storage storage, Body&& body) {
+  switch (storage) {
+    case Storage::kFloat64: return body(TypeTag<double>{});
+    case Storage::kFloat32: return body(TypeTag<float>{});
+    case Storage::kFloat16: return body(TypeTag<half_bits>{});
+    case Storage::kBFloat16: return body(TypeTag<bfloat16_bits>{});
+    case Storage::kE4m3: return body(TypeTag<e4m3_bits>{});
+    case Storage::kE5m2: break;
+  }
+  return body(TypeTag<e5m2_bits>{});
+}
+
+// ---- geometry ------------------------------------------------------------------------------------------------------
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kUnroll = 4;          // independent 16-byte accesses in flight per thread
+constexpr int kWord = 16;           // bytes of one vector access
+constexpr int kLine = 128;          // chunks start on a cache line
+constexpr int kChunkBytes = 32768;  // two unrolled sweeps of a block: short enough for an even last wave
+constexpr int64_t kMostChunks = 0x7fffffff;  // gridDim.x
+
+constexpr int kSmallTableBytes = 4096;
+#if defined(NEUTRALIZE_EMULATE_CUDA) || !defined(CUDART_VERSION) || CUDART_VERSION >= 12010
+constexpr int kLargeTableBytes = 32760;
+#else
+constexpr int kLargeTableBytes = kSmallTableBytes;
+#endif
+
+struct RewriteEntry {
+  unsigned char* data;
+  int64_t extent;  // contiguous: bytes; row-strided: rows
+  uint32_t first_chunk;
+  uint32_t form;
+};
+
+// Everything in bytes, so that one fill kernel serves every storage type.
+struct RewriteForm {
+  uint64_t scale, fill, diagonal_fill;  // bits of the compute type; in a fill, 8 bytes of stored elements
+  int64_t row_stride;                   // 0: contiguous
+  int64_t row_bytes;
+  // The ones of D. Contiguous: their flat positions, hit_first + k * hit_distance for 0 <= k < hit_count. Row-strided:
+  // the column of row hit_row + k.
+  int64_t hit_first, hit_distance, hit_count, hit_row;
+  uint64_t hit_reciprocal;         // floor(2^64 / hit_distance)
+  uint32_t chunk_hit_distance;     // the same within a chunk: no longer than one
+  uint32_t chunk_hit_reciprocal;   // floor(2^32 / chunk_hit_distance)
+  uint32_t pieces;                 // row-strided: chunks per row
+  uint32_t rows_per_chunk;
+  uint32_t lanes_log2;             // threads that walk one row together
+  uint32_t element_bytes;
+};
+
+struct RescaleFoldEntry {
+  unsigned char* weight;
+  unsigned char* bias;
+  int64_t rows;
+  uint32_t first_chunk;
+  uint32_t form;
+};
+
+struct RescaleFoldForm {
+  uint64_t scale, shift;  // bits of the compute type
+  int64_t cols;           // elements
+  int64_t row_stride;     // bytes
+  int64_t bias_stride;    // bytes
+  uint32_t rows_per_chunk;
+  uint32_t writes_weight;
+};
+
+struct RewriteLayout {
+  using Entry = RewriteEntry;
+  using Form = RewriteForm;
+};
+struct RescaleFoldLayout {
+  using Entry = RescaleFoldEntry;
+  using Form = RescaleFoldForm;
+};
+
+// Entries first, forms after them.
+template <typename Layout, int Bytes>
+struct Table {
+  using Entry = typename Layout::Entry;
+  using Form = typename Layout::Form;
+  static constexpr int kBytes = Bytes;
+  static constexpr int kPayload = Bytes - 8;
+  uint32_t entries;
+  uint32_t forms_at;  // offset of the first form in payload
+  alignas(8) unsigned char payload[kPayload];
+
+  NEUTRALIZE_HD const Entry& entry(uint32_t index) const { return reinterpret_cast<const Entry*>(payload)[index]; }
+  NEUTRALIZE_HD const Form& form(uint32_t index) const {
+    return reinterpret_cast<const Form*>(payload + forms_at)[index];
+  }
+};
+static_assert(sizeof(RewriteEntry) == 24 && sizeof(RewriteForm) % 8 == 0, "entries and forms pack without gaps");
+static_assert(sizeof(RescaleFoldEntry) == 32 && sizeof(RescaleFoldForm) % 8 == 0, "and so do the fold's");
+static_assert(sizeof(Table<RewriteLayout, kLargeTableBytes>) <= 32764, "the limit on kernel parameters");
+
+// ---- planning: host only, pure -------------------------------------------------------------------------------------
+// What a call moves through device memory, and in how many launches. Each input is read once and each output written
+// once; a rewrite with scale 0 reads nothing, one that changes nothing is not launched.
+struct Traffic {
+  int64_t bytes_read = 0;
+  int64_t bytes_written = 0;
+  int64_t launches = 0;
+  int64_t blocks = 0;
+};
+
+template <typename Compute>
+inline uint64_t coefficient_bits(Compute value) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+
+// Eight bytes of one stored value, repeated.
+template <typename T>
+inline uint64_t pattern_of(typename Element<T>::compute value) {
+  const T stored = Element<T>::store(value);
+  unsigned char bytes[8];
+  for (size_t at = 0; at < sizeof bytes; at += sizeof(T)) std::memcpy(bytes + at, &stored, sizeof(T));
+  uint64_t pattern;
+  std::memcpy(&pattern, bytes, sizeof pattern);
+  return pattern;
+}
+
+inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// One launch in the making: entries and forms, within what the parameters hold.
+template <typename Layout>
+class TableBuilder {
+ public:
+  using Entry = typename Layout::Entry;
+  using Form = typename Layout::Form;
+
+  bool empty() const { return entries_.empty(); }
+  uint32_t blocks() const { return static_cast<uint32_t>(chunks_); }
+
+  // False where this launch is full: flush it and add again.
+  bool add(Entry entry, const Form& form, int64_t chunks) {
+    if (chunks_ + chunks > kMostChunks) return false;
+    // Tensors of one kind tend to follow each other, so looking back a little finds nearly every form to share.
+    constexpr size_t kLookBack = 8;
+    size_t index = forms_.size();
+    for (size_t back = 1; back <= std::min(kLookBack, forms_.size()); ++back) {
+      if (std::memcmp(&forms_[forms_.size() - back], &form, sizeof form) == 0) {
+        index = forms_.size() - back;
+        break;
+      }
+    }
+    const size_t forms = std::max(forms_.size(), index + 1);
+    if (payload_bytes(entries_.size() + 1, forms) > Table<Layout, kLargeTableBytes>::kPayload) return false;
+    if (index == forms_.size()) forms_.push_back(form);
+    entry.first_chunk = static_cast<uint32_t>(chunks_);
+    entry.form = static_cast<uint32_t>(index);
+    entries_.push_back(entry);
+    chunks_ += chunks;
+    return true;
+  }
+
+  bool fits_small() const {
+    return payload_bytes(entries_.size(), forms_.size()) <= Table<Layout, kSmallTableBytes>::kPayload;
+  }
+
+  template <int Bytes>
+  void pack(Table<Layout, Bytes>& table) const {
+    table.entries = static_cast<uint32_t>(entries_.size());
+    table.forms_at = static_cast<uint32_t>(entries_.size() * sizeof(Entry));
+    std::memcpy(table.payload, entries_.data(), entries_.size() * sizeof(Entry));
+    std::memcpy(table.payload + table.forms_at, forms_.data(), forms_.size() * sizeof(Form));
+  }
+
+  void clear() {
+    entries_.clear();
+    forms_.clear();
+    chunks_ = 0;
+  }
+
+ private:
+  static int64_t payload_bytes(size_t entries, size_t forms) {
+    return static_cast<int64_t>(entries * sizeof(Entry) + forms * sizeof(Form));
+  }
+
+  std::vector<Entry> entries_;
+  std::vector<Form> forms_;
+  int64_t chunks_ = 0;
+};
+
+// Which kernel a rewrite takes: the fill, for every storage type, or the rescale of one of them.
+constexpr int kFillKernel = kStorages;
+constexpr int kRewriteKernels = kStorages + 1;
+
+struct RewriteItem {
+  RewriteEntry entry;
+  RewriteForm form;
+  int64_t chunks;
+  int kernel;  // kFillKernel, or a Storage; -1: nothing to do
+};
+
+template <typename Rewrite>
+RewriteItem plan_item(const Rewrite& request) {
+  const Matrix& matrix = request.matrix;
+  RewriteItem item{};
+  RewriteForm& form = item.form;
+  const int64_t size = matrix.itemsize();
+  bool has_diagonal = false;
+  with_storage(matrix.storage, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Compute = typename Element<T>::compute;
+    const AffineRule<Compute> rule(request.scale, request.diagonal, request.fill);
+    has_diagonal = rule.writes_diagonal();
+    const bool identity = rule.scale == Compute(1) && rule.fill == Compute(0) && !has_diagonal;
+    item.kernel = identity ? -1 : rule.reads() ? static_cast<int>(matrix.storage) : kFillKernel;
+    form.scale = coefficient_bits(rule.scale);
+    form.fill = rule.reads() ? coefficient_bits(rule.fill) : pattern_of<T>(rule.fill);
+    form.diagonal_fill = rule.reads() ? coefficient_bits(rule.diagonal_fill) : pattern_of<T>(rule.diagonal_fill);
+  });
+  if (matrix.rows <= 0 || matrix.cols <= 0) item.kernel = -1;
+  if (item.kernel < 0) return item;
+
+  item.entry.data = reinterpret_cast<unsigned char*>(matrix.data);
+  form.element_bytes = static_cast<uint32_t>(size);
+  const bool contiguous = matrix.contiguous();
+  const int64_t lead = static_cast<int64_t>(matrix.begin() % kLine);
+  form.pieces = form.rows_per_chunk = 1;
+  form.lanes_log2 = 8;
+  static_assert(kThreads == 1 << 8, "lanes_log2 of a whole block");
+  if (contiguous) {
+    item.entry.extent = matrix.rows * matrix.cols * size;
+    item.chunks = ceil_div(item.entry.extent + lead, kChunkBytes);
+  } else {
+    item.entry.extent = matrix.rows;
+    form.row_stride = matrix.stride_bytes();
+    form.row_bytes = matrix.row_bytes();
+    if (form.row_bytes > kChunkBytes) {
+      form.pieces = static_cast<uint32_t>(ceil_div(form.row_bytes + lead, kChunkBytes));
+    } else {
+      form.rows_per_chunk = static_cast<uint32_t>(kChunkBytes / form.row_bytes);
+      // As few lanes per row as keep kUnroll words in flight, but a whole cache line side by side where the row has one.
+      const int64_t words = ceil_div(form.row_bytes, kWord);
+      const int64_t wanted = std::max(ceil_div(words, kUnroll), std::min<int64_t>(words, kLine / kWord));
+      form.lanes_log2 = 0;
+      while ((int64_t{1} << form.lanes_log2) < std::min<int64_t>(wanted, kThreads)) ++form.lanes_log2;
+    }
+    item.chunks = ceil_div(matrix.rows, form.rows_per_chunk) * form.pieces;
+  }
+
+  form.hit_distance = form.chunk_hit_distance = kChunkBytes;
+  if (has_diagonal) {
+    const RowRange hit = diagonal_rows(matrix.rows, matrix.cols, request.ones);
+    form.hit_count = hit.last - hit.first;
+    if (form.hit_count > 0) {
+      const int64_t column = request.ones.column(hit.first);
+      form.hit_row = contiguous ? 0 : hit.first;
+      form.hit_first = (contiguous ? hit.first * matrix.cols + column : column) * size;
+      // With two ones or more |step| < cols, so a contiguous distance is positive; with one there is none to keep.
+      if (form.hit_count > 1) form.hit_distance = ((contiguous ? matrix.cols : 0) + request.ones.step) * size;
+    }
+    if (contiguous) form.chunk_hit_distance = static_cast<uint32_t>(std::min<int64_t>(form.hit_distance, kChunkBytes));
+  }
+  const auto reciprocal = [](uint64_t most, uint64_t divisor) { return most / divisor; };
+  if (contiguous) form.hit_reciprocal = reciprocal(~uint64_t{0}, static_cast<uint64_t>(form.hit_distance));
+  form.chunk_hit_reciprocal = static_cast<uint32_t>(reciprocal(~uint32_t{0}, form.chunk_hit_distance));
+  return item;
+}
+
+// launch(kernel, builder): called for each launch, in order; kernel is kFillKernel or a Storage.
+template <typename Rewrite, typename Launch>
+Traffic plan_rewrite(const Rewrite* requests, size_t count, Launch&& launch) {
+  using Builder = TableBuilder<RewriteLayout>;
+  Builder builders[kRewriteKernels];
+  Traffic traffic;
+  const auto flush = [&](int kernel) {
+    ++traffic.launches;
+    traffic.blocks += builders[kernel].blocks();
+    launch(kernel, static_cast<const Builder&>(builders[kernel]));
+    builders[kernel].clear();
+  };
+  for (size_t index = 0; index < count; ++index) {
+    const RewriteItem item = plan_item(requests[index]);
+    if (item.kernel < 0) continue;
+    Builder& builder = builders[item.kernel];
+    if (!builder.add(item.entry, item.form, item.chunks)) {
+      flush(item.kernel);
+      builder.add(item.entry, item.form, item.chunks);
+    }
+    const Matrix& matrix = requests[index].matrix;
+    const int64_t bytes = matrix.numel() * matrix.itemsize();
+    traffic.bytes_written += bytes;
+    if (item.kernel != kFillKernel) traffic.bytes_read += bytes;
+  }
+  for (int kernel = 0; kernel < kRewriteKernels; ++kernel) {
+    if (!builders[kernel].empty()) flush(kernel);
+  }
+  return traffic;
+}
+
+// launch(storage, builder): called for each launch, in order.
+template <typename RescaleFold, typename Launch>
+Traffic plan_rescale_fold(const RescaleFold* requests, size_t count, Launch&& launch) {
+  using Builder = TableBuilder<RescaleFoldLayout>;
+  Builder builders[kStorages];
+  Traffic traffic;
+  const auto flush = [&](int storage) {
+    ++traffic.launches;
+    traffic.blocks += builders[storage].blocks();
+    launch(static_cast<Storage>(storage), static_cast<const Builder&>(builders[storage]));
+    builders[storage].clear();
+  };
+  for (size_t index = 0; index < count; ++index) {
+    const RescaleFold& request = requests[index];
+    const Matrix& weight = request.weight;
+    if (weight.rows <= 0) continue;
+    const int64_t size = weight.itemsize();
+    RescaleFoldForm form{};
+    with_storage(weight.storage, [&](auto tag) {
+      using Compute = typename Element<typename decltype(tag)::type>::compute;
+      form.scale = coefficient_bits(static_cast<Compute>(request.scale));
+      form.shift = coefficient_bits(static_cast<Compute>(request.shift));
+      form.writes_weight = static_cast<Compute>(request.scale) != Compute(1);
+    });
+    form.cols = weight.cols;
+    form.row_stride = weight.stride_bytes();
+    form.bias_stride = request.bias.stride_bytes();
+    // A warp sums a row; a chunk is as many rounds of the block's warps as fill it.
+    const int64_t round_bytes = std::max<int64_t>(kWarps * weight.cols * size, 1);
+    const int64_t rounds = std::min<int64_t>(std::max<int64_t>(kChunkBytes / round_bytes, 1), 64);
+    form.rows_per_chunk = static_cast<uint32_t>(rounds * kWarps);
+    const RescaleFoldEntry entry{reinterpret_cast<unsigned char*>(weight.data),
+                                 reinterpret_cast<unsigned char*>(request.bias.data), weight.rows, 0, 0};
+    const int64_t chunks = ceil_div(weight.rows, form.rows_per_chunk);
+    Builder& builder = builders[static_cast<int>(weight.storage)];
+    if (!builder.add(entry, form, chunks)) {
+      flush(static_cast<int>(weight.storage));
+      builder.add(entry, form, chunks);
+    }
+    const int64_t weight_bytes = weight.numel() * size, bias_bytes = weight.rows * size;
+    traffic.bytes_read += weight_bytes + bias_bytes;
+    traffic.bytes_written += (form.writes_weight != 0 ? weight_bytes : 0) + bias_bytes;
+  }
+  for (int storage = 0; storage < kStorages; ++storage) {
+    if (!builders[storage].empty()) flush(storage);
+  }
+  return traffic;
+}
+
+}  // namespace cuda
+}  // namespace neutralize
+
+// ---- device code ---------------------------------------------------------------------------------------------------
+#if defined(__CUDACC__) || defined(NEUTRALIZE_EMULATE_CUDA)
+
+// The emulated grid watches every access to tensor memory here; on a GPU this is nothing.
+#if !defined(NEUTRALIZE_WATCH)
+#define NEUTRALIZE_WATCH(pointer, bytes, writes)
+#endif
+
+namespace neutralize {
+namespace cuda {
+
+__device__ __forceinline__ uint4 load_word(const unsigned char* pointer) {
+  NEUTRALIZE_WATCH(pointer, kWord, false);
+  return *reinterpret_cast<const uint4*>(pointer);
+}
+__device__ __forceinline__ void store_word(unsigned char* pointer, const uint4& value) {
+  NEUTRALIZE_WATCH(pointer, kWord, true);
+  *reinterpret_cast<uint4*>(pointer) = value;
+}
+template <typename T>
+__device__ __forceinline__ T load_element(const unsigned char* pointer) {
+  NEUTRALIZE_WATCH(pointer, sizeof(T), false);
+  return *reinterpret_cast<const T*>(pointer);
+}
+template <typename T>
+__device__ __forceinline__ void store_element(unsigned char* pointer, T value) {
+  NEUTRALIZE_WATCH(pointer, sizeof(T), true);
+  *reinterpret_cast<T*>(pointer) = value;
+}
+
+template <typename Compute>
+__device__ __forceinline__ Compute coefficient(uint64_t bits);
+template <>
+__device__ __forceinline__ float coefficient<float>(uint64_t bits) {
+  return float_of(static_cast<uint32_t>(bits));
+}
+template <>
+__device__ __forceinline__ double coefficient<double>(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+// ---- sixteen bytes as elements -------------------------------------------------------------------------------------
+template <typename T>
+constexpr int kElementsPerWord = kWord / static_cast<int>(sizeof(T));
+
+template <typename T>
+union Word {
+  uint4 bits;
+  T elements[kElementsPerWord<T>];
+};
+
+template <typename T>
+struct Convert {
+  using Compute = typename Element<T>::compute;
+  static __device__ __forceinline__ void unpack(const uint4& bits, Compute (&values)[kElementsPerWord<T>]) {
+    Word<T> word;
+    word.bits = bits;
+#pragma unroll
+    for (int i = 0; i < kElementsPerWord<T>; ++i) values[i] = Element<T>::load(word.elements[i]);
+  }
+  static __device__ __forceinline__ uint4 pack(const Compute (&values)[kElementsPerWord<T>]) {
+    Word<T> word;
+#pragma unroll
+    for (int i = 0; i < kElementsPerWord<T>; ++i) word.elements[i] = Element<T>::store(values[i]);
+    return word.bits;
+  }
+};
+
+#if defined(__CUDA_ARCH__)
+// The arithmetic of affine.h for these two would cost more instructions than memory bandwidth leaves time for.
+template <>
+struct Convert<half_bits> {
+  static __device__ __forceinline__ void unpack(const uint4& bits, float (&values)[8]) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint16_t half = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      asm("cvt.f32.f16 %0, %1;" : "=f"(values[i]) : "h"(half));
+    }
+  }
+  static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    uint16_t low_half, high_half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(low_half) : "f"(low));
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(high_half) : "f"(high));
+    return low_half | (static_cast<uint32_t>(high_half) << 16);
+#endif
+  }
+  static __device__ __forceinline__ uint4 pack(const float (&values)[8]) {
+    return make_uint4(pack_pair(values[0], values[1]), pack_pair(values[2], values[3]),
+                      pack_pair(values[4], values[5]), pack_pair(values[6], values[7]));
+  }
+};
+
+#if __CUDA_ARCH__ >= 800
+template <>
+struct Convert<bfloat16_bits> {
+  static __device__ __forceinline__ void unpack(const uint4& bits, float (&values)[8]) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = float_of(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  }
+  static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+  static __device__ __forceinline__ uint4 pack(const float (&values)[8]) {
+    return make_uint4(pack_pair(values[0], values[1]), pack_pair(values[2], values[3]),
+                      pack_pair(values[4], values[5]), pack_pair(values[6], values[7]));
+  }
+};
+#endif
+#endif
+
+// ---- where the block stands ----------------------------------------------------------------------------------------
+// The last entry that starts at or before this chunk. Every thread of the block asks the same, so each probe is one
+// uniform read of the parameters.
+template <typename Table>
+__device__ __forceinline__ uint32_t find_entry(const Table& table, uint32_t chunk) {
+  uint32_t low = 0, high = table.entries;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    if (table.entry(middle).first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The ones of D within one segment, as offsets in bytes from its begin.
+struct Hits {
+  int32_t first;  // greater than last: none
+  int32_t last;
+  uint32_t distance;
+  uint32_t reciprocal;
+
+  __device__ __forceinline__ bool any() const { return first <= last; }
+
+  // Bit b: a one starts at offset + b, for b < width <= 16. One multiplication per word, whatever it holds.
+  __device__ __forceinline__ uint32_t within(int32_t offset, int32_t width) const {
+    if (offset + width <= first || offset > last) return 0;
+    int32_t hit = first;
+    if (offset > first) {
+      // The rounded-down reciprocal undershoots the quotient by one at most.
+      hit += static_cast<int32_t>(__umulhi(static_cast<uint32_t>(offset - first), reciprocal) * distance);
+      while (hit < offset) hit += static_cast<int32_t>(distance);
+    }
+    uint32_t bits = 0;
+    for (; hit < offset + width && hit <= last; hit += static_cast<int32_t>(distance)) bits |= 1u << (hit - offset);
+    return bits;
+  }
+};
+
+// A run of consecutive bytes inside a chunk, and the lanes that walk it.
+struct Segment {
+  unsigned char* begin;
+  int32_t bytes;
+  int32_t lane;
+  int32_t lanes;
+  Hits hits;
+
+  __device__ __forceinline__ int32_t head() const {
+    const int32_t to_word = static_cast<int32_t>(-reinterpret_cast<uintptr_t>(begin) & (kWord - 1));
+    return to_word < bytes ? to_word : bytes;
+  }
+};
+
+__device__ __forceinline__ Hits contiguous_hits(const RewriteForm& form, int64_t begin, int64_t end) {
+  Hits hits{1, 0, form.chunk_hit_distance, form.chunk_hit_reciprocal};
+  if (form.hit_count == 0) return hits;
+  const int64_t last = form.hit_first + (form.hit_count - 1) * form.hit_distance;
+  int64_t hit = form.hit_first;
+  if (begin > hit) {
+    hit += static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(begin - hit), form.hit_reciprocal)) *
+           form.hit_distance;
+    while (hit < begin) hit += form.hit_distance;
+  }
+  if (hit > last || hit >= end) return hits;
+  hits.first = static_cast<int32_t>(hit - begin);
+  hits.last = static_cast<int32_t>((last < end ? last : end - 1) - begin);
+  return hits;
+}
+
+__device__ __forceinline__ Hits row_hits(const RewriteForm& form, int64_t row, int64_t begin, int64_t end) {
+  Hits hits{1, 0, form.chunk_hit_distance, form.chunk_hit_reciprocal};
+  const int64_t at = row - form.hit_row;
+  if (at < 0 || at >= form.hit_count) return hits;
+  const int64_t column = form.hit_first + at * form.hit_distance;
+  if (column >= begin && column < end) hits.first = hits.last = static_cast<int32_t>(column - begin);
+  return hits;
+}
+
+// Calls body(segment) for each segment of the chunk that this thread takes part in.
+template <typename Table, typename Body>
+__device__ __forceinline__ void for_each_segment(const Table& table, uint32_t chunk, int32_t thread, Body&& body) {
+  const RewriteEntry& entry = table.entry(find_entry(table, chunk));
+  const RewriteForm& form = table.form(entry.form);
+  chunk -= entry.first_chunk;
+  const int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(entry.data) & (kLine - 1));
+  if (form.row_stride == 0) {
+    int64_t begin = static_cast<int64_t>(chunk) * kChunkBytes - lead;
+    int64_t end = begin + kChunkBytes;
+    begin = begin < 0 ? 0 : begin;
+    end = end < entry.extent ? end : entry.extent;
+    body(Segment{entry.data + begin, static_cast<int32_t>(end - begin), thread, kThreads,
+                 contiguous_hits(form, begin, end)});
+    return;
+  }
+  int64_t begin = 0, end = form.row_bytes;
+  uint32_t group = chunk;
+  if (form.pieces > 1) {
+    group = chunk / form.pieces;
+    begin = static_cast<int64_t>(chunk - group * form.pieces) * kChunkBytes - lead;
+    end = begin + kChunkBytes;
+    begin = begin < 0 ? 0 : begin;
+    end = end < form.row_bytes ? end : form.row_bytes;
+  }
+  const int64_t row_begin = static_cast<int64_t>(group) * form.rows_per_chunk;
+  int64_t row_end = row_begin + form.rows_per_chunk;
+  row_end = row_end < entry.extent ? row_end : entry.extent;
+  const int32_t lanes = 1 << form.lanes_log2;
+  for (int64_t row = row_begin + (thread >> form.lanes_log2); row < row_end; row += kThreads >> form.lanes_log2) {
+    body(Segment{entry.data + row * form.row_stride + begin, static_cast<int32_t>(end - begin), thread & (lanes - 1),
+                 lanes, row_hits(form, row, begin, end)});
+  }
+}
+
+// ---- W <- diagonal * D + fill: reads nothing, every storage type ---------------------------------------------------
+template <int TableBytes>
+struct Fill {
+  using Parameters = Table<RewriteLayout, TableBytes>;
+  static constexpr bool kSetup = false;
+  static constexpr int kPhases = 1;
+  struct Shared {};
+
+  const Parameters& table;
+  uint32_t chunk;
+  int32_t thread;
+
+  __device__ __forceinline__ int32_t steps() const { return 1; }
+
+  template <int kPhase>
+  __device__ __forceinline__ void phase(Shared&, int32_t) {
+    const RewriteForm& form = table.form(table.entry(find_entry(table, chunk)).form);
+    const uint64_t fill = form.fill, diagonal_fill = form.diagonal_fill;
+    const int32_t size = static_cast<int32_t>(form.element_bytes);
+    for_each_segment(table, chunk, thread, [&](const Segment& segment) { walk(segment, fill, diagonal_fill, size); });
+  }
+
+  // Four bits, one per byte, as a mask of four bytes.
+  static __device__ __forceinline__ uint32_t byte_mask(uint32_t bits) {
+    return (((bits & 15u) * 0x00204081u) & 0x01010101u) * 255u;
+  }
+
+  static __device__ __forceinline__ void walk(const Segment& segment, uint64_t fill, uint64_t diagonal_fill,
+                                              int32_t size) {
+    const int32_t head = segment.head();
+    const int32_t words = (segment.bytes - head) / kWord;
+    const int32_t edge = segment.bytes - words * kWord;  // bytes of head and tail
+    for (int32_t at = segment.lane; at < edge; at += segment.lanes) {
+      const int32_t offset = at < head ? at : at + words * kWord;
+      // Elements are aligned to their size, so an address gives the byte of the pattern.
+      const uint64_t pattern = segment.hits.within(offset & -size, 1) != 0 ? diagonal_fill : fill;
+      const int32_t byte = static_cast<int32_t>(reinterpret_cast<uintptr_t>(segment.begin + offset) & 7);
+      store_element<unsigned char>(segment.begin + offset, static_cast<unsigned char>(pattern >> (8 * byte)));
+    }
+    const uint32_t low = static_cast<uint32_t>(fill), high = static_cast<uint32_t>(fill >> 32);
+    const uint4 plain = make_uint4(low, high, low, high);
+    unsigned char* body = segment.begin + head;
+    if (!segment.hits.any()) {
+      for (int32_t word = segment.lane; word < words; word += segment.lanes * kUnroll) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int32_t at = word + u * segment.lanes;
+          if (at < words) store_word(body + at * kWord, plain);
+        }
+      }
+      return;
+    }
+    const uint32_t flip_low = low ^ static_cast<uint32_t>(diagonal_fill);
+    const uint32_t flip_high = high ^ static_cast<uint32_t>(diagonal_fill >> 32);
+    for (int32_t word = segment.lane; word < words; word += segment.lanes) {
+      // A bit per element that is a one; the product spreads it over the element's bytes.
+      const uint32_t bytes = segment.hits.within(head + word * kWord, kWord) * ((1u << size) - 1u);
+      store_word(body + word * kWord,
+                 make_uint4(low ^ (flip_low & byte_mask(bytes)), high ^ (flip_high & byte_mask(bytes >> 4)),
+                            low ^ (flip_low & byte_mask(bytes >> 8)), high ^ (flip_high & byte_mask(bytes >> 12))));
+    }
+  }
+};
+
+// ---- W <- scale * W + diagonal * D + fill --------------------------------------------------------------------------
+// One word of elements through the rule.
+template <typename T, bool kOneByte = sizeof(T) == 1>
+struct WordRule {
+  using Compute = typename Element<T>::compute;
+  static constexpr bool kSetup = false;
+  struct Shared {};
+  AffineRule<Compute> rule;
+
+  __device__ __forceinline__ void setup(Shared&, int32_t) const {}
+
+  __device__ __forceinline__ T element(const Shared&, T old, bool hit) const {
+    return Element<T>::store(rule.apply(Element<T>::load(old), hit ? rule.diagonal_fill : rule.fill));
+  }
+
+  // Bit i * sizeof(T) of hits: element i is on the diagonal.
+  __device__ __forceinline__ uint4 word(const Shared&, const uint4& old, uint32_t hits) const {
+    Compute values[kElementsPerWord<T>];
+    Convert<T>::unpack(old, values);
+    if (hits == 0) {
+#pragma unroll
+      for (int i = 0; i < kElementsPerWord<T>; ++i) values[i] = rule.apply(values[i], rule.fill);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElementsPerWord<T>; ++i) {
+        values[i] = rule.apply(values[i], (hits >> (i * sizeof(T))) & 1u ? rule.diagonal_fill : rule.fill);
+      }
+    }
+    return Convert<T>::pack(values);
+  }
+};
+
+// A byte has 256 values: the block tabulates the rule once and looks it up. A table of 256 bytes is two words per bank
+// of shared memory, so even random bytes conflict two ways at most.
+template <typename T>
+struct WordRule<T, true> {
+  static constexpr bool kSetup = true;
+  struct Shared {
+    unsigned char codes[2][256];  // off the diagonal, on it
+  };
+  static_assert(kThreads == 256, "each thread computes one code of each table");
+  AffineRule<float> rule;
+
+  __device__ __forceinline__ void setup(Shared& shared, int32_t thread) const {
+    const float old = Element<T>::load(T{static_cast<unsigned char>(thread)});
+    shared.codes[0][thread] = Element<T>::store(rule.apply(old, rule.fill)).bits;
+    shared.codes[1][thread] = Element<T>::store(rule.apply(old, rule.diagonal_fill)).bits;
+  }
+
+  __device__ __forceinline__ T element(const Shared& shared, T old, bool hit) const {
+    return T{shared.codes[hit][old.bits]};
+  }
+
+  static __device__ __forceinline__ uint32_t four(const Shared& shared, uint32_t old, uint32_t hits) {
+    return static_cast<uint32_t>(shared.codes[hits & 1u][old & 255u]) |
+           static_cast<uint32_t>(shared.codes[(hits >> 1) & 1u][(old >> 8) & 255u]) << 8 |
+           static_cast<uint32_t>(shared.codes[(hits >> 2) & 1u][(old >> 16) & 255u]) << 16 |
+           static_cast<uint32_t>(shared.codes[(hits >> 3) & 1u][old >> 24]) << 24;
+  }
+
+  __device__ __forceinline__ uint4 word(const Shared& shared, const uint4& old, uint32_t hits) const {
+    if (hits == 0) {
+      return make_uint4(four(shared, old.x, 0), four(shared, old.y, 0), four(shared, old.z, 0), four(shared, old.w, 0));
+    }
+    return make_uint4(four(shared, old.x, hits), four(shared, old.y, hits >> 4), four(shared, old.z, hits >> 8),
+                      four(shared, old.w, hits >> 12));
+  }
+};
+
+template <typename T, int TableBytes>
+struct Rescale {
+  using Parameters = Table<RewriteLayout, TableBytes>;
+  using Rule = WordRule<T>;
+  using Shared = typename Rule::Shared;
+  using Compute = typename Element<T>::compute;
+  static constexpr bool kSetup = Rule::kSetup;
+  static constexpr int kPhases = 1;
+  static constexpr int32_t kSize = static_cast<int32_t>(sizeof(T));
+
+  const Parameters& table;
+  uint32_t chunk;
+  int32_t thread;
+
+  __device__ __forceinline__ int32_t steps() const { return 1; }
+
+  __device__ __forceinline__ Rule rule() const {
+    const RewriteForm& form = table.form(table.entry(find_entry(table, chunk)).form);
+    Rule rule;
+    rule.rule.scale = coefficient<Compute>(form.scale);
+    rule.rule.fill = coefficient<Compute>(form.fill);
+    rule.rule.diagonal_fill = coefficient<Compute>(form.diagonal_fill);
+    return rule;
+  }
+
+  __device__ __forceinline__ void setup(Shared& shared) { rule().setup(shared, thread); }
+
+  template <int kPhase>
+  __device__ __forceinline__ void phase(Shared& shared, int32_t) {
+    const Rule rule = this->rule();
+    for_each_segment(table, chunk, thread, [&](const Segment& segment) { walk(segment, rule, shared); });
+  }
+
+  static __device__ __forceinline__ void walk(const Segment& segment, const Rule& rule, const Shared& shared) {
+    const int32_t head = segment.head();
+    const int32_t words = (segment.bytes - head) / kWord;
+    const int32_t edge = segment.bytes - words * kWord;  // bytes of head and tail
+    for (int32_t at = segment.lane * kSize; at < edge; at += segment.lanes * kSize) {
+      const int32_t offset = at < head ? at : at + words * kWord;
+      const bool hit = segment.hits.within(offset, 1) != 0;
+      const T old = load_element<T>(segment.begin + offset);
+      store_element<T>(segment.begin + offset, rule.element(shared, old, hit));
+    }
+    unsigned char* body = segment.begin + head;
+    for (int32_t word = segment.lane; word < words; word += segment.lanes * kUnroll) {
+      uint4 old[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int32_t at = word + u * segment.lanes;
+        old[u] = at < words ? load_word(body + at * kWord) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int32_t at = word + u * segment.lanes;
+        if (at < words) {
+          store_word(body + at * kWord, rule.word(shared, old[u], segment.hits.within(head + at * kWord, kWord)));
+        }
+      }
+    }
+  }
+};
+
+// ---- b <- b + shift * (W_old . 1); W <- scale * W ------------------------------------------------------------------
+// The binary tree: sums[i] takes sums[i + kCount / 2], down to one. By recursion, as every index must be a constant.
+template <int kCount, typename Compute, int kSize>
+__device__ __forceinline__ void add_halves(Compute (&sums)[kSize]) {
+  if constexpr (kCount > 1) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) sums[i] = sums[i] + sums[i + kCount / 2];
+    add_halves<kCount / 2>(sums);
+  }
+}
+
+// A block owns rows_per_chunk rows and takes them eight at a time, a warp to a row, in the lane order of Fold<T>:
+//
+//   phase 0   warp w, row w:  column c -> lane c mod kLanes = thread (c / V) mod 32, accumulator c mod V
+//                             (V elements per word; a misaligned row goes element by element: thread c mod 32)
+//             every thread puts its V lanes into shared memory
+//   phase 1   thread t adds lanes t, t + 32, t + 64, ... as the upper levels of the tree
+//   phase 2   thread w < 8 adds the 32 partial sums of row w as the lower levels, and writes the bias
+template <typename T, int TableBytes>
+struct RescaleFold {
+  using Parameters = Table<RescaleFoldLayout, TableBytes>;
+  using Compute = typename Element<T>::compute;
+  static constexpr int kV = kElementsPerWord<T>;
+  static constexpr int kLanes = Fold<T>::kLanes;
+  static constexpr int32_t kSize = static_cast<int32_t>(sizeof(T));
+  static constexpr bool kSetup = sizeof(T) == 1;
+  static constexpr int kPhases = 3;
+  static_assert(kLanes == kWarp * kV, "a warp of 16-byte accesses covers the lanes once");
+
+  // Lane i stands at [i mod V][i / V]; this pitch keeps both the writes of phase 0 and the reads of phase 1 free of
+  // bank conflicts.
+  static constexpr int kPitch = kWarp + kWarp / kV;
+  struct Shared {
+    Compute lanes[kWarps][kV * kPitch];
+    Compute partial[kWarps][kWarp + 1];
+    unsigned char codes[kSetup ? 256 : 1];  // scale * W of every one-byte W
+  };
+
+  const Parameters& table;
+  uint32_t chunk;
+  int32_t thread;
+
+  static __device__ __forceinline__ int lane_at(int lane) { return (lane % kV) * kPitch + lane / kV; }
+
+  __device__ __forceinline__ const RescaleFoldEntry& entry() const { return table.entry(find_entry(table, chunk)); }
+
+  __device__ __forceinline__ int32_t steps() const {
+    const RescaleFoldEntry& entry = this->entry();
+    const int64_t rows_per_chunk = table.form(entry.form).rows_per_chunk;
+    const int64_t left = entry.rows - static_cast<int64_t>(chunk - entry.first_chunk) * rows_per_chunk;
+    return static_cast<int32_t>((left < rows_per_chunk ? left : rows_per_chunk) + kWarps - 1) / kWarps;
+  }
+
+  static __device__ __forceinline__ int64_t row_of(const RescaleFoldEntry& entry, const RescaleFoldForm& form,
+                                                   uint32_t chunk, int32_t step, int32_t warp) {
+    return static_cast<int64_t>(chunk - entry.first_chunk) * form.rows_per_chunk + step * kWarps + warp;
+  }
+
+  static __device__ __forceinline__ T scaled(Compute scale, T old) {
+    return Element<T>::store(scale != Compute(0) ? scale * Element<T>::load(old) : Compute(0));
+  }
+
+  __device__ __forceinline__ void setup(Shared& shared) {
+    if constexpr (kSetup) {
+      const Compute scale = coefficient<Compute>(table.form(entry().form).scale);
+      shared.codes[thread] = scaled(scale, T{static_cast<unsigned char>(thread)}).bits;
+    }
+  }
+
+  static __device__ __forceinline__ uint4 scaled_word(const Shared& shared, Compute scale, const uint4& old,
+                                                      const Compute (&values)[kV]) {
+    if constexpr (kSetup) {
+      Word<T> word;
+      word.bits = old;
+#pragma unroll
+      for (int i = 0; i < kV; ++i) word.elements[i].bits = shared.codes[word.elements[i].bits];
+      return word.bits;
+    } else {
+      Compute products[kV];
+#pragma unroll
+      for (int i = 0; i < kV; ++i) products[i] = scale != Compute(0) ? scale * values[i] : Compute(0);
+      return Convert<T>::pack(products);
+    }
+  }
+
+  template <int kPhase>
+  __device__ __forceinline__ void phase(Shared& shared, int32_t step) {
+    const int32_t warp = thread / kWarp, lane = thread % kWarp;
+    if constexpr (kPhase == 0) {
+      const RescaleFoldEntry& entry = this->entry();
+      const RescaleFoldForm& form = table.form(entry.form);
+      const int64_t row = row_of(entry, form, chunk, step, warp);
+      if (row < entry.rows) sum_lanes(shared, form, entry.weight + row * form.row_stride, warp, lane);
+    } else if constexpr (kPhase == 1) {
+      Compute sums[kV];
+#pragma unroll
+      for (int i = 0; i < kV; ++i) sums[i] = shared.lanes[warp][lane_at(lane + kWarp * i)];
+      add_halves<kV>(sums);
+      shared.partial[warp][lane] = sums[0];
+    } else if (thread < kWarps) {
+      const RescaleFoldEntry& entry = this->entry();
+      const RescaleFoldForm& form = table.form(entry.form);
+      const int64_t row = row_of(entry, form, chunk, step, thread);
+      if (row < entry.rows) {
+        Compute sums[kWarp];
+#pragma unroll
+        for (int i = 0; i < kWarp; ++i) sums[i] = shared.partial[thread][i];
+        add_halves<kWarp>(sums);
+        unsigned char* bias = entry.bias + row * form.bias_stride;
+        const Compute old = Element<T>::load(load_element<T>(bias));
+        store_element<T>(bias, Element<T>::store(Fold<T>::bias(old, coefficient<Compute>(form.shift), sums[0])));
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void sum_lanes(Shared& shared, const RescaleFoldForm& form, unsigned char* row,
+                                                   int32_t warp, int32_t lane) {
+    const Compute scale = coefficient<Compute>(form.scale);
+    const bool writes = form.writes_weight != 0;
+    Compute sums[kV];
+#pragma unroll
+    for (int i = 0; i < kV; ++i) sums[i] = Compute(0);
+
+    if ((reinterpret_cast<uintptr_t>(row) & (kWord - 1)) == 0) {
+      const int64_t words = form.cols / kV;
+      for (int64_t word = lane; word < words; word += kWarp * kUnroll) {
+        uint4 old[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t at = word + u * kWarp;
+          old[u] = at < words ? load_word(row + at * kWord) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t at = word + u * kWarp;
+          if (at < words) {
+            Compute values[kV];
+            Convert<T>::unpack(old[u], values);
+#pragma unroll
+            for (int i = 0; i < kV; ++i) sums[i] = sums[i] + values[i];
+            if (writes) store_word(row + at * kWord, scaled_word(shared, scale, old[u], values));
+          }
+        }
+      }
+      // The columns after the last word belong to the thread whose turn it would have been.
+      const int32_t rest = static_cast<int32_t>(form.cols - words * kV);
+      if (lane == static_cast<int32_t>(words % kWarp)) {
+#pragma unroll
+        for (int i = 0; i < kV; ++i) {
+          if (i < rest) {
+            unsigned char* at = row + words * kWord + i * kSize;
+            const T old = load_element<T>(at);
+            sums[i] = sums[i] + Element<T>::load(old);
+            if (writes) store_element<T>(at, scaled(scale, old));
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kV; ++i) shared.lanes[warp][lane_at(lane * kV + i)] = sums[i];
+      return;
+    }
+
+    for (int64_t base = lane; base < form.cols; base += kLanes) {
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        if (base + i * kWarp < form.cols) {
+          unsigned char* at = row + (base + i * kWarp) * kSize;
+          const T old = load_element<T>(at);
+          sums[i] = sums[i] + Element<T>::load(old);
+          if (writes) store_element<T>(at, scaled(scale, old));
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kV; ++i) shared.lanes[warp][lane_at(lane + kWarp * i)] = sums[i];
+  }
+};
+
+#if defined(__CUDACC__)
+// The only kernel: the barriers between a kernel's phases. A step may start while the last phase of the step before is
+// still under way; the kernels above are written for that.
+template <typename Kernel>
+__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ typename Kernel::Parameters table) {
+  __shared__ typename Kernel::Shared shared;
+  Kernel kernel{table, blockIdx.x, static_cast<int32_t>(threadIdx.x)};
+  if constexpr (Kernel::kSetup) {
+    kernel.setup(shared);
+    __syncthreads();
+  }
+  const int32_t steps = kernel.steps();
+  for (int32_t step = 0; step < steps; ++step) {
+    kernel.template phase<0>(shared, step);
+    if constexpr (Kernel::kPhases == 3) {
+      __syncthreads();
+      kernel.template phase<1>(shared, step);
+      __syncthreads();
+      kernel.template phase<2>(shared, step);
+    }
+  }
+}
+#endif
+
+}  // namespace cuda
+}  // namespace neutralize
+
+#endif
