@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 
 import torch
 
@@ -207,7 +208,7 @@ def machine() -> dict[str, object]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "neutralize": nz.__version__,
+        "neutralize": metadata.version("neutralize"),
         "backend": nz.ops.backend(torch.empty(1)),
     }
 

@@ -12,16 +12,24 @@ MEBI = 2**20
 
 
 def rewriting(
-    tensors: list[torch.Tensor], *, scaled: bool = False, **coefficients: float
+    tensors: list[torch.Tensor],
+    *,
+    scaled: bool = False,
+    diagonal: float = 0.0,
+    fill: float = 0.0,
+    start: int = 0,
+    step: int = 1,
 ) -> dict[str, Callable[[float], object]]:
     """`rewrite_` with these coefficients, by us and by the reference; `scaled` passes on the factor of the run."""
 
-    def job(rewrite_: Callable[..., object]) -> Callable[[float], object]:
-        if scaled:
-            return lambda scale: rewrite_(tensors, scale=scale, **coefficients)
-        return lambda _: rewrite_(tensors, **coefficients)
+    def ours(scale: float) -> None:
+        scale = scale if scaled else 0.0
+        nz.ops.rewrite_(tensors, scale=scale, diagonal=diagonal, fill=fill, start=start, step=step)
 
-    return {"ours": job(nz.ops.rewrite_), "reference": job(reference.rewrite_)}
+    def by_reference(scale: float) -> None:
+        reference.rewrite_(tensors, [scale if scaled else 0.0], [diagonal], [fill], [start], [step])
+
+    return {"ours": ours, "reference": by_reference}
 
 
 def large_cases() -> Iterator[Case]:
@@ -107,14 +115,11 @@ def large_cases() -> Iterator[Case]:
             b.add_(w.sum(1), alpha=0.5)
             w.mul_(scale)
 
-        def folding(job: Callable[..., object], w: torch.Tensor = w, b: torch.Tensor = b) -> Callable[[float], object]:
-            return lambda scale: job([w], [b], scale=scale, shift=0.5)
-
         yield Case(
             f"rescale and fold, 8192² {str(dtype).removeprefix('torch.')}",
             **{**reading(w), "tensors": [w, b]},
-            ours=folding(nz.ops.rescale_fold_),
-            reference=folding(reference.rescale_fold_),
+            ours=lambda scale, w=w, b=b: nz.ops.rescale_fold_(w, b, scale=scale, shift=0.5),
+            reference=lambda scale, w=w, b=b: reference.rescale_fold_([w], [b], [scale], [0.5]),
             theirs=fold_,
             theirs_name="add_(sum), mul_",
             theirs_bits=False,
@@ -159,7 +164,7 @@ def many_cases() -> Iterator[Case]:
     yield Case(
         "fill, one tensor of 8 floats",
         [tiny],
-        **rewriting([tiny], fill=0.01),
+        **{**rewriting([tiny], fill=0.01), "ours": lambda _: nz.ops.rewrite_(tiny, fill=0.01)},
         theirs=lambda _: tiny.fill_(0.01),
         theirs_name="fill_",
         goal_ratio=1 / 6,

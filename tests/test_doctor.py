@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -13,14 +14,21 @@ import neutralize as nz
 from neutralize import doctor
 
 COMMAND = [sys.executable, "-m", "neutralize", "doctor"]
-FULL_BUILD = {"native": True, "cuda": True, "cuda_archs": ["7.5", "9.0+PTX"], "cxx": "g++", "nvcc": "release 13"}
+VERSION = metadata.version("neutralize")
+# An install that lacks nothing, as neutralize._native.build_info describes it.
+FULL = {
+    "native": {"built": True, "loaded": True, "reason": "loaded"},
+    "cpu": {"isas_compiled": ["avx2", "plain"], "isas_usable": ["avx2", "plain"], "isa": "avx2"},
+    "cuda": {"built": True, "loaded": True, "reason": "loaded", "archs": ["7.5", "9.0+PTX"]},
+    "built_with": {"abi_target": "2.10", "compiler": "g++ 12", "nvcc": "release 13.0"},
+}
 
 
 def test_json_holds_what_diagnose_returns():
     printed = json.loads(subprocess.check_output([*COMMAND, "--json"], text=True))
     assert printed == json.loads(doctor.diagnose().to_json())
     assert printed["versions"] == {
-        "neutralize": nz.__version__,
+        "neutralize": VERSION,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -35,7 +43,7 @@ def test_backends_are_those_the_ops_use():
 
 def test_prints_plain_lines_into_a_pipe():
     lines = subprocess.check_output(COMMAND, text=True).splitlines()
-    assert lines[0] == f"neutralize    {nz.__version__}"
+    assert lines[0] == f"neutralize    {VERSION}"
     assert [line[:14].rstrip() for line in lines[:6]] == [
         "neutralize",
         "python",
@@ -65,73 +73,68 @@ def test_prints_colour_on_a_terminal():
     os.close(master)
     assert process.wait() == 0
     assert b"\x1b[1m" in text
-    assert nz.__version__.encode() in text
+    assert VERSION.encode() in text
+
+
+def less(part, **facts):
+    """The full install, but for these facts about one part of it."""
+    return {**FULL, part: {**FULL[part], **facts}}
 
 
 @pytest.mark.parametrize(
-    ("build", "load_error", "reason"),
+    ("build", "has_device", "reasons"),
     [
-        ({}, "No module", "pure Python: this copy was never installed; run `pip install .` where setup.py is"),
+        (FULL, True, []),
         (
-            {"native": False, "native_reason": "no C++ compiler was found when the package was installed"},
-            "No module",
-            "pure Python: no C++ compiler was found when the package was installed; "
-            "install one (g++ or clang++) and reinstall neutralize",
-        ),
-        (
-            FULL_BUILD,
-            "undefined symbol: x",
-            "pure Python: the extension was built but does not load (undefined symbol: x); reinstall neutralize",
-        ),
-    ],
-)
-def test_says_why_nothing_native(monkeypatch, build, load_error, reason):
-    monkeypatch.setattr(doctor, "_build_record", lambda: build)
-    monkeypatch.setattr(doctor, "_loaded_extension", lambda: ({}, load_error))
-    diagnosis = doctor.diagnose()
-    assert diagnosis.why_not_more[0] == reason
-    assert dict(diagnosis.rows())["CPU kernels"] == "none: the same ops in plain PyTorch"
-
-
-@pytest.mark.parametrize(
-    ("build", "torch_cuda", "registered", "available", "reasons"),
-    [
-        (
-            {**FULL_BUILD, "cuda": False, "cuda_reason": "NEUTRALIZE_CUDA=0"},
-            "13.0",
-            False,
-            False,
-            ["no CUDA kernels: NEUTRALIZE_CUDA=0; mend that and reinstall neutralize"],
-        ),
-        (
-            FULL_BUILD,
-            None,
-            False,
-            False,
-            ["CUDA kernels: built for 7.5 9.0+PTX, not loaded: this PyTorch has no CUDA; install one that has"],
-        ),
-        (
-            FULL_BUILD,
-            "13.0",
-            False,
-            False,
-            ["CUDA kernels: built for 7.5 9.0+PTX, not loaded; `python -c 'import neutralize._cuda'` says why"],
-        ),
-        (
-            FULL_BUILD,
-            "13.0",
-            True,
+            FULL,
             False,
             ["CUDA kernels: built and loaded for 7.5 9.0+PTX; no CUDA device on this machine"],
         ),
-        (FULL_BUILD, "13.0", True, True, []),
+        (
+            less("cuda", loaded=False, reason="torch 2.13.0+cpu has no CUDA"),
+            False,
+            ["CUDA kernels: built for 7.5 9.0+PTX, not loaded: torch 2.13.0+cpu has no CUDA"],
+        ),
+        (
+            less("cuda", built=False, loaded=False, reason="NEUTRALIZE_CUDA=0"),
+            True,
+            ["no CUDA kernels: NEUTRALIZE_CUDA=0; reinstall neutralize where that is not so"],
+        ),
+        (
+            less("cpu", isa="plain"),
+            True,
+            ["CPU kernels: NEUTRALIZE_CPU_ISA=plain holds them back; unset it"],
+        ),
+        (
+            less(
+                "native", built=False, loaded=False, reason="no C++ compiler was found when the package was installed"
+            ),
+            False,
+            [
+                "pure Python: no C++ compiler was found when the package was installed; "
+                "install a C++ compiler (g++ or clang++) and reinstall neutralize"
+            ],
+        ),
+        (
+            less("native", loaded=False, reason="the native extension is there but does not load: undefined symbol"),
+            False,
+            ["pure Python: the native extension is there but does not load: undefined symbol; reinstall neutralize"],
+        ),
     ],
 )
-def test_says_why_no_cuda(monkeypatch, build, torch_cuda, registered, available, reasons):
-    monkeypatch.setattr(doctor, "_build_record", lambda: build)
-    monkeypatch.setattr(doctor, "_loaded_extension", lambda: ({"isa": "avx2", "isas": ["plain", "avx2"]}, ""))
-    monkeypatch.setattr(doctor, "_has_kernel", lambda key: registered)
+def test_says_what_is_missing_why_and_what_to_do(monkeypatch, build, has_device, reasons):
+    monkeypatch.setattr(doctor._native, "build_info", lambda: build)
     monkeypatch.setattr(doctor, "_devices", tuple)
-    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert list(doctor.diagnose().why_not_more) == reasons
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
+    diagnosis = doctor.diagnose()
+    assert list(diagnosis.why_not_more) == reasons
+    assert diagnosis.rows()[5:] == [("why not more", reason) for reason in reasons]
+
+
+def test_says_when_an_isa_is_held_back():
+    usable = nz._native.build_info()["cpu"]["isas_usable"]
+    if usable in ([], ["plain"]):
+        pytest.skip("this install has no kernels beyond the plain ones to hold back")
+    environment = {**os.environ, "NEUTRALIZE_CPU_ISA": "plain"}
+    reasons = json.loads(subprocess.check_output([*COMMAND, "--json"], text=True, env=environment))["why_not_more"]
+    assert "CPU kernels: NEUTRALIZE_CPU_ISA=plain holds them back; unset it" in reasons

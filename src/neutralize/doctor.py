@@ -1,18 +1,14 @@
 """Say what this installation of neutralize can do on this machine, and why not more."""
 
-import importlib
 import json
 import platform
 from dataclasses import asdict, dataclass
-from importlib import resources
+from importlib import metadata
 from typing import Any
 
 import torch
 
-import neutralize
-from neutralize import ops
-
-REWRITE = "neutralize::rewrite_"  # the op whose kernels are looked for; every op is registered with it
+from neutralize import _native, ops
 
 
 @dataclass(frozen=True)
@@ -36,17 +32,13 @@ class Diagnosis:
 
     Attributes:
         versions: of neutralize, python, torch, and torch's cuda (None where this PyTorch has none)
-        build: what the installation recorded about itself, empty where it left no record
-        loaded: what the loaded extension says about itself, empty where none is loaded
-        cuda_kernels: whether CUDA kernels are registered with this PyTorch
+        build: what this install holds and uses: `neutralize._native.build_info`
         devices: those of this machine
         why_not_more: what is missing, each with its reason and its remedy
     """
 
     versions: dict[str, str | None]
     build: dict[str, Any]
-    loaded: dict[str, Any]
-    cuda_kernels: bool
     devices: tuple[Device, ...]
     why_not_more: tuple[str, ...]
 
@@ -68,15 +60,18 @@ class Diagnosis:
         return lines + [("why not more", reason) for reason in self.why_not_more]
 
     def _cpu_kernels(self) -> str:
-        if not self.loaded:
+        if not self.build["native"]["loaded"]:
             return "none: the same ops in plain PyTorch"
-        return f"{self.loaded['isa']}, of {', '.join(self.loaded['isas'])}; built by {self.build.get('cxx')}"
+        cpu, built_with = self.build["cpu"], self.build["built_with"]
+        built = f"built: {', '.join(cpu['isas_compiled'])}; for torch ≥ {built_with['abi_target']}"
+        return f"{cpu['isa']} ({built}), by {built_with['compiler']}"
 
     def _cuda_kernels(self) -> str:
-        if not self.build.get("cuda"):
+        cuda = self.build["cuda"]
+        if not cuda["built"]:
             return "none"
-        state = "loaded" if self.cuda_kernels else "built, not loaded"
-        return f"{state}, for {' '.join(self.build['cuda_archs'])}; built by {self.build['nvcc']}"
+        state = "loaded" if cuda["loaded"] else "built, not loaded"
+        return f"{state} ({' '.join(cuda['archs'])}), by {self.build['built_with']['nvcc']}"
 
 
 def diagnose() -> Diagnosis:
@@ -84,43 +79,18 @@ def diagnose() -> Diagnosis:
 
     Asks PyTorch for its devices, so where there is a GPU this initialises CUDA.
     """
-    build = _build_record()
-    loaded, load_error = _loaded_extension()
-    cuda_kernels = _has_kernel("CUDA")
+    build = _native.build_info()
     return Diagnosis(
         versions={
-            "neutralize": neutralize.__version__,
+            "neutralize": metadata.version("neutralize"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
         },
         build=build,
-        loaded=loaded,
-        cuda_kernels=cuda_kernels,
         devices=_devices(),
-        why_not_more=(*_why_no_native(build, load_error), *_why_no_cuda(build, cuda_kernels)),
+        why_not_more=tuple(_why_not_more(build)),
     )
-
-
-def _build_record() -> dict[str, Any]:
-    record = resources.files("neutralize") / "_build.json"
-    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else {}
-
-
-def _loaded_extension() -> tuple[dict[str, Any], str]:
-    """Return the extension's own account, or an empty one and why it does not load."""
-    try:
-        extension = importlib.import_module("neutralize._C")
-    except ImportError as error:
-        return {}, str(error)
-    return dict(extension.build_info()), ""
-
-
-def _has_kernel(dispatch_key: str) -> bool:
-    try:
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(REWRITE, dispatch_key))
-    except RuntimeError:  # the op does not exist: nothing native is loaded
-        return False
 
 
 def _devices() -> tuple[Device, ...]:
@@ -134,26 +104,19 @@ def _devices() -> tuple[Device, ...]:
     return tuple(devices)
 
 
-def _why_no_native(build: dict[str, Any], load_error: str) -> list[str]:
-    if not load_error:
-        return []
-    if not build:
-        return ["pure Python: this copy was never installed; run `pip install .` where setup.py is"]
-    if not build["native"]:
-        return [f"pure Python: {build['native_reason']}; install one (g++ or clang++) and reinstall neutralize"]
-    return [f"pure Python: the extension was built but does not load ({load_error}); reinstall neutralize"]
-
-
-def _why_no_cuda(build: dict[str, Any], cuda_kernels: bool) -> list[str]:
-    if not build.get("native"):
-        return []  # said once, by _why_no_native
-    if not build["cuda"]:
-        return [f"no CUDA kernels: {build['cuda_reason']}; mend that and reinstall neutralize"]
-    archs = " ".join(build["cuda_archs"])
-    if torch.version.cuda is None:
-        return [f"CUDA kernels: built for {archs}, not loaded: this PyTorch has no CUDA; install one that has"]
-    if not cuda_kernels:
-        return [f"CUDA kernels: built for {archs}, not loaded; `python -c 'import neutralize._cuda'` says why"]
-    if not torch.cuda.is_available():
-        return [f"CUDA kernels: built and loaded for {archs}; no CUDA device on this machine"]
-    return []
+def _why_not_more(build: dict[str, Any]) -> list[str]:
+    native, cpu, cuda = build["native"], build["cpu"], build["cuda"]
+    if not native["loaded"]:
+        compiler = "" if native["built"] else "install a C++ compiler (g++ or clang++) and "
+        return [f"pure Python: {native['reason']}; {compiler}reinstall neutralize"]
+    reasons = []
+    if cpu["isa"] != cpu["isas_usable"][0]:
+        reasons.append(f"CPU kernels: NEUTRALIZE_CPU_ISA={cpu['isa']} holds them back; unset it")
+    archs = " ".join(cuda["archs"])
+    if not cuda["built"]:
+        reasons.append(f"no CUDA kernels: {cuda['reason']}; reinstall neutralize where that is not so")
+    elif not cuda["loaded"]:
+        reasons.append(f"CUDA kernels: built for {archs}, not loaded: {cuda['reason']}")
+    elif not torch.cuda.is_available():
+        reasons.append(f"CUDA kernels: built and loaded for {archs}; no CUDA device on this machine")
+    return reasons
