@@ -1,5 +1,65 @@
 """Switch layers of very large PyTorch models off in place, prove how exactly they are off, and put every bit back."""
 
-from neutralize import ops
+from __future__ import annotations
 
-__all__ = ["ops"]
+from typing import Any
+
+from torch import nn
+
+from neutralize import ops
+from neutralize.dataflow import Inputs
+from neutralize.errors import NeutralizeError
+from neutralize.plan import Assign, Certificate, Fold, LayerPlan, Plan, Rewrite
+from neutralize.planner import Strategy, plan
+from neutralize.select import Layers, select
+from neutralize.strategies import STRATEGIES
+from neutralize.undo import Undo
+from neutralize.verify import Verification, excised, verify
+
+__all__ = [
+    "STRATEGIES",
+    "Assign",
+    "Certificate",
+    "Fold",
+    "LayerPlan",
+    "NeutralizeError",
+    "Plan",
+    "Rewrite",
+    "Strategy",
+    "Undo",
+    "Verification",
+    "excised",
+    "neutralize",
+    "ops",
+    "plan",
+    "select",
+    "verify",
+]
+
+
+def neutralize(
+    model: nn.Module,
+    layers: Layers,
+    strategy: str | Strategy = "auto",
+    *,
+    example_inputs: Inputs | None = None,
+    freeze: bool = False,
+    **options: Any,
+) -> Undo:
+    """Plan and apply in one call.
+
+    Args:
+        model: a model with weights.
+        layers: see ``select``.
+        strategy: see ``plan``.
+        example_inputs: see ``plan``.
+        freeze: also set ``requires_grad`` of what is written to false.
+        **options: parameters of the strategy.
+
+    Returns:
+        The undo: ``undo.restore()`` puts every bit back.
+
+    Raises:
+        NeutralizeError: see ``plan``; nothing was written.
+    """
+    return plan(model, layers, strategy, example_inputs=example_inputs, **options).apply(model, freeze=freeze)

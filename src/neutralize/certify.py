@@ -1,0 +1,191 @@
+"""Prove what a block computes under edited parameters: an abstract interpretation of its dataflow.
+
+Every value is one of: a known constant everywhere; the block's input, rearranged in a known way; or unknown. The
+rearrangement is not reasoned about but executed: the views of the block run on a tensor of indices. ``exact`` is claimed
+only if the block's output comes out as its input with every element in its place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from neutralize.dataflow import Call, Dataflow, argument, dtype_of, op_name, shape_of
+from neutralize.rules import CAST, DROPOUT, JOIN, REARRANGE, SPLIT, carry_clauses, drops, is_number, non_negative, zero_clauses
+from neutralize.search import IDENTITY, Assignment
+
+_FILLED = -1  # index of an element that is zero and comes from nowhere
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element has this value."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """Element ``i`` is element ``indices[i]`` of the block's input, or zero where the index is -1.
+
+    Attributes:
+        indices: int64 tensor of the value's shape.
+    """
+
+    indices: torch.Tensor
+
+
+Value: TypeAlias = "Constant | Rearranged | tuple[Any, ...] | None"  # a tuple: several outputs; None: unknown
+
+
+class Interpretation:
+    """The abstract values of one call of a block under an assignment of parameters."""
+
+    def __init__(self, flow: Dataflow, call: Call, assignment: Assignment) -> None:
+        """Evaluate the block.
+
+        Args:
+            flow: the traced model.
+            call: the call of the block.
+            assignment: parameter to the number it is filled with, or ``"identity"``.
+        """
+        self.flow = flow
+        self.call = call
+        self.assignment = {alias: value for name, value in assignment.items() for alias in flow.tied.get(name, (name,))}
+        self.uses_identity = False
+        self._values: dict[fx.Node, Value] = {}
+        shape = shape_of(call.entry)
+        if shape is not None:
+            self._values[call.entry] = Rearranged(torch.arange(math.prod(shape)).reshape(shape))
+        node = call.entry
+        while node is not call.exit:
+            node = node.next
+            self._values[node] = self._evaluate(node)
+
+    @property
+    def output(self) -> Value:
+        """The value of the block's output."""
+        return self._values[self.call.exit]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the output is proven to be the input, every element in its place and of the same type."""
+        output, entry = self.output, self.call.entry
+        if not isinstance(output, Rearranged) or dtype_of(self.call.exit) != dtype_of(entry):
+            return False
+        start = self._values[entry]
+        return isinstance(start, Rearranged) and torch.equal(output.indices, start.indices)
+
+    def value(self, node: fx.Node) -> Value:
+        """The value of a node; parameters and numbers included, whatever is outside the block is unknown."""
+        name = self.flow.names.get(node)
+        if name is not None:
+            assigned = self.assignment.get(name)
+            return Constant(assigned) if isinstance(assigned, float | int) else None
+        return self._values.get(node)
+
+    def _is(self, node: fx.Node, number: float) -> bool:
+        value = self.value(node)
+        return isinstance(value, Constant) and value.value == number
+
+    def _evaluate(self, node: fx.Node) -> Value:
+        op = op_name(node)
+        constant = self._constant(node, op)
+        if constant is not None:
+            return constant
+        if any(all(self._is(operand, 0.0) for operand in clause) for clause in zero_clauses(node)):
+            return Constant(0.0)
+        for clause in carry_clauses(node):
+            carried = self.value(clause.carrier)
+            if not isinstance(carried, Rearranged | tuple):
+                continue
+            if not all(self._is(operand, 0.0) for operand in clause.zeros):
+                continue
+            if not all(self._is(operand, 1.0) for operand in clause.ones):
+                continue
+            if clause.identity is not None:
+                if self.assignment.get(self.flow.names.get(clause.identity, "")) != IDENTITY:
+                    continue
+                self.uses_identity = True
+            if clause.non_negative and not non_negative(self.call.entry):
+                continue
+            moved = self._carry(node, op, clause.carrier, carried)
+            if moved is not None:
+                return moved
+        return None
+
+    def _constant(self, node: fx.Node, op: str) -> Constant | None:
+        """Arithmetic of constants with numbers: what ``1 + w`` is when w is -1."""
+        if op in ("aten::add", "aten::sub", "aten::mul") and len(node.args) == 2 and not node.kwargs:
+            numbers = []
+            for operand in node.args:
+                if is_number(operand):
+                    numbers.append(float(operand))  # type: ignore[arg-type]
+                elif isinstance(operand, fx.Node) and isinstance(value := self.value(operand), Constant):
+                    numbers.append(value.value)
+            if len(numbers) == 2:
+                one, other = numbers
+                return Constant(one + other if op == "aten::add" else one - other if op == "aten::sub" else one * other)
+        if (op in REARRANGE or op in CAST) and isinstance(node.args[0], fx.Node):
+            value = self.value(node.args[0])
+            return value if isinstance(value, Constant) else None
+        return None
+
+    def _carry(self, node: fx.Node, op: str, carrier: fx.Node, carried: Rearranged | tuple[Any, ...]) -> Value:
+        """The carried elements after the node's own rearrangement, executed on the indices."""
+        if op == "getitem":
+            place = node.args[1]
+            return carried[place] if isinstance(carried, tuple) and isinstance(place, int) else carried  # type: ignore[return-value]
+        if isinstance(carried, tuple):
+            return None
+        if op in CAST:
+            before, after = dtype_of(self.call.entry), dtype_of(node)
+            if before is None or after is None or torch.promote_types(before, after) != after:
+                return None  # narrower than the input: not every element survives
+            return carried
+        if op in ("aten::constant_pad_nd", "aten::pad"):
+            if not is_number(argument(node, "value", 0) or 0, 0) or argument(node, "mode", "constant") != "constant":
+                return None
+            return Rearranged(torch.constant_pad_nd(carried.indices, list(node.args[1]), _FILLED))  # type: ignore[arg-type]
+        if op in JOIN:
+            return self._join(node)
+        if op in REARRANGE or op in SPLIT:
+            try:
+                moved = node.target(carried.indices, *node.args[1:], **_without_dtype(node.kwargs))  # type: ignore[operator]
+            except (RuntimeError, TypeError):  # an operand that only the real model has
+                return None
+            return Rearranged(moved) if isinstance(moved, torch.Tensor) else tuple(Rearranged(part) for part in moved)
+        if op in DROPOUT and drops(node):
+            return None
+        if op == "aten::where":
+            parts = [self.value(part) for part in node.args[1:] if isinstance(part, fx.Node)]
+            both = len(parts) == 2 and all(isinstance(part, Rearranged) for part in parts)
+            if not both or not torch.equal(parts[0].indices, parts[1].indices):  # type: ignore[union-attr]
+                return None
+        shape = shape_of(node)
+        if shape is None:
+            return None
+        try:
+            return Rearranged(carried.indices.broadcast_to(shape))
+        except RuntimeError:
+            return None
+
+    def _join(self, node: fx.Node) -> Value:
+        parts = []
+        for part in node.args[0]:  # type: ignore[union-attr]
+            value, shape = self.value(part), shape_of(part)  # type: ignore[arg-type]
+            if isinstance(value, Constant) and value.value == 0.0 and shape is not None:
+                parts.append(torch.full(shape, _FILLED))
+            elif isinstance(value, Rearranged):
+                parts.append(value.indices)
+            else:
+                return None
+        return Rearranged(node.target(parts, *node.args[1:], **node.kwargs))  # type: ignore[operator]
+
+
+def _without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key not in ("dtype", "layout", "device", "pin_memory", "memory_format")}

@@ -1,0 +1,416 @@
+"""Trace a model into its dataflow: an ATen graph with parameters by name and the selected layers marked in it.
+
+The graph comes from ``torch.export`` on fake tensors (no copy, no compute); where export fails, the same graph is recorded
+by running once on the example inputs. Selected layers are found by marks that hooks put around them while tracing, so
+nothing depends on names or on how a layer is called.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from neutralize.errors import NeutralizeError
+
+Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
+
+_LIBRARY = torch.library.Library("neutralize", "FRAGMENT")
+_LIBRARY.define("mark(Tensor x, str site) -> Tensor")
+# A clone, because an op that returns its argument must say so in its schema, and then in-place ops reach through it.
+_LIBRARY.impl("mark", lambda x, site: x.clone(), "CompositeExplicitAutograd")
+_MARK = "neutralize::mark"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a selected layer: where its first tensor input enters and its first tensor output leaves.
+
+    Attributes:
+        layer: qualified name of the layer.
+        entry: the mark on the input.
+        exit: the mark on the output.
+        first, last: positions in the graph; every node between them was traced inside the layer.
+    """
+
+    layer: str
+    entry: fx.Node
+    exit: fx.Node
+    first: int
+    last: int
+
+
+@dataclass
+class Dataflow:
+    """The traced graph of a model.
+
+    Attributes:
+        graph: functional ATen graph.
+        names: placeholder to qualified name, for parameters and buffers.
+        calls: selected layer to its calls, in order.
+        position: node to its place in the graph.
+        tied: name to every name of the same tensor (itself included).
+        shapes, dtypes: of parameters and buffers, by name.
+        constants: placeholder to the constant tensor that the trace lifted, where it is known.
+    """
+
+    graph: fx.Graph
+    names: dict[fx.Node, str]
+    calls: dict[str, list[Call]]
+    tied: dict[str, tuple[str, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    constants: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    position: dict[fx.Node, int] = field(default_factory=dict)
+    _users: dict[str, list[fx.Node]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Index the graph."""
+        self.position = {node: place for place, node in enumerate(self.graph.nodes)}
+        for node, name in self.names.items():
+            for alias in self.tied.get(name, (name,)):
+                self._users.setdefault(alias, []).extend(node.users)
+
+    def users(self, name: str) -> list[fx.Node]:
+        """Every node that reads the tensor of that name, under any of its names."""
+        return list(dict.fromkeys(self._users.get(name, [])))
+
+    def nbytes(self, name: str) -> int:
+        """Size of a parameter in bytes."""
+        return torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
+
+
+def op_name(node: fx.Node) -> str:
+    """Return ``"aten::linear"`` for a call of ``aten.linear.default``, ``"getitem"``, or ``""`` for what is no call."""
+    if node.op != "call_function":
+        return ""
+    if node.target is operator.getitem:
+        return "getitem"
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema is not None else str(node.target)
+
+
+def is_mark(node: fx.Node) -> bool:
+    """Whether the node is a mark around a selected layer."""
+    return op_name(node) == _MARK
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of the node's tensor, or ``None`` if it is no tensor."""
+    value = node.meta.get("val")
+    return tuple(int(size) for size in value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """Dtype of the node's tensor, or ``None`` if it is no tensor."""
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """Return an argument of an op call by its name in the schema, positional or not."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return default
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for place, parameter in enumerate(schema.arguments):
+        if parameter.name == name:
+            if place < len(node.args):
+                return node.args[place]
+            return parameter.default_value if parameter.has_default_value() else default
+    return default
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split example inputs into positional and keyword arguments of the model."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    raise NeutralizeError(
+        "plan: expected a tensor, a tuple of positional arguments or a dict of keyword arguments for example_inputs, got "
+        f"{type(inputs).__name__}; wrap it accordingly"
+    )
+
+
+def own_inputs(model: nn.Module) -> Inputs | None:
+    """Example inputs that the model brings itself (the ``dummy_inputs`` of transformers), or ``None``."""
+    try:
+        brought = getattr(model, "dummy_inputs", None)
+    except Exception:  # a property of the user's model, which may need what a meta model lacks
+        return None
+    if isinstance(brought, Mapping) and brought:
+        return dict(brought)
+    return None
+
+
+def guessed_inputs(model: nn.Module) -> Iterator[Inputs]:
+    """Inputs that a plain chain of layers accepts, guessed from its first layer; they serve for shapes only."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield torch.zeros(2, module.in_features)
+            yield torch.zeros(2, 3, module.in_features)
+            return
+        if isinstance(module, nn.Embedding):
+            yield torch.zeros(2, 8, dtype=torch.long)
+            return
+        if isinstance(module, nn.RNNBase):
+            yield torch.zeros(2, 5, module.input_size)
+            return
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            for extent in (32, 64, 224):
+                yield torch.zeros(2, module.in_channels, *[extent] * len(module.kernel_size))
+            return
+        if next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None:
+            return
+
+
+def first_tensor(tree: Any) -> torch.Tensor | None:
+    """The first tensor in nested tuples, lists, dicts and model outputs."""
+    return next(tensors_in(tree), None)
+
+
+def replace_first_tensor(tree: Any, replacement: torch.Tensor) -> Any:
+    """Copy ``tree`` with its first tensor replaced; a tree without a tensor is returned as it is."""
+    replaced, found = _replace(tree, replacement)
+    return replaced if found else tree
+
+
+def _replace(tree: Any, replacement: torch.Tensor) -> tuple[Any, bool]:
+    if isinstance(tree, torch.Tensor):
+        return replacement, True
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            new, found = _replace(value, replacement)
+            if found:
+                copied: Any = type(tree)(tree) if not isinstance(tree, dict) or type(tree) is not dict else dict(tree)
+                copied[key] = new
+                return copied, True
+    elif isinstance(tree, tuple | list):
+        for place, value in enumerate(tree):
+            new, found = _replace(value, replacement)
+            if found:
+                items = [*tree[:place], new, *tree[place + 1 :]]
+                return (type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)), True
+    return tree, False
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of nested containers; what is no container (a cache object, say) is passed over."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_in(value)
+
+
+class _TensorsOnly(nn.Module):
+    """The model with its output flattened to a tuple of tensors, so that any output type can be traced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(tensors_in(self.model(*args, **kwargs)))
+
+
+@contextmanager
+def _marked(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put a mark on the first tensor input and output of each layer while tracing."""
+    handles = []
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            tensor = first_tensor((args, kwargs))
+            if tensor is None:
+                return None
+            return replace_first_tensor((args, kwargs), torch.ops.neutralize.mark(tensor, f"{name}:in"))
+
+        return hook
+
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            tensor = first_tensor(output)
+            return None if tensor is None else replace_first_tensor(output, torch.ops.neutralize.mark(tensor, f"{name}:out"))
+
+        return hook
+
+    for name, module in layers.items():
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+        # Before the user's own hooks on the way out and after them on the way in: a layer is what it computes itself.
+        handles.append(module.register_forward_hook(leave(name), prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inputs | None) -> Dataflow:
+    """Trace ``model`` with the given layers marked.
+
+    Args:
+        model: live or on the meta device; nothing of it is changed, copied or computed (the recording that stands in for a
+            failed export computes once).
+        layers: qualified name to module.
+        example_inputs: arguments for the model, or ``None`` for what it brings itself.
+
+    Raises:
+        NeutralizeError: no inputs, or the model can neither be exported nor recorded on them, or a layer was not called.
+    """
+    candidates: list[Inputs] = []
+    if example_inputs is not None:
+        candidates.append(example_inputs)
+    else:
+        brought = own_inputs(model)
+        candidates.extend([brought] if brought is not None else guessed_inputs(model))
+    failures: list[str] = []
+    for inputs in candidates:
+        args, kwargs = placed_inputs(model, inputs)
+        try:
+            flow = _trace(model, layers, args, kwargs)
+        except NeutralizeError:
+            raise
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}")
+            continue
+        missing = [name for name in layers if not flow.calls.get(name)]
+        if missing:
+            raise NeutralizeError(
+                f"plan: expected every selected layer to take and return a tensor on the example inputs, got none for "
+                f"{', '.join(map(repr, missing))}; give example_inputs that reach it, or select the layer that calls it"
+            )
+        return flow
+    if example_inputs is not None:
+        raise NeutralizeError(f"plan: expected example_inputs that the model accepts, got a failing trace ({failures[0]})")
+    reason = f"; the inputs guessed from the first layer failed ({failures[0]})" if failures else ""
+    raise NeutralizeError(
+        f"plan: expected example_inputs for a {type(model).__name__}, which brings none itself, got None{reason}; pass a tensor, "
+        "a tuple of positional arguments or a dict of keyword arguments"
+    )
+
+
+def placed_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs on the device of the model's first parameter: meta inputs for a meta model."""
+    first = next(iter(model.parameters()), None)
+    device = first.device if first is not None else torch.device("cpu")
+    args, kwargs = as_call(inputs)
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = pytree.tree_map(move, (args, kwargs))
+    return args, kwargs
+
+
+def _trace(model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
+    wrapped = _TensorsOnly(model)
+    wrapped.training = model.training
+    with torch.no_grad(), _marked(layers), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _exported(wrapped, args, kwargs)
+        except Exception as error:
+            if any(tensor.is_meta for tensor in model.parameters()):
+                raise
+            try:
+                return _recorded(wrapped, args, kwargs)
+            except Exception as second:
+                raise second from error
+
+
+def _exported(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
+    program = torch.export.export(wrapped, args, kwargs, strict=False)
+    if any(_mutates(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})
+    signature = program.graph_signature
+    by_name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = signature.inputs_to_lifted_tensor_constants
+    names, lifted = {}, {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in by_name:
+            names[node] = by_name[node.name].removeprefix("model.")
+        elif node.op == "placeholder" and node.name in constants:
+            value = program.constants.get(constants[node.name])
+            if isinstance(value, torch.Tensor) and not value.is_meta:
+                lifted[node] = value
+    return _dataflow(wrapped.model, program.graph, names, lifted)
+
+
+def _recorded(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
+    """Run once on the real inputs and record the ops, for models whose control flow depends on data."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors: dict[str, torch.Tensor] = dict(wrapped.named_parameters(remove_duplicate=False))
+    tensors.update(wrapped.named_buffers(remove_duplicate=False))
+    flat, spec = pytree.tree_flatten((args, kwargs))
+
+    def run(tensors: dict[str, torch.Tensor], flat: list[Any]) -> Any:
+        call_args, call_kwargs = pytree.tree_unflatten(flat, spec)
+        # The parameters are swapped for the traced ones inside this call and put back when it ends.
+        return torch.func.functional_call(wrapped, tensors, call_args, call_kwargs, tie_weights=False)
+
+    functional = torch.func.functionalize(run, remove="mutations_and_views")
+    module = make_fx(functional, tracing_mode="real", pre_dispatch=False)(tensors, flat)
+    leaves = [node for node in module.graph.nodes if node.op == "placeholder"]
+    order = [key for key, _ in pytree.tree_flatten_with_path((tensors, flat))[0]]
+    names = {}
+    for node, path in zip(leaves, order, strict=True):
+        if path[0].idx == 0:
+            names[node] = path[1].key.removeprefix("model.")
+    for node in module.graph.nodes:
+        node.meta.setdefault("val", node.meta.get("tensor_meta"))
+    return _dataflow(wrapped.model, module.graph, names, {})
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _dataflow(
+    model: nn.Module, graph: fx.Graph, names: dict[fx.Node, str], constants: dict[fx.Node, torch.Tensor]
+) -> Dataflow:
+    from neutralize.apply import aliases_of, tensors_of
+
+    tensors = tensors_of(model)
+    entries: dict[str, list[fx.Node]] = {}
+    calls: dict[str, list[Call]] = {}
+    position = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not is_mark(node):
+            continue
+        layer, _, side = str(node.args[1]).rpartition(":")
+        if side == "in":
+            entries.setdefault(layer, []).append(node)
+        elif entries.get(layer):
+            entry = entries[layer].pop()
+            calls.setdefault(layer, []).append(Call(layer, entry, node, position[entry], position[node]))
+    return Dataflow(
+        graph=graph,
+        names=names,
+        calls=calls,
+        tied=aliases_of(tensors),
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+        constants=constants,
+    )
+
+
+def parameters_of(nodes: Iterable[fx.Node], flow: Dataflow) -> list[str]:
+    """Names of the parameters and buffers that the given nodes read, in order."""
+    return [flow.names[read] for node in nodes for read in node.all_input_nodes if read in flow.names]

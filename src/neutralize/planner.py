@@ -1,0 +1,332 @@
+"""Plan: from a selection and a strategy to a list of edits; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from neutralize import ops
+from neutralize.dataflow import Call, Dataflow, Inputs, first_tensor, placed_inputs, trace
+from neutralize.errors import NeutralizeError
+from neutralize.plan import Assign, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
+from neutralize.search import IDENTITY, Assignment, Preference, Search
+from neutralize.select import Layers, select, unwrap
+
+BOUND_MARGIN = 1.25
+"""What a measured input bound is multiplied by: inputs a quarter larger than the example's are still covered."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a strategy wants for one layer.
+
+    Attributes:
+        edits: in the order in which they are to be written.
+        layer: the entry for the plan; its ``edits`` are filled in by the planner.
+    """
+
+    edits: tuple[Edit, ...]
+    layer: LayerPlan
+
+
+class Strategy(Protocol):
+    """A frozen dataclass that holds its own numbers and drafts the edits of a layer."""
+
+    @property
+    def name(self) -> str:
+        """The strategy's name in ``STRATEGIES``."""
+        ...
+
+    def draft(self, request: Request, layer: str) -> Draft:
+        """Draft the edits of one selected layer, or raise a ``NeutralizeError`` with the reason."""
+        ...
+
+
+@dataclass
+class Request:
+    """What a strategy may ask about: the model, the selection, the dataflow, measured bounds.
+
+    Attributes:
+        model: the model; only read.
+        layers: the selected layers, by qualified name, in model order.
+        example_inputs: as given by the caller.
+    """
+
+    model: nn.Module
+    layers: dict[str, nn.Module]
+    example_inputs: Inputs | None = None
+    _bounds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def flow(self) -> Dataflow:
+        """The traced model; traced at the first use."""
+        return trace(self.model, self.layers, self.example_inputs)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by every name."""
+        from neutralize.apply import tensors_of
+
+        return tensors_of(self.model)
+
+    @cached_property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Name to every name of the same tensor."""
+        from neutralize.apply import aliases_of
+
+        return aliases_of(self.tensors)
+
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """Position ranges of every call of every selected layer."""
+        return [(call.first, call.last) for calls in self.flow.calls.values() for call in calls]
+
+    def calls(self, layer: str) -> list[Call]:
+        """The calls of a layer."""
+        return self.flow.calls[layer]
+
+    def search(self, layer: str, preference: Preference = "cheapest") -> list[Search]:
+        """Searches of a layer, one per call."""
+        return [Search(self.flow, call, self.regions, preference) for call in self.calls(layer)]
+
+    def is_leaf(self, layer: str) -> bool:
+        """Whether the layer has parameters of its own and no layers inside."""
+        module = self.layers[layer]
+        return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
+
+    def own_parameters(self, layer: str) -> list[str]:
+        """Qualified names of the parameters that the layer's module holds itself."""
+        prefix = f"{layer}." if layer else ""
+        return [prefix + name for name, _ in self.layers[layer].named_parameters(recurse=False)]
+
+    def rewrite(self, name: str, **coefficients: Any) -> Rewrite:
+        """A rewrite of a parameter, with its shape and dtype filled in."""
+        tensor = self.writable(name)
+        return Rewrite(name, tuple(tensor.shape), dtype_name(tensor.dtype), **coefficients)
+
+    def fold(self, weight: str, bias: str, *, scale: float, shift: float, transposed: bool) -> Fold:
+        """A fold of a weight into a bias, with shape and dtype filled in."""
+        tensor = self.writable(weight)
+        self.writable(bias)
+        return Fold(weight, bias, tuple(tensor.shape), dtype_name(tensor.dtype), scale, shift, transposed)
+
+    def writable(self, name: str) -> torch.Tensor:
+        """The tensor of that name if it can be rewritten.
+
+        Raises:
+            NeutralizeError: it is of a type that is not rewritten (integers, packed quantized weights).
+        """
+        tensor = self.tensors[name]
+        if tensor.dtype not in ops.DTYPES:
+            known = ", ".join(dtype_name(dtype) for dtype in ops.DTYPES)
+            raise NeutralizeError(
+                f"plan: expected one of {known} for {name!r}, got {dtype_name(tensor.dtype)}; dequantize the layer first"
+            )
+        return tensor
+
+    def edits_for(self, assignment: Assignment) -> tuple[Rewrite, ...]:
+        """The rewrites that carry out an assignment of constants and identities."""
+        return tuple(
+            self.rewrite(name, diagonal=1.0) if value == IDENTITY else self.rewrite(name, fill=float(value))
+            for name, value in assignment.items()
+        )
+
+    def input_bound(self, layer: str) -> float:
+        """A bound on the magnitude of what enters a layer, measured on the example inputs with ``BOUND_MARGIN``.
+
+        The selected layers are cut out while it is measured: that is the network in which the layer will work.
+
+        Raises:
+            NeutralizeError: there are no example inputs or no weights to measure with, or the input is not finite.
+        """
+        if not self._bounds:
+            self._bounds = self._measure()
+        bound = self._bounds[layer]
+        if not 0 < bound < float("inf"):
+            raise NeutralizeError(
+                f"plan: expected a finite input of layer {layer!r} that is not all zero, got a largest magnitude of {bound}; "
+                "give input_bound, or other example_inputs"
+            )
+        return bound
+
+    def _measure(self) -> dict[str, float]:
+        from neutralize.dataflow import own_inputs
+        from neutralize.verify import excised
+
+        given = self.example_inputs if self.example_inputs is not None else own_inputs(self.model)
+        if given is None or any(tensor.is_meta for tensor in self.tensors.values()):
+            lacking = "weights (this is a meta model)" if given is not None else "example_inputs"
+            raise NeutralizeError(
+                f"plan: expected a bound on the input of {', '.join(map(repr, self.layers))}, got no {lacking} to measure it "
+                "with; give input_bound=, the largest magnitude that enters the layer"
+            )
+        peaks = dict.fromkeys(self.layers, 0.0)
+
+        def watch(layer: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                tensor = first_tensor((args, kwargs))
+                if tensor is not None and tensor.is_floating_point() and tensor.numel():
+                    peak = float(tensor.detach().abs().max().double())
+                    peaks[layer] = peak if peak != peak else max(peaks[layer], peak)
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(watch(layer), with_kwargs=True) for layer, module in self.layers.items()
+        ]
+        args, kwargs = placed_inputs(self.model, given)
+        try:
+            with torch.no_grad(), excised(self.model, list(self.layers.values())):
+                self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {layer: BOUND_MARGIN * peak for layer, peak in peaks.items()}
+
+
+def plan(
+    model: nn.Module,
+    layers: Layers,
+    strategy: str | Strategy = "auto",
+    *,
+    example_inputs: Inputs | None = None,
+    **options: Any,
+) -> Plan:
+    """Work out what to write so that the selected layers are off. Pure: nothing is written.
+
+    Args:
+        model: live or on the meta device.
+        layers: see ``neutralize.select``.
+        strategy: a name (``auto``, ``passthrough``, ``zero``, ``constant``, ``damp``) or a strategy object.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for ``model``. They give the
+            shapes of the trace and, where a bound on a layer's input is needed and not given, its measured range. May be
+            left out where the model brings its own (``dummy_inputs`` of transformers), where its first layer tells its
+            input (``Linear``, ``Embedding``, convolution), or where the strategy needs none.
+        **options: parameters of the strategy, if it is given by name.
+
+    Returns:
+        The plan.
+
+    Raises:
+        NeutralizeError: the selection is empty or unknown, an option is unknown, or a layer cannot be switched off this
+            way; the message says why and what would work. All layers that fail are listed.
+    """
+    from neutralize.strategies import resolve
+
+    model = unwrap(model)
+    request = Request(model, select(model, layers), example_inputs)
+    chosen = resolve(strategy, options)
+    drafts: list[Draft] = []
+    problems: list[str] = []
+    for layer in request.layers:
+        try:
+            drafts.append(chosen.draft(request, layer))
+        except NeutralizeError as error:
+            problems.append(str(error))
+    if problems:
+        problems = list(dict.fromkeys(problems))
+        if len(problems) == 1:
+            raise NeutralizeError(problems[0])
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        raise NeutralizeError(f"plan: expected layers that can be switched off, got {len(problems)} that cannot:{listing}")
+    return _merge(request, chosen.name, drafts)
+
+
+def _merge(request: Request, strategy: str, drafts: list[Draft]) -> Plan:
+    """Join the drafts: the layers further down the network first, so that a layer's rescale falls on what they wrote."""
+    order = range(len(drafts))
+    if "flow" in request.__dict__:
+        order = sorted(order, key=lambda place: -request.calls(drafts[place].layer.layer)[-1].last)
+    edits: list[Edit] = []
+    places: dict[int, tuple[int, ...]] = {}
+    for place in order:
+        kept = []
+        for edit in drafts[place].edits:
+            if edit not in edits or not _is_idempotent(edit):
+                _check_conflict(edits, edit)
+                edits.append(edit)
+                kept.append(len(edits) - 1)
+            else:
+                kept.append(edits.index(edit))
+        places[place] = tuple(kept)
+    written = {name for edit in edits for name in edit.parameters}
+    tied = _accepted_ties(request, written)
+    entries = tuple(_with_edits(draft.layer, places[place]) for place, draft in enumerate(drafts))
+    return Plan(strategy, tuple(edits), entries, tied)
+
+
+def _with_edits(layer: LayerPlan, places: tuple[int, ...]) -> LayerPlan:
+    from dataclasses import replace
+
+    return replace(layer, edits=places)
+
+
+def _is_idempotent(edit: Edit) -> bool:
+    return isinstance(edit, Assign) or (isinstance(edit, Rewrite) and edit.scale == 0)
+
+
+def _check_conflict(edits: list[Edit], edit: Edit) -> None:
+    if not _is_idempotent(edit):
+        return
+    for earlier in edits:
+        if edit.parameters[0] in earlier.parameters and not _disjoint(earlier, edit):
+            raise NeutralizeError(
+                f"plan: expected layers that agree on {edit.parameters[0]!r}, got '{earlier.describe()}' for one and "
+                f"'{edit.describe()}' for another; plan them one after the other"
+            )
+
+
+def _disjoint(one: Edit, other: Edit) -> bool:
+    if not (isinstance(one, Rewrite) and isinstance(other, Rewrite)) or one.parameter != other.parameter:
+        return False
+    for first, second in ((one.rows, other.rows), (one.columns, other.columns)):
+        if first is not None and second is not None and (first[1] <= second[0] or second[1] <= first[0]):
+            return True
+    return False
+
+
+def _accepted_ties(request: Request, written: set[str]) -> tuple[tuple[str, ...], ...]:
+    """The groups of tied names that the edits touch.
+
+    Raises:
+        NeutralizeError: one of the names belongs to a layer outside the selection.
+    """
+    groups: dict[frozenset[str], None] = {}
+    for name in sorted(written):
+        names = request.aliases[name]
+        if len(names) < 2:
+            continue
+        owned = _owned(request, written, names)
+        foreign = [other for other in names if other not in owned]
+        if foreign:
+            raise NeutralizeError(
+                f"plan: expected {name!r} to be read by the selected layers only, got a tensor that is tied to "
+                f"{', '.join(map(repr, foreign))}; select that layer too, or untie it first (clone the parameter)"
+            )
+        groups[frozenset(names)] = None
+    return tuple(tuple(sorted(group)) for group in groups)
+
+
+def _owned(request: Request, written: set[str], names: tuple[str, ...]) -> set[str]:
+    """Those of the names whose tensor is read by the selected layers, or is written for them knowingly."""
+    if "flow" in request.__dict__:
+        regions = request.regions
+        position = request.flow.position
+        readers = [position[user] for user in request.flow.users(names[0])]
+        if readers and all(any(first < place < last for first, last in regions) for place in readers):
+            return set(names)
+    inside = {
+        name for name in names for layer in request.layers if layer == "" or name.startswith(f"{layer}.")
+    }
+    return inside | ({name for name in names if name in written} if len(set(names) & written) == len(names) else set())
+
+
+def describe_refusals(searches: list[Search]) -> str:
+    """The parameters that a search would have used but may not, in words; empty if there are none."""
+    reasons: Mapping[str, str] = {name: reason for search in searches for name, reason in search.refused.items()}
+    return "; ".join(list(reasons.values())[:3])

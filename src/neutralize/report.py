@@ -1,0 +1,90 @@
+"""Tables for people: plans and verifications as text, with rich."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from neutralize.plan import LayerPlan, Plan
+    from neutralize.verify import Verification
+
+_EDITS_SHOWN = 4
+
+
+def plan_table(plan: Plan) -> str:
+    """A plan as a text table: layer, strategy, edits, bytes, certificate."""
+    return _text(plan_rich(plan))
+
+
+def plan_rich(plan: Plan) -> Table:
+    """A plan as a rich table."""
+    from rich.table import Table
+
+    table = Table(title=f"plan {plan.digest[:12]}: {len(plan.layers)} layer(s), {format_bytes(plan.written_bytes)}")
+    for heading in ("layer", "strategy", "edits"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("bytes", justify="right")
+    table.add_column("certificate", overflow="fold")
+    for layer in plan.layers:
+        edits = [plan.edits[index] for index in layer.edits]
+        lines = [edit.describe() for edit in edits[:_EDITS_SHOWN]]
+        if len(edits) > _EDITS_SHOWN:
+            lines.append(f"… and {len(edits) - _EDITS_SHOWN} more")
+        size = sum(edit.written_bytes for edit in edits)
+        table.add_row(layer.layer, _strategy(plan, layer), "\n".join(lines), format_bytes(size), _certificate(layer))
+    return table
+
+
+def _strategy(plan: Plan, layer: LayerPlan) -> str:
+    about = [plan.strategy]
+    if layer.activation:
+        about.append(layer.activation)
+    if layer.epsilon is not None and layer.activation:
+        about.append(f"a={layer.operating_point:.4g} ε={layer.epsilon:.4g}")
+    if layer.sides:
+        about.append(layer.sides)
+    return "\n".join(about)
+
+
+def _certificate(layer: LayerPlan) -> str:
+    certificate = layer.certificate
+    return "\n".join(part for part in (str(certificate), certificate.assumption, layer.note) if part)
+
+
+def verification_table(verification: Verification) -> str:
+    """A verification as a text table, with the end-to-end figures below."""
+    from rich.table import Table
+
+    table = Table(title="verification against the excised network")
+    table.add_column("layer", overflow="fold")
+    for heading in ("measured error", "bound", "gradient gain"):
+        table.add_column(heading, justify="right")
+    for layer, error in verification.per_layer.items():
+        bound = verification.bounds.get(layer)
+        gain = verification.gradient_gain.get(layer)
+        table.add_row(layer, f"{error:.3g}", "" if bound is None else f"{bound:.3g}", "" if gain is None else f"{gain:.4g}")
+    verdict = "bit for bit" if verification.exact else f"relative error {verification.relative_error:.3g}"
+    held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"
+    if not verification.assumptions_hold:
+        held += "; some inputs were larger than a certificate assumes"
+    return f"{_text(table)}end to end: {verdict}; {held}\n"
+
+
+def format_bytes(count: float) -> str:
+    """Return a size with a decimal unit: ``"1.2 MB"``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _text(table: Table) -> str:
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=120, no_color=True, highlight=False).print(table)
+    return out.getvalue()

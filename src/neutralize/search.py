@@ -1,0 +1,241 @@
+"""Search the dataflow of a block for the cheapest parameter values that make it hand its input on.
+
+Two mutually recursive questions, answered for every node of the block in graph order:
+
+- what makes this value zero? (``rules.zero_clauses``)
+- what makes this value the block's input? (``rules.carry_clauses``)
+
+Each answer is a short list of assignments, cheapest first; a union of assignments that disagree is no answer. The search
+proposes; ``certify`` decides.
+
+Source: MATH §4; DESIGN §3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal, TypeAlias
+
+from torch import fx
+
+from neutralize import ops
+from neutralize.dataflow import Call, Dataflow, is_mark, op_name, shape_of
+from neutralize.rules import CAST, REARRANGE, carry_clauses, is_number, scaled_clauses, zero_clauses
+
+IDENTITY: Literal["identity"] = "identity"
+Assignment: TypeAlias = "dict[str, float | str]"
+Preference: TypeAlias = Literal["cheapest", "outgoing", "incoming"]
+
+_KEPT = 6  # alternatives kept per node; the cheapest of a union need not be the union of the cheapest
+
+
+@dataclass
+class Search:
+    """The answers for one call of a block.
+
+    Attributes:
+        flow: the traced model.
+        call: the call of the block.
+        regions: half-open position ranges of every selected layer's calls: a parameter that is read outside them is not
+            ours to write.
+        preference: ``cheapest`` (fewest bytes), ``outgoing`` (the last affine parameters), ``incoming`` (the first).
+    """
+
+    flow: Dataflow
+    call: Call
+    regions: list[tuple[int, int]]
+    preference: Preference = "cheapest"
+    refused: dict[str, str] = field(default_factory=dict)
+    _zero: dict[fx.Node, list[Assignment]] = field(default_factory=dict)
+    _same: dict[fx.Node, list[Assignment]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Answer both questions for every node, operands first."""
+        self._same[self.call.entry] = [{}]
+        for node in self._inside():
+            self._zero[node] = self._any(
+                self._all((self.zero(operand) for operand in clause), before=[{}])
+                for clause in self._ordered(node, zero_clauses(node))
+            )
+            if self._constant(node, 0.0):
+                self._zero[node] = self._any([self._zero[node], self._constant(node, 0.0)])
+            answers = []
+            for clause in carry_clauses(node):
+                found = self._all((self.zero(operand) for operand in clause.zeros), before=self.same(clause.carrier))
+                found = self._all((self._constant(operand, 1.0) for operand in clause.ones), before=found)
+                if clause.identity is not None:
+                    found = self._all([self._identity(clause.identity)], before=found)
+                answers.append(found)
+            self._same[node] = self._any(answers)
+
+    def _inside(self) -> Iterable[fx.Node]:
+        node = self.call.entry.next
+        while node is not self.call.exit.next:
+            yield node
+            node = node.next
+
+    def zero(self, node: fx.Node) -> list[Assignment]:
+        """Assignments that make the node zero, best first; none: impossible."""
+        if node in self.flow.names:
+            return self._constant(node, 0.0)
+        return self._zero.get(node, [])
+
+    def same(self, node: fx.Node) -> list[Assignment]:
+        """Assignments that make the node hold the block's input, best first; none: impossible."""
+        return self._same.get(node, [])
+
+    def _ordered(self, node: fx.Node, clauses: list[list[fx.Node]]) -> list[list[fx.Node]]:
+        """Keep the clauses that the preference wants: an affine op's own parameters, or what enters it."""
+        if self.preference == "cheapest" or len(clauses) < 2:
+            return clauses
+        own = [clause for clause in clauses if all(self._is_parametric(operand) for operand in clause)]
+        entering = [clause for clause in clauses if clause not in own]
+        if not own or not entering:
+            return clauses
+        first, second = (own, entering) if self.preference == "outgoing" else (entering, own)
+        solvable = [clause for clause in first if clause and all(self.zero(operand) for operand in clause)]
+        return solvable or second
+
+    def _is_parametric(self, node: fx.Node) -> bool:
+        """Whether the node is computed from one parameter alone."""
+        while node not in self.flow.names:
+            operands = node.all_input_nodes
+            if len(operands) != 1 or is_mark(node):
+                return False
+            node = operands[0]
+        return True
+
+    def _constant(self, node: fx.Node, value: float) -> list[Assignment]:
+        """What makes a value that is computed from one parameter alone equal to ``value`` everywhere."""
+        name = self.flow.names.get(node)
+        if name is not None:
+            return [{name: value}] if self._writable(name) else []
+        op = op_name(node)
+        if op in REARRANGE or op in CAST:
+            return self._constant(node.args[0], value) if isinstance(node.args[0], fx.Node) and not is_mark(node) else []
+        if op in ("aten::add", "aten::sub", "aten::mul") and len(node.args) == 2 and not node.kwargs:
+            one, other = node.args
+            if isinstance(other, fx.Node) and isinstance(one, int | float):
+                one, other = other, one
+                if op == "aten::sub":
+                    return []
+            if isinstance(one, fx.Node) and is_number(other):
+                number = float(other)  # type: ignore[arg-type]
+                if op == "aten::mul":
+                    return self._constant(one, value / number) if number else []
+                return self._constant(one, value - number if op == "aten::add" else value + number)
+        return []
+
+    def _identity(self, weight: fx.Node) -> list[Assignment]:
+        name = self.flow.names.get(weight)
+        if name is None or not self._writable(name) or len(self.flow.shapes[name]) != 2:
+            return []
+        return [{name: IDENTITY}]
+
+    def _writable(self, name: str) -> bool:
+        """Whether the parameter is of a floating-point type and read inside the selected layers only."""
+        if name in self.refused:
+            return False
+        if self.flow.dtypes[name] not in ops.DTYPES:
+            self.refused[name] = f"{name!r} is {self.flow.dtypes[name]}, which is not rewritten"
+            return False
+        for user in self.flow.users(name):
+            place = self.flow.position[user]
+            if not any(first < place < last for first, last in self.regions):
+                also = [alias for alias in self.flow.tied.get(name, ()) if alias != name]
+                tied = f" (it is tied to {', '.join(map(repr, also))})" if also else ""
+                self.refused[name] = f"{name!r} is also read outside the selected layers{tied}"
+                return False
+        return True
+
+    def _any(self, answers: Iterable[list[Assignment]]) -> list[Assignment]:
+        return self._best(assignment for answer in answers for assignment in answer)
+
+    def _all(self, parts: Iterable[list[Assignment]], *, before: list[Assignment]) -> list[Assignment]:
+        found = before
+        for part in parts:
+            if not found:
+                return []
+            unions = (union(one, other) for one, other in product(found, part))
+            found = self._best(joined for joined in unions if joined is not None)
+        return found
+
+    def _best(self, assignments: Iterable[Assignment]) -> list[Assignment]:
+        distinct = {tuple(sorted(assignment.items(), key=lambda item: item[0])): assignment for assignment in assignments}
+        return sorted(distinct.values(), key=self.cost)[:_KEPT]
+
+    def cost(self, assignment: Assignment) -> tuple[int, int]:
+        """Bytes written; then the number of parameters."""
+        return sum(self.flow.nbytes(name) for name in assignment), len(assignment)
+
+
+def union(one: Assignment, other: Assignment) -> Assignment | None:
+    """Both assignments together, or ``None`` if they disagree on a parameter."""
+    if any(name in one and one[name] != value for name, value in other.items()):
+        return None
+    return {**one, **other}
+
+
+def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
+    """What multiplies the contribution of a residual block, or the output of a plain one, by ``factor``.
+
+    The values of the assignments are what zero becomes under ``W <- factor * W + value``: 0 for a plain parameter,
+    ``-(1 - factor) * c`` for one that enters as ``c + W``.
+
+    Returns:
+        The assignments, cheapest first, and how many branches are added to its residual stream (0: it has none).
+
+    Source: MATH §4; homogeneity of degree 1 of the ops in ``rules.scaled_clauses``.
+    """
+    scaled: dict[fx.Node, list[Assignment]] = {}
+
+    def of(node: fx.Node) -> list[Assignment]:
+        if node in search.flow.names:
+            return [{name: 0.0} for name in [search.flow.names[node]] if search._writable(name)]
+        return scaled.get(node, [])
+
+    branches: list[list[Assignment]] = []
+    for node in search._inside():
+        offset = _offset_parameter(node)
+        if offset is not None and search._is_parametric(offset[0]) and of(offset[0]):
+            # c + w: w <- f w + (f - 1) c
+            scaled[node] = [{name: (factor - 1.0) * offset[1] for name in of(offset[0])[0]}]
+            continue
+        clauses = search._ordered(node, scaled_clauses(node, factor))
+        scaled[node] = search._any(search._all((of(operand) for operand in clause), before=[{}]) for clause in clauses)
+    on_stream = _stream(search)
+    if search.call.exit in on_stream:
+        for node in on_stream:
+            for clause in carry_clauses(node):
+                if clause.carrier in on_stream and clause.zeros:
+                    branches.append(search._any([search._all((of(operand) for operand in clause.zeros), before=[{}])]))
+        return (search._all(branches, before=[{}]) if branches else []), len(branches)
+    return scaled.get(search.call.exit, []), 0
+
+
+def _offset_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
+    if op_name(node) == "aten::add" and len(node.args) == 2 and not node.kwargs:
+        one, other = node.args
+        if isinstance(one, fx.Node) and is_number(other):
+            return one, float(other)  # type: ignore[arg-type]
+        if isinstance(other, fx.Node) and is_number(one):
+            return other, float(one)  # type: ignore[arg-type]
+    return None
+
+
+def _stream(search: Search) -> set[fx.Node]:
+    """The residual stream: nodes that would hold the block's input if what is added to it were zero, whatever it is."""
+    stream = {search.call.entry}
+    for node in search._inside():
+        for clause in carry_clauses(node):
+            if clause.carrier in stream and not clause.ones and clause.identity is None and not clause.non_negative:
+                if shape_of(node) is not None and clause.zeros:
+                    if shape_of(node) == shape_of(clause.carrier):
+                        stream.add(node)
+                else:
+                    stream.add(node)
+    return stream
+
+

@@ -1,0 +1,65 @@
+"""Strategies by name. Each is a frozen dataclass that holds only its own numbers."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from neutralize.errors import NeutralizeError
+from neutralize.planner import Strategy
+from neutralize.strategies.constant import Constant
+from neutralize.strategies.damp import Damp
+from neutralize.strategies.passthrough import Auto, Passthrough
+from neutralize.strategies.zero import Zero
+
+STRATEGIES: dict[str, type] = {
+    "auto": Auto,
+    "passthrough": Passthrough,
+    "constant": Constant,
+    "zero": Zero,
+    "damp": Damp,
+}
+
+__all__ = ["STRATEGIES", "Auto", "Constant", "Damp", "Passthrough", "Zero", "resolve"]
+
+
+def resolve(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
+    """Return the strategy object for a name and its parameters.
+
+    Args:
+        strategy: a name in ``STRATEGIES``, or a strategy object, which takes no options.
+        options: parameters by name.
+
+    Raises:
+        NeutralizeError: the name or an option is unknown, or an option is out of range.
+    """
+    if not isinstance(strategy, str):
+        if options:
+            raise NeutralizeError(
+                f"plan: expected no options beside a strategy object, got {', '.join(options)}; put them into the object"
+            )
+        if not hasattr(strategy, "draft"):
+            raise NeutralizeError(
+                f"plan: expected a name or a strategy object for strategy, got {type(strategy).__name__}; "
+                f"the names are {', '.join(STRATEGIES)}"
+            )
+        return strategy
+    kind = STRATEGIES.get(strategy)
+    if kind is None:
+        near = get_close_matches(strategy, STRATEGIES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "use one of these"
+        raise NeutralizeError(f"plan: expected one of {', '.join(STRATEGIES)} for strategy, got {strategy!r}; {hint}")
+    known = [entry.name for entry in fields(kind)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise NeutralizeError(
+            f"plan: expected {', '.join(known) or 'no options'} for strategy {strategy!r}, got {', '.join(unknown)}; "
+            "leave out what it does not have"
+        )
+    try:
+        made: Strategy = kind(**options)
+    except TypeError as error:
+        raise NeutralizeError(f"plan: expected {', '.join(known)} for strategy {strategy!r}, got too few ({error})") from error
+    return made
+

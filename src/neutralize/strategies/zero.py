@@ -1,0 +1,114 @@
+"""``zero``: the layer's contribution is zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neutralize.certify import Constant as ConstantValue
+from neutralize.certify import Interpretation
+from neutralize.errors import NeutralizeError
+from neutralize.plan import Certificate, Edit, LayerPlan
+from neutralize.planner import Draft, Request, describe_refusals
+from neutralize.search import Assignment, Preference, union
+from neutralize.sites import affine_site
+from neutralize.strategies.passthrough import identity_assignment
+from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Make the layer's contribution zero: a plain layer gives φ(0), a residual block hands its input on.
+
+    Attributes:
+        sides: which weights are written. For a plain layer ``in`` is its own weight and bias, ``out`` the weights of the
+            affine layers that read it, ``both`` the two (its own alone where nothing affine reads it). For a block ``in`` is
+            the first parameters that suffice, ``out`` the last, ``both`` the two.
+
+    Source: MATH §4, §7.
+    """
+
+    sides: Literal["in", "out", "both"] = "both"
+
+    name = "zero"
+
+    def __post_init__(self) -> None:
+        """Check the side."""
+        check_sides("zero", self.sides)
+
+    def draft(self, request: Request, layer: str) -> Draft:
+        """Draft the null of one layer."""
+        if request.is_leaf(layer):
+            return self._plain(request, layer)
+        sites = [affine_site(request.flow, call) for call in request.calls(layer)]
+        return self._block(request, layer) if None in sites else self._plain(request, layer)
+
+    def _plain(self, request: Request, layer: str) -> Draft:
+        edits: list[Edit] = []
+        note = ""
+        consumers: tuple[str, ...] = ()
+        if self.sides in ("in", "both"):
+            module = request.layers[layer]
+            prefix = f"{layer}." if layer else ""
+            edits.extend(request.rewrite(prefix + name) for name, _ in module.named_parameters())
+        if self.sides in ("out", "both"):
+            readers = outgoing_consumers(request, layer, required=self.sides == "out")
+            consumers = tuple(dict.fromkeys(reader.module for reader in readers))
+            edits.extend(request.rewrite(name) for name in dict.fromkeys(reader.weight for reader in readers))
+            if not readers:
+                note = "nothing affine reads the layer alone: its own weights are zeroed"
+        certificate = Certificate(layer, "exact", 0.0, "finite activations", f"zeroed: {SIDES[self.sides]}")
+        entry = LayerPlan(layer, "null", certificate, (), consumers=consumers, sides=self.sides, note=note)
+        return Draft(tuple(edits), entry)
+
+    def _block(self, request: Request, layer: str) -> Draft:
+        preferences: dict[str, list[Preference]] = {
+            "in": ["incoming"], "out": ["outgoing"], "both": ["incoming", "outgoing"]
+        }  # fmt: skip
+        whole: Assignment | None = {}
+        target = "input"
+        for preference in preferences[self.sides]:
+            found = identity_assignment(request, layer, preference)
+            if found is None or "identity" in found.values():
+                target = "null"
+                found = zero_assignment(request, layer, preference)
+            if found is None:
+                raise NeutralizeError(_why_not_zero(request, layer, preference))
+            whole = found if whole is None else union(whole, found)
+            if whole is None:
+                raise NeutralizeError(
+                    f"plan: expected both sides of {layer!r} to agree, got parameters that would need two values; use sides='out'"
+                )
+        assert whole is not None
+        certificate = Certificate(
+            layer, "exact", 0.0, "finite activations",
+            "the dataflow's output evaluates to its input" if target == "input" else "the dataflow's output evaluates to zero",
+        )  # fmt: skip
+        return Draft(request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides))
+
+
+def zero_assignment(request: Request, layer: str, preference: Preference) -> Assignment | None:
+    """The cheapest assignment under which every call's output is proven to be zero, or ``None``."""
+    found: list[Assignment] = [{}]
+    searches = request.search(layer, preference)
+    for search in searches:
+        joined = (union(one, other) for one in found for other in search.zero(search.call.exit))
+        found = sorted((both for both in joined if both is not None), key=search.cost)
+    for assignment in found:
+        outputs = [Interpretation(request.flow, search.call, assignment).output for search in searches]
+        if all(output == ConstantValue(0.0) for output in outputs):
+            return assignment
+    return None
+
+
+def _why_not_zero(request: Request, layer: str, preference: Preference) -> str:
+    refused = describe_refusals(request.search(layer, preference))
+    if refused:
+        return (
+            f"plan: expected {layer!r} to have parameters of its own that null it, got parameters that others read: {refused}; "
+            "select the other reader too, or untie them"
+        )
+    return (
+        f"plan: expected a layer that some parameters can null, got {layer!r}, a {type(request.layers[layer]).__name__} whose "
+        "output is zero for no value of them; select the affine layers inside it"
+    )

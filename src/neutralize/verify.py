@@ -1,0 +1,363 @@
+"""Verify a plan against the excised network: the same model with the layers cut out by hooks.
+
+The excised network is the oracle. It is built from hooks on modules alone and shares nothing with the planner: not the
+dataflow, not the search, not the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from neutralize.activations import FUNCTION_NAMES
+from neutralize.dataflow import first_tensor, replace_first_tensor, tensors_in
+from neutralize.errors import NeutralizeError
+from neutralize.plan import LayerPlan, Plan
+from neutralize.select import Layers, select, unwrap
+
+_FOLLOWERS = FUNCTION_NAMES | {"batch_norm"}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured.
+
+    Attributes:
+        relative_error: end to end, ``‖output - reference‖₂ / ‖reference‖₂`` over all floating-point outputs, in float64.
+        per_layer: for each layer, the largest error of what it hands on, divided by the bound on its input (a plain layer), by
+            the largest magnitude of its input (a block), or by that of the reference's value (other targets than the input).
+        gradient_gain: for each layer, the norm of the gradient that reaches its input, divided by that in the reference
+            network, under the loss ``Σ mean(output²)``; NaN where the reference has none.
+        exact: every output equals the reference's as a number, element by element (-0 equals 0, NaN equals NaN).
+        bound_holds: no layer's measured error is above its certificate's bound, among the layers whose assumption holds.
+        assumptions_hold: every layer's input stayed within the bound that its certificate assumes.
+        bounds: for each layer with one, the bound of its certificate.
+    """
+
+    relative_error: float
+    per_layer: dict[str, float]
+    gradient_gain: dict[str, float]
+    exact: bool
+    bound_holds: bool
+    assumptions_hold: bool = True
+    bounds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return a table: layer, measured error, bound, gradient gain; then the end-to-end figures."""
+        from neutralize.report import verification_table
+
+        return verification_table(self)
+
+
+class _SkipFollowers(TorchFunctionMode):
+    """Hand a cut layer's input past the norm and activation that belong to the layer, functions and modules alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handed_on: list[torch.Tensor] = []
+
+    def hand_on(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return an alias of the tensor that the mode recognises."""
+        alias = tensor.view_as(tensor)
+        self._handed_on.append(alias)
+        return alias
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FOLLOWERS:
+            subject = args[0] if args else kwargs.get("input")
+            if any(subject is tensor for tensor in self._handed_on):
+                return subject
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def excised(model: nn.Module, layers: Layers) -> Iterator[None]:
+    """Cut layers out of the forward pass for the length of a ``with`` block; the weights are not touched.
+
+    A block hands its first tensor input on as its first tensor output. A plain affine layer does the same, and the norm and
+    activation that follow it are skipped with it: a layer is the affine map, its batch norm and its activation.
+
+    Args:
+        model: any module.
+        layers: see ``neutralize.select``.
+
+    Raises:
+        NeutralizeError: nothing is selected; or, during a forward pass, a layer's output does not have its input's shape.
+    """
+    with _cut_out(dict(select(unwrap(model), layers))):
+        yield
+
+
+@contextmanager
+def _cut_out(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    mode = _SkipFollowers()
+    handles = [
+        module.register_forward_hook(_cut(name, module, mode), with_kwargs=True) for name, module in layers.items()
+    ]
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cut(name: str, module: nn.Module, mode: _SkipFollowers) -> Callable[..., Any]:
+    is_leaf = next(module.children(), None) is None
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+        if entering is None or leaving is None or entering.shape != leaving.shape:
+            shapes = [None if tensor is None else list(tensor.shape) for tensor in (entering, leaving)]
+            raise NeutralizeError(
+                f"excised: expected layer {name!r} to return its input's shape, got {shapes[0]} in and {shapes[1]} out; "
+                "only a layer that keeps the shape can be cut out"
+            )
+        return replace_first_tensor(output, mode.hand_on(entering) if is_leaf else entering)
+
+    return hook
+
+
+def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verification:
+    """Measure how far a plan is from its aim, on given inputs; the model is left as it was.
+
+    The reference is the excised network for layers that become their input; for the other strategies it is the intact network
+    with the layer's contribution replaced by hooks (by zero, or by itself times the factor).
+
+    Args:
+        model: the model planned for, with weights.
+        plan: a plan that is not applied at the moment.
+        *inputs: positional arguments of the model.
+        **kwargs: keyword arguments of the model.
+
+    Raises:
+        NeutralizeError: the plan does not fit the model.
+    """
+    model = unwrap(model)
+    if not inputs and not kwargs:
+        from neutralize.dataflow import own_inputs, placed_inputs
+
+        brought = own_inputs(model)
+        if brought is None:
+            raise NeutralizeError("verify: expected inputs for the model, got none; pass its arguments after the plan")
+        inputs, kwargs = placed_inputs(model, brought)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for entry in plan.layers for name in (entry.layer, *entry.consumers) if name not in modules]
+    if missing:
+        raise NeutralizeError(f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it")
+    with _untouched(model):
+        with _reference(modules, plan):
+            wanted, wanted_probe = _run(model, modules, plan, inputs, kwargs)
+        with plan.applied(model):
+            got, probe = _run(model, modules, plan, inputs, kwargs)
+    per_layer, within = {}, {}
+    for entry in plan.layers:
+        per_layer[entry.layer], within[entry.layer] = _layer_error(entry, plan, probe, wanted_probe)
+    bounds = {entry.layer: entry.certificate.bound for entry in plan.layers if entry.certificate.bound is not None}
+    return Verification(
+        relative_error=_relative_error(got, wanted),
+        per_layer=per_layer,
+        gradient_gain={
+            name: _ratio(probe.gradients[name], wanted_probe.gradients[name]) for name in probe.gradients
+        },
+        exact=len(got) == len(wanted) and all(_equal(one, other) for one, other in zip(got, wanted, strict=True)),
+        bound_holds=all(per_layer[name] <= bound for name, bound in bounds.items() if within[name]),
+        assumptions_hold=all(within.values()),
+        bounds=bounds,
+    )
+
+
+# ---- running and probing ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Probe:
+    """What hooks saw in one run: first tensors entering and leaving modules, and gradients at the layers' inputs."""
+
+    entering: dict[str, torch.Tensor] = field(default_factory=dict)
+    leaving: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, float] = field(default_factory=dict)
+
+
+def _run(
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[torch.Tensor], _Probe]:
+    """Run the model once, in the same random state each time, and differentiate the loss."""
+    probe = _Probe()
+    nudges: dict[str, torch.Tensor] = {}
+    watched = dict.fromkeys(name for entry in plan.layers for name in (entry.layer, *entry.consumers))
+
+    def enter(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            tensor = first_tensor((args, kwargs))
+            if tensor is None or name in probe.entering:
+                return None
+            probe.entering[name] = tensor.detach().clone()
+            if not tensor.is_floating_point() or name not in layers:
+                return None
+            # Zeros that are added: the gradient that reaches them is the gradient that reaches the layer.
+            nudges[name] = torch.zeros_like(tensor, requires_grad=True)
+            return replace_first_tensor((args, kwargs), torch.where(nudges[name] == 0, tensor + nudges[name], tensor))
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None and name not in probe.leaving:
+                probe.leaving[name] = tensor.detach().clone()
+
+        return hook
+
+    layers = {entry.layer for entry in plan.layers}
+    with ExitStack() as stack, torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        for name in watched:
+            stack.callback(modules[name].register_forward_pre_hook(enter(name), with_kwargs=True).remove)
+            stack.callback(modules[name].register_forward_hook(leave(name)).remove)
+        # The caller's inputs are kept from in-place ops of the model.
+        args, kwargs = pytree.tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, (args, kwargs))
+        outputs = list(tensors_in(model(*args, **kwargs)))
+        probe.gradients = _gradients(outputs, nudges)
+    return [output.detach() for output in outputs], probe
+
+
+def _gradients(outputs: list[torch.Tensor], nudges: dict[str, torch.Tensor]) -> dict[str, float]:
+    parts = [output.double().square().mean() for output in outputs if output.is_floating_point() and output.requires_grad]
+    if not parts or not nudges:
+        return dict.fromkeys(nudges, 0.0)
+    found = torch.autograd.grad(torch.stack([part.cpu() for part in parts]).sum(), list(nudges.values()), allow_unused=True)
+    return {
+        name: 0.0 if gradient is None else float(gradient.double().norm()) for name, gradient in zip(nudges, found, strict=True)
+    }
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put buffers back afterwards: a batch norm in training mode moves its running statistics."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if _trains(model) else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
+
+
+def _trains(model: nn.Module) -> bool:
+    return any(module.training for module in model.modules())
+
+
+@contextmanager
+def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
+    """The network that the plan aims at, made by hooks."""
+    cut = {entry.layer: modules[entry.layer] for entry in plan.layers if entry.target == "input" and entry.gain == 1.0}
+    with ExitStack() as stack:
+        stack.enter_context(_cut_out(cut))
+        for entry in plan.layers:
+            if entry.layer in cut:
+                continue
+            factor = {"input": entry.gain, "null": 0.0, "fill": 0.0}.get(entry.target, entry.gain)
+            if entry.target == "input":
+                stack.enter_context(_cut_out({entry.layer: modules[entry.layer]}))
+            if entry.consumers and (entry.target == "input" or entry.sides in ("out", "both")):
+                for name in entry.consumers:
+                    stack.callback(modules[name].register_forward_pre_hook(_times_in(factor), with_kwargs=True).remove)
+            else:
+                residual = entry.target == "damped"
+                stack.callback(
+                    modules[entry.layer].register_forward_hook(_times_out(factor, residual=residual), with_kwargs=True).remove
+                )
+        yield
+
+
+def _times_in(factor: float) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        tensor = first_tensor((args, kwargs))
+        return None if tensor is None else replace_first_tensor((args, kwargs), tensor * factor)
+
+    return hook
+
+
+def _times_out(factor: float, *, residual: bool) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+        if leaving is None:
+            return None
+        scaled = entering + factor * (leaving - entering) if residual and entering is not None else factor * leaving
+        return replace_first_tensor(output, scaled)
+
+    return hook
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> tuple[float, bool]:
+    """The largest error of what a layer hands on, as a fraction, and whether its input stayed within the assumed bound."""
+    if entry.target != "input":
+        place = entry.consumers[0] if entry.consumers and entry.sides in ("out", "both") else entry.layer
+        return _largest(got.leaving[place], wanted.leaving[place], wanted.leaving[place]), True
+    entering = _decoded(entry.layer, plan, got.entering[entry.layer].double())
+    if entry.consumers:
+        handed_on = _decode(entry, got.entering[entry.consumers[0]].double())
+    else:
+        handed_on = got.leaving[entry.layer].double()
+    if handed_on.numel() != entering.numel():
+        return math.nan, True
+    expected = entry.gain * entering.reshape(handed_on.shape)
+    if entry.input_bound is None:
+        return _largest(handed_on, expected, expected), True
+    peak = float(entering.abs().max()) if entering.numel() else 0.0
+    return float((handed_on - expected).abs().max()) / entry.input_bound, peak <= entry.input_bound
+
+
+def _decoded(layer: str, plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
+    """What enters a layer, decoded if the layer that it reads is a pass-through itself."""
+    for entry in plan.layers:
+        if layer in entry.consumers and entry.target == "input":
+            return _decode(entry, tensor)
+    return tensor
+
+
+def _decode(entry: LayerPlan, tensor: torch.Tensor) -> torch.Tensor:
+    """What a consumer of a linear-regime layer makes of what it reads: ``(h - φ(a)) / (ε φ'(a))``."""
+    assert entry.epsilon is not None and entry.slope is not None and entry.value is not None
+    return (tensor - entry.value) / (entry.epsilon * entry.slope)
+
+
+def _largest(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
+    if got.numel() == 0 or _equal(got, wanted):
+        return 0.0
+    peak = float(scale.double().abs().max())
+    difference = float((got.double() - wanted.double()).abs().max())
+    return difference / peak if peak else difference
+
+
+def _relative_error(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    pairs = [(one.double(), other.double()) for one, other in zip(got, wanted, strict=True) if other.is_floating_point()]
+    difference = math.sqrt(sum(float((one - other)[one != other].square().sum()) for one, other in pairs))
+    size = math.sqrt(sum(float(other.square().sum()) for _, other in pairs))
+    return difference / size if size else difference
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    same = one == other
+    return bool((same | (one != one) & (other != other)).all())
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else (1.0 if one == 0.0 else math.nan)
