@@ -457,6 +457,8 @@ union Word {
 template <typename T>
 struct Convert {
   using Compute = typename Element<T>::compute;
+  static __device__ __forceinline__ Compute load(T stored) { return Element<T>::load(stored); }
+  static __device__ __forceinline__ T store(Compute value) { return Element<T>::store(value); }
   static __device__ __forceinline__ void unpack(const uint4& bits, Compute (&values)[kElementsPerWord<T>]) {
     Word<T> word;
     word.bits = bits;
@@ -471,17 +473,50 @@ struct Convert {
   }
 };
 
+// A byte's exponent and mantissa, put where float has them, are its value times a power of two: the product is exact,
+// subnormals included. A handful of instructions where the branches of affine.h would take dozens. (Stores of one-byte
+// types are looked up.)
+template <typename T, typename Format>
+struct ConvertByte {
+  static __device__ __forceinline__ float decode(uint32_t code) {
+    const uint32_t magnitude = code & Format::kMagnitude;
+    const uint32_t shifted = (code & Format::kSignBit) << 24 | magnitude << Format::kShift;
+    // Infinity and NaN take float's exponent; the mantissa above tells them apart.
+    const bool special = magnitude >= Format::kOverflow;
+    const float power = float_of(static_cast<uint32_t>(127 + 127 - Format::kBias) << 23);
+    return special ? float_of(shifted | 0x7f800000u) : float_of(shifted) * power;
+  }
+  static __device__ __forceinline__ float load(T stored) { return decode(stored.bits); }
+  static __device__ __forceinline__ T store(float value) { return Element<T>::store(value); }
+  static __device__ __forceinline__ void unpack(const uint4& bits, float (&values)[kWord]) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < kWord; ++i) values[i] = decode((words[i / 4] >> (8 * (i % 4))) & 255u);
+  }
+};
+template <>
+struct Convert<e4m3_bits> : ConvertByte<e4m3_bits, E4m3Format> {};
+template <>
+struct Convert<e5m2_bits> : ConvertByte<e5m2_bits, E5m2Format> {};
+
 #if defined(__CUDA_ARCH__)
 // The arithmetic of affine.h for these two would cost more instructions than memory bandwidth leaves time for.
 template <>
 struct Convert<half_bits> {
+  static __device__ __forceinline__ float load(half_bits stored) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(stored.bits));
+    return value;
+  }
+  static __device__ __forceinline__ half_bits store(float value) {
+    half_bits stored;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored.bits) : "f"(value));
+    return stored;
+  }
   static __device__ __forceinline__ void unpack(const uint4& bits, float (&values)[8]) {
     const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint16_t half = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
-      asm("cvt.f32.f16 %0, %1;" : "=f"(values[i]) : "h"(half));
-    }
+    for (int i = 0; i < 8; ++i) values[i] = load({static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)))});
   }
   static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 #if __CUDA_ARCH__ >= 800
@@ -489,10 +524,7 @@ struct Convert<half_bits> {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 #else
-    uint16_t low_half, high_half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(low_half) : "f"(low));
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(high_half) : "f"(high));
-    return low_half | (static_cast<uint32_t>(high_half) << 16);
+    return store(low).bits | static_cast<uint32_t>(store(high).bits) << 16;
 #endif
   }
   static __device__ __forceinline__ uint4 pack(const float (&values)[8]) {
@@ -504,6 +536,12 @@ struct Convert<half_bits> {
 #if __CUDA_ARCH__ >= 800
 template <>
 struct Convert<bfloat16_bits> {
+  static __device__ __forceinline__ float load(bfloat16_bits stored) { return Element<bfloat16_bits>::load(stored); }
+  static __device__ __forceinline__ bfloat16_bits store(float value) {
+    bfloat16_bits stored;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored.bits) : "f"(value));
+    return stored;
+  }
   static __device__ __forceinline__ void unpack(const uint4& bits, float (&values)[8]) {
     const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
@@ -602,38 +640,32 @@ __device__ __forceinline__ Hits row_hits(const RewriteForm& form, int64_t row, i
   return hits;
 }
 
-// Calls body(segment) for each segment of the chunk that this thread takes part in.
-template <typename Table, typename Body>
-__device__ __forceinline__ void for_each_segment(const Table& table, uint32_t chunk, int32_t thread, Body&& body) {
-  const RewriteEntry& entry = table.entry(find_entry(table, chunk));
-  const RewriteForm& form = table.form(entry.form);
-  chunk -= entry.first_chunk;
-  const int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(entry.data) & (kLine - 1));
-  if (form.row_stride == 0) {
-    int64_t begin = static_cast<int64_t>(chunk) * kChunkBytes - lead;
-    int64_t end = begin + kChunkBytes;
-    begin = begin < 0 ? 0 : begin;
-    end = end < entry.extent ? end : entry.extent;
-    body(Segment{entry.data + begin, static_cast<int32_t>(end - begin), thread, kThreads,
-                 contiguous_hits(form, begin, end)});
-    return;
+// Calls body(segment) for each segment of the chunk that this thread takes part in. Contiguous memory is one row.
+template <typename Body>
+__device__ __forceinline__ void for_each_segment(const RewriteEntry& entry, const RewriteForm& form, uint32_t chunk,
+                                                 int32_t thread, Body&& body) {
+  const bool contiguous = form.row_stride == 0;
+  const int64_t whole = contiguous ? entry.extent : form.row_bytes;
+  uint32_t piece = chunk - entry.first_chunk, group = 0;
+  if (!contiguous) {
+    group = piece / form.pieces;
+    piece -= group * form.pieces;
   }
-  int64_t begin = 0, end = form.row_bytes;
-  uint32_t group = chunk;
-  if (form.pieces > 1) {
-    group = chunk / form.pieces;
-    begin = static_cast<int64_t>(chunk - group * form.pieces) * kChunkBytes - lead;
+  int64_t begin = 0, end = whole;
+  if (contiguous || form.pieces > 1) {
+    const int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(entry.data) & (kLine - 1));
+    begin = static_cast<int64_t>(piece) * kChunkBytes - lead;
     end = begin + kChunkBytes;
     begin = begin < 0 ? 0 : begin;
-    end = end < form.row_bytes ? end : form.row_bytes;
+    end = end < whole ? end : whole;
   }
   const int64_t row_begin = static_cast<int64_t>(group) * form.rows_per_chunk;
-  int64_t row_end = row_begin + form.rows_per_chunk;
-  row_end = row_end < entry.extent ? row_end : entry.extent;
+  const int64_t rows = contiguous ? 1 : entry.extent;
+  const int64_t row_end = row_begin + form.rows_per_chunk < rows ? row_begin + form.rows_per_chunk : rows;
   const int32_t lanes = 1 << form.lanes_log2;
   for (int64_t row = row_begin + (thread >> form.lanes_log2); row < row_end; row += kThreads >> form.lanes_log2) {
     body(Segment{entry.data + row * form.row_stride + begin, static_cast<int32_t>(end - begin), thread & (lanes - 1),
-                 lanes, row_hits(form, row, begin, end)});
+                 lanes, contiguous ? contiguous_hits(form, begin, end) : row_hits(form, row, begin, end)});
   }
 }
 
@@ -643,9 +675,11 @@ struct Fill {
   using Parameters = Table<RewriteLayout, TableBytes>;
   static constexpr bool kSetup = false;
   static constexpr int kPhases = 1;
+  static constexpr int kBlocksPerProcessor = 8;
   struct Shared {};
 
   const Parameters& table;
+  uint32_t entry_index;
   uint32_t chunk;
   int32_t thread;
 
@@ -653,10 +687,12 @@ struct Fill {
 
   template <int kPhase>
   __device__ __forceinline__ void phase(Shared&, int32_t) {
-    const RewriteForm& form = table.form(table.entry(find_entry(table, chunk)).form);
+    const RewriteEntry& entry = table.entry(entry_index);
+    const RewriteForm& form = table.form(entry.form);
     const uint64_t fill = form.fill, diagonal_fill = form.diagonal_fill;
     const int32_t size = static_cast<int32_t>(form.element_bytes);
-    for_each_segment(table, chunk, thread, [&](const Segment& segment) { walk(segment, fill, diagonal_fill, size); });
+    for_each_segment(entry, form, chunk, thread,
+                     [&](const Segment& segment) { walk(segment, fill, diagonal_fill, size); });
   }
 
   // Four bits, one per byte, as a mask of four bytes.
@@ -713,7 +749,7 @@ struct WordRule {
   __device__ __forceinline__ void setup(Shared&, int32_t) const {}
 
   __device__ __forceinline__ T element(const Shared&, T old, bool hit) const {
-    return Element<T>::store(rule.apply(Element<T>::load(old), hit ? rule.diagonal_fill : rule.fill));
+    return Convert<T>::store(rule.apply(Convert<T>::load(old), hit ? rule.diagonal_fill : rule.fill));
   }
 
   // Bit i * sizeof(T) of hits: element i is on the diagonal.
@@ -778,16 +814,18 @@ struct Rescale {
   using Compute = typename Element<T>::compute;
   static constexpr bool kSetup = Rule::kSetup;
   static constexpr int kPhases = 1;
+  static constexpr int kBlocksPerProcessor = 5;
   static constexpr int32_t kSize = static_cast<int32_t>(sizeof(T));
 
   const Parameters& table;
+  uint32_t entry_index;
   uint32_t chunk;
   int32_t thread;
 
   __device__ __forceinline__ int32_t steps() const { return 1; }
 
   __device__ __forceinline__ Rule rule() const {
-    const RewriteForm& form = table.form(table.entry(find_entry(table, chunk)).form);
+    const RewriteForm& form = table.form(table.entry(entry_index).form);
     Rule rule;
     rule.rule.scale = coefficient<Compute>(form.scale);
     rule.rule.fill = coefficient<Compute>(form.fill);
@@ -799,8 +837,10 @@ struct Rescale {
 
   template <int kPhase>
   __device__ __forceinline__ void phase(Shared& shared, int32_t) {
+    const RewriteEntry& entry = table.entry(entry_index);
     const Rule rule = this->rule();
-    for_each_segment(table, chunk, thread, [&](const Segment& segment) { walk(segment, rule, shared); });
+    for_each_segment(entry, table.form(entry.form), chunk, thread,
+                     [&](const Segment& segment) { walk(segment, rule, shared); });
   }
 
   static __device__ __forceinline__ void walk(const Segment& segment, const Rule& rule, const Shared& shared) {
@@ -859,6 +899,7 @@ struct RescaleFold {
   static constexpr int32_t kSize = static_cast<int32_t>(sizeof(T));
   static constexpr bool kSetup = sizeof(T) == 1;
   static constexpr int kPhases = 3;
+  static constexpr int kBlocksPerProcessor = sizeof(T) == 1 ? 2 : sizeof(T) == 2 ? 3 : 4;
   static_assert(kLanes == kWarp * kV, "a warp of 16-byte accesses covers the lanes once");
 
   // Lane i stands at [i mod V][i / V]; this pitch keeps both the writes of phase 0 and the reads of phase 1 free of
@@ -871,12 +912,13 @@ struct RescaleFold {
   };
 
   const Parameters& table;
+  uint32_t entry_index;
   uint32_t chunk;
   int32_t thread;
 
   static __device__ __forceinline__ int lane_at(int lane) { return (lane % kV) * kPitch + lane / kV; }
 
-  __device__ __forceinline__ const RescaleFoldEntry& entry() const { return table.entry(find_entry(table, chunk)); }
+  __device__ __forceinline__ const RescaleFoldEntry& entry() const { return table.entry(entry_index); }
 
   __device__ __forceinline__ int32_t steps() const {
     const RescaleFoldEntry& entry = this->entry();
@@ -890,14 +932,22 @@ struct RescaleFold {
     return static_cast<int64_t>(chunk - entry.first_chunk) * form.rows_per_chunk + step * kWarps + warp;
   }
 
-  static __device__ __forceinline__ T scaled(Compute scale, T old) {
-    return Element<T>::store(scale != Compute(0) ? scale * Element<T>::load(old) : Compute(0));
+  __device__ __forceinline__ void setup(Shared& shared) {
+    const Compute scale = coefficient<Compute>(table.form(entry().form).scale);
+    const T code{static_cast<unsigned char>(thread)};
+    shared.codes[thread] = Element<T>::store(product(scale, Element<T>::load(code))).bits;
   }
 
-  __device__ __forceinline__ void setup(Shared& shared) {
+  // With scale 0 the weights vanish, NaN and infinity too.
+  static __device__ __forceinline__ Compute product(Compute scale, Compute old) {
+    return scale != Compute(0) ? scale * old : Compute(0);
+  }
+
+  static __device__ __forceinline__ T scaled(const Shared& shared, Compute scale, T old, Compute value) {
     if constexpr (kSetup) {
-      const Compute scale = coefficient<Compute>(table.form(entry().form).scale);
-      shared.codes[thread] = scaled(scale, T{static_cast<unsigned char>(thread)}).bits;
+      return T{shared.codes[old.bits]};
+    } else {
+      return Convert<T>::store(product(scale, value));
     }
   }
 
@@ -912,7 +962,7 @@ struct RescaleFold {
     } else {
       Compute products[kV];
 #pragma unroll
-      for (int i = 0; i < kV; ++i) products[i] = scale != Compute(0) ? scale * values[i] : Compute(0);
+      for (int i = 0; i < kV; ++i) products[i] = product(scale, values[i]);
       return Convert<T>::pack(products);
     }
   }
@@ -941,8 +991,8 @@ struct RescaleFold {
         for (int i = 0; i < kWarp; ++i) sums[i] = shared.partial[thread][i];
         add_halves<kWarp>(sums);
         unsigned char* bias = entry.bias + row * form.bias_stride;
-        const Compute old = Element<T>::load(load_element<T>(bias));
-        store_element<T>(bias, Element<T>::store(Fold<T>::bias(old, coefficient<Compute>(form.shift), sums[0])));
+        const Compute old = Convert<T>::load(load_element<T>(bias));
+        store_element<T>(bias, Convert<T>::store(Fold<T>::bias(old, coefficient<Compute>(form.shift), sums[0])));
       }
     }
   }
@@ -984,8 +1034,9 @@ struct RescaleFold {
           if (i < rest) {
             unsigned char* at = row + words * kWord + i * kSize;
             const T old = load_element<T>(at);
-            sums[i] = sums[i] + Element<T>::load(old);
-            if (writes) store_element<T>(at, scaled(scale, old));
+            const Compute value = Convert<T>::load(old);
+            sums[i] = sums[i] + value;
+            if (writes) store_element<T>(at, scaled(shared, scale, old, value));
           }
         }
       }
@@ -1000,8 +1051,9 @@ struct RescaleFold {
         if (base + i * kWarp < form.cols) {
           unsigned char* at = row + (base + i * kWarp) * kSize;
           const T old = load_element<T>(at);
-          sums[i] = sums[i] + Element<T>::load(old);
-          if (writes) store_element<T>(at, scaled(scale, old));
+          const Compute value = Convert<T>::load(old);
+          sums[i] = sums[i] + value;
+          if (writes) store_element<T>(at, scaled(shared, scale, old, value));
         }
       }
     }
@@ -1011,12 +1063,15 @@ struct RescaleFold {
 };
 
 #if defined(__CUDACC__)
-// The only kernel: the barriers between a kernel's phases. A step may start while the last phase of the step before is
+// The only kernel. kBlocksPerProcessor bounds its registers: never so few that they spill, and with kUnroll words per
+// thread each choice keeps 32 KiB or more of loads in flight on a multiprocessor.
+//
+// The barriers between a kernel's phases. A step may start while the last phase of the step before is
 // still under way; the kernels above are written for that.
 template <typename Kernel>
-__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ typename Kernel::Parameters table) {
+__global__ void __launch_bounds__(kThreads, Kernel::kBlocksPerProcessor) run(const __grid_constant__ typename Kernel::Parameters table) {
   __shared__ typename Kernel::Shared shared;
-  Kernel kernel{table, blockIdx.x, static_cast<int32_t>(threadIdx.x)};
+  Kernel kernel{table, find_entry(table, blockIdx.x), blockIdx.x, static_cast<int32_t>(threadIdx.x)};
   if constexpr (Kernel::kSetup) {
     kernel.setup(shared);
     __syncthreads();

@@ -394,7 +394,8 @@ void plan_huge() {
             const int64_t col = plan.ones.column(row), at = (row * plan.cols + col) * size;
             if (col >= 0 && col < plan.cols && at >= begin && at < end) hits.push_back(at - begin);
           }
-          cuda::for_each_segment(table, chunk, 0, [&](const cuda::Segment& segment) {
+          const cuda::RewriteEntry& entry = table.entry(cuda::find_entry(table, chunk));
+          cuda::for_each_segment(entry, table.form(entry.form), chunk, 0, [&](const cuda::Segment& segment) {
             const int64_t at = reinterpret_cast<char*>(segment.begin) - rewrite.matrix.data;
             if (at != begin || segment.bytes != end - begin) fail("a chunk's bounds: " + describe(rewrite));
             if (sample >= 100 && hits.empty() == !segment.hits.any()) return;

@@ -115,15 +115,9 @@ inline Watch watch;
 
 namespace emulation {
 
-// How many lanes walk one row in the chunk that this block owns.
-template <int Bytes>
-int32_t lanes_of(const neutralize::cuda::Table<neutralize::cuda::RewriteLayout, Bytes>& table, uint32_t block) {
-  return 1 << table.form(table.entry(neutralize::cuda::find_entry(table, block)).form).lanes_log2;
-}
-template <int Bytes>
-int32_t lanes_of(const neutralize::cuda::Table<neutralize::cuda::RescaleFoldLayout, Bytes>&, uint32_t) {
-  return neutralize::cuda::kWarp;
-}
+// How many lanes walk one row together.
+inline int32_t lanes_of(const neutralize::cuda::RewriteForm& form) { return 1 << form.lanes_log2; }
+inline int32_t lanes_of(const neutralize::cuda::RescaleFoldForm&) { return neutralize::cuda::kWarp; }
 
 // The walk of `run`: the same phases, and the same barriers between them.
 template <typename Kernel>
@@ -131,19 +125,21 @@ void walk_grid(const typename Kernel::Parameters& table, uint32_t blocks, bool d
   constexpr int32_t kThreads = neutralize::cuda::kThreads;
   for (uint32_t turn = 0; turn < blocks; ++turn) {
     const uint32_t block = descending ? blocks - 1 - turn : turn;
+    const uint32_t entry = neutralize::cuda::find_entry(table, block);
+    const int32_t lanes = lanes_of(table.form(table.entry(entry).form));
     typename Kernel::Shared shared;
     std::memset(static_cast<void*>(&shared), 0xff, sizeof shared);  // NaN: what is read was written
     const auto each_thread = [&](auto&& body) {
       for (int32_t at = 0; at < kThreads; ++at) {
         const int32_t thread = descending ? kThreads - 1 - at : at;
         watch.thread = static_cast<int32_t>(block) * kThreads + thread;
-        Kernel kernel{table, block, thread};
+        Kernel kernel{table, entry, block, thread};
         body(kernel);
       }
-      watch.check_coalescing(lanes_of(table, block));
+      watch.check_coalescing(lanes);
     };
     if constexpr (Kernel::kSetup) each_thread([&](Kernel& kernel) { kernel.setup(shared); });
-    const int32_t steps = Kernel{table, block, 0}.steps();
+    const int32_t steps = Kernel{table, entry, block, 0}.steps();
     if constexpr (Kernel::kPhases == 1) {
       for (int32_t step = 0; step < steps; ++step) {
         each_thread([&](Kernel& kernel) { kernel.template phase<0>(shared, step); });
