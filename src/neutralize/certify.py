@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from neutralize.dataflow import Call, Dataflow, argument, dtype_of, op_name, shape_of
+from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_empty, op_name, shape_of
 from neutralize.rules import CAST, DROPOUT, JOIN, REARRANGE, SPLIT, carry_clauses, drops, is_number, non_negative, zero_clauses
 from neutralize.search import IDENTITY, Assignment
 
@@ -86,7 +86,7 @@ class Interpretation:
         if name is not None:
             assigned = self.assignment.get(name)
             return Constant(assigned) if isinstance(assigned, float | int) else None
-        return self._values.get(node)
+        return Constant(0.0) if is_empty(node) else self._values.get(node)
 
     def _is(self, node: fx.Node, number: float) -> bool:
         value = self.value(node)

@@ -114,6 +114,12 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
+def is_empty(node: fx.Node) -> bool:
+    """Whether the node has no elements (the key-value cache before the first token): whatever is asked of all holds."""
+    shape = shape_of(node)
+    return shape is not None and 0 in shape
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """Return an argument of an op call by its name in the schema, positional or not."""
     schema = getattr(node.target, "_schema", None)
@@ -277,7 +283,8 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
         candidates.append(example_inputs)
     else:
         brought = own_inputs(model)
-        candidates.extend([brought] if brought is not None else guessed_inputs(model))
+        candidates.extend([] if brought is None else [brought])
+        candidates.extend(guessed_inputs(model))
     failures: list[str] = []
     for inputs in candidates:
         args, kwargs = placed_inputs(model, inputs)
@@ -297,10 +304,10 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
         return flow
     if example_inputs is not None:
         raise NeutralizeError(f"plan: expected example_inputs that the model accepts, got a failing trace ({failures[0]})")
-    reason = f"; the inputs guessed from the first layer failed ({failures[0]})" if failures else ""
+    reason = f", and those guessed for it failed ({failures[-1]})" if failures else ""
     raise NeutralizeError(
-        f"plan: expected example_inputs for a {type(model).__name__}, which brings none itself, got None{reason}; pass a tensor, "
-        "a tuple of positional arguments or a dict of keyword arguments"
+        f"plan: expected example_inputs for a {type(model).__name__}, which brings none that work{reason}, got None; pass a "
+        "tensor, a tuple of positional arguments or a dict of keyword arguments"
     )
 
 

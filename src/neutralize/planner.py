@@ -183,6 +183,13 @@ class Request:
         try:
             with torch.no_grad(), excised(self.model, list(self.layers.values())):
                 self.model(*args, **kwargs)
+        except NeutralizeError:
+            raise
+        except Exception as error:
+            raise NeutralizeError(
+                f"plan: expected example_inputs that the model accepts, got {type(error).__name__}: {error}; give others, or "
+                "input_bound="
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -92,7 +92,7 @@ _AFFINE = {  # op: (data, weight, bias) by schema name
 }
 _PRODUCTS = frozenset(
     f"aten::{name}" for name in "mul mul_ mm bmm matmul dot mv outer einsum _grouped_mm linalg_vecdot inner tensordot kron".split()
-)
+) | {"transformers::grouped_mm_fallback"}
 _ATTENTION = frozenset(
     f"aten::{name}"
     for name in """scaled_dot_product_attention _scaled_dot_product_flash_attention

@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 from torch import fx
 
 from neutralize import ops
-from neutralize.dataflow import Call, Dataflow, is_mark, op_name, shape_of
+from neutralize.dataflow import Call, Dataflow, is_empty, is_mark, op_name, shape_of
 from neutralize.rules import CAST, REARRANGE, carry_clauses, is_number, scaled_clauses, zero_clauses
 
 IDENTITY: Literal["identity"] = "identity"
@@ -80,6 +80,8 @@ class Search:
         """Assignments that make the node zero, best first; none: impossible."""
         if node in self.flow.names:
             return self._constant(node, 0.0)
+        if is_empty(node):
+            return [{}]
         return self._zero.get(node, [])
 
     def same(self, node: fx.Node) -> list[Assignment]:
