@@ -45,7 +45,8 @@ NEUTRALIZE_HD float float_of(uint32_t bits) {
 }
 
 // A binary format of 16 bits or fewer, as parameters of one pair of conversions.
-// `Finite`: no infinity, and the all-ones pattern alone is NaN (the "fn" formats); overflow then gives NaN, as torch does.
+// `Finite`: no infinity, and the all-ones pattern alone is NaN (the "fn" formats); overflow, of infinity too, then gives
+// the largest number, as in recent torch and in the hardware's conversions (older torch: NaN).
 template <int ExponentBits, int MantissaBits, bool Finite>
 struct SmallFloat {
   static constexpr int kBias = (1 << (ExponentBits - 1)) - 1;
@@ -54,7 +55,7 @@ struct SmallFloat {
   static constexpr uint32_t kMagnitude = kSignBit - 1;
   static constexpr uint32_t kInfinity = ((1u << ExponentBits) - 1) << MantissaBits;  // where the format has one
   static constexpr uint32_t kNan = Finite ? kMagnitude : (kInfinity | (1u << (MantissaBits - 1)));
-  static constexpr uint32_t kOverflow = Finite ? kNan : kInfinity;
+  static constexpr uint32_t kOverflow = Finite ? kNan - 1 : kInfinity;
 
   static NEUTRALIZE_HD float decode(uint32_t code) {
     const uint32_t sign = (code & kSignBit) << (31 - ExponentBits - MantissaBits);

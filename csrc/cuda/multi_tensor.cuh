@@ -482,7 +482,8 @@ struct ConvertByte {
     const uint32_t magnitude = code & Format::kMagnitude;
     const uint32_t shifted = (code & Format::kSignBit) << 24 | magnitude << Format::kShift;
     // Infinity and NaN take float's exponent; the mantissa above tells them apart.
-    const bool special = magnitude >= Format::kOverflow;
+    const bool special =
+        Format::kOverflow == Format::kInfinity ? magnitude >= Format::kInfinity : magnitude == Format::kNan;
     const float power = float_of(static_cast<uint32_t>(127 + 127 - Format::kBias) << 23);
     return special ? float_of(shifted | 0x7f800000u) : float_of(shifted) * power;
   }

@@ -1,6 +1,8 @@
 // kernels.cu's launches, walked on the CPU: same planning, same choice of kernel, no stream.
 #pragma once
 
+#include <memory>
+
 #include "emulation.h"
 
 namespace emulation {
