@@ -4,11 +4,13 @@
 #   VENV=.venv          where the environment goes
 #   NEUTRALIZE_CUDA=0   no CUDA kernels even where PyTorch and a toolkit would allow them (auto, 0 or 1)
 #   TESTS, PYTEST_ARGS  what pytest runs and how, e.g. make test TESTS=tests/test_ops.py PYTEST_ARGS=-x
+#   BENCH_ARGS          what the benchmarks are told, e.g. make bench BENCH_ARGS=--check: exit 1 if a goal is missed
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only: the steps speak for themselves
@@ -67,8 +69,8 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 bench: setup
-	@$(BIN)/python benchmarks/import_time.py
-	@$(BIN)/python benchmarks/ops.py
+	@$(BIN)/python benchmarks/import_time.py $(filter --check,$(BENCH_ARGS))
+	@$(BIN)/python benchmarks/ops.py $(BENCH_ARGS)
 
 gpu-check: setup
 	@$(BIN)/python benchmarks/gpu_check.py

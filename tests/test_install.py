@@ -50,15 +50,21 @@ def ask(*paths, before_import="pass"):
     return json.loads(result.stdout)
 
 
-def install(folder, **environment):
-    """Build a wheel from a clean copy of the sources and install it into `folder`/site; the wheel's path."""
-    sources = folder / "sources"
-    shutil.copytree(ROOT / "csrc", sources / "csrc")
-    shutil.copytree(ROOT / "src", sources / "src", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "_build.json"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The source distribution: what is missing from it cannot be built."""
+    folder = tmp_path_factory.mktemp("sdist")
+    program = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (archive,) = folder.glob("neutralize-*.tar.gz")
+    return archive
+
+
+def install(sdist, folder, **environment):
+    """Build a wheel from the source distribution and install it into `folder`/site; the wheel's path."""
     environment = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
-    build = [*PIP, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), str(sources)]
+    build = [*PIP, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), str(sdist)]
     result = subprocess.run(build, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = folder.glob("neutralize-*.whl")
@@ -67,7 +73,7 @@ def install(folder, **environment):
 
 
 def cpu_torch(cache):
-    """The path of an unpacked PyTorch without CUDA, from what pip is configured to find on this machine; or None."""
+    """The path of an unpacked PyTorch without CUDA, from what pip finds on this machine without an index; else skip."""
     site = Path(cache.mkdir("cpu-torch"))
     complete = site / ".complete"
     if not complete.exists():
@@ -85,7 +91,7 @@ def cpu_torch(cache):
         subprocess.run(download, capture_output=True, check=False)
         found = list(wheels.glob("torch-*+cpu-*.whl"))
         if not found:
-            return None
+            pytest.skip("pip finds no CPU-only PyTorch on this machine without an index (find-links)")
         install_command = [
             *PIP,
             "install",
@@ -128,8 +134,6 @@ class TestCudaBuild:
     def test_serves_a_real_cpu_torch_as_well(self, request):
         """The package that was built under this CUDA PyTorch, imported under another one without CUDA."""
         site = cpu_torch(request.config.cache)
-        if site is None:
-            pytest.skip("pip knows of no CPU-only torch without asking an index (find-links)")
         found = ask(site)
         assert found["torch"].endswith("+cpu")
         assert found["backend"] == "cpu"
@@ -145,22 +149,32 @@ class TestCudaBuild:
 
 
 # ---- CPU kernels only ----------------------------------------------------------------------------------------------
-def test_cpu_build_works_natively_and_says_why_no_cuda(tmp_path):
-    wheel = install(tmp_path, NEUTRALIZE_CUDA="0")
+@pytest.mark.parametrize("under", ["NEUTRALIZE_CUDA=0", "a PyTorch without CUDA"])
+def test_cpu_build_works_natively_and_says_why_no_cuda(request, sdist, tmp_path, under):
+    if under == "NEUTRALIZE_CUDA=0":
+        wheel = install(sdist, tmp_path, NEUTRALIZE_CUDA="0")
+        reason = "NEUTRALIZE_CUDA=0"
+    else:  # built there, and then used under this environment's PyTorch; DEBUG=1 compiles quickest
+        site = cpu_torch(request.config.cache)
+        wheel = install(sdist, tmp_path, NEUTRALIZE_CUDA=None, DEBUG="1", PYTHONPATH=str(site))
+        (version,) = (
+            path.name.removeprefix("torch-").removesuffix(".dist-info") for path in site.glob("torch-*.dist-info")
+        )
+        reason = f"torch {version} was built without CUDA"
     assert "-none-any" not in wheel.name
     assert not list((tmp_path / "site" / "neutralize").glob("_cuda*"))
     found = ask(tmp_path / "site")
     assert Path(found["file"]).is_relative_to(tmp_path)
     assert found["backend"] == "cpu"
     assert not found["cuda_kernels"]
-    assert found["why_not_more"] == ["no CUDA kernels: NEUTRALIZE_CUDA=0; reinstall neutralize where that is not so"]
+    assert found["why_not_more"] == [f"no CUDA kernels: {reason}; reinstall neutralize where that is not so"]
 
 
 # ---- no compiler ---------------------------------------------------------------------------------------------------
-def test_installs_as_pure_python_without_a_compiler(tmp_path):
+def test_installs_as_pure_python_without_a_compiler(sdist, tmp_path):
     empty = tmp_path / "bin"
     empty.mkdir()
-    wheel = install(tmp_path, PATH=str(empty), CC=None, CXX=None, CUDA_HOME=None, NEUTRALIZE_CUDA=None)
+    wheel = install(sdist, tmp_path, PATH=str(empty), CC=None, CXX=None, CUDA_HOME=None, NEUTRALIZE_CUDA=None)
     assert wheel.name.endswith("-py3-none-any.whl")
     found = ask(tmp_path / "site")
     assert Path(found["file"]).is_relative_to(tmp_path)
