@@ -94,13 +94,6 @@ inline void check_column(const char* op, const char* parameter, int64_t value) {
                   ", got ", value, "; no tensor has a column there");
 }
 
-inline void check_apart(const char* op, const char* parameter, const std::vector<Matrix>& matrices) {
-  const auto pair = overlapping_pair(matrices);
-  STD_TORCH_CHECK(pair.first < 0, op, ": expected tensors with memory of their own for ", parameter, ", got ", parameter,
-                  "[", pair.first, "] and ", parameter, "[", pair.second,
-                  "] sharing some; name shared memory once, it would be rewritten twice");
-}
-
 // ---- rewrite_ ------------------------------------------------------------------------------------------------------
 struct Rewrite {
   Matrix matrix;
@@ -123,9 +116,7 @@ inline std::vector<Rewrite> checked_rewrites(const std::vector<Tensor>& tensors,
   const PerTensor<int64_t> starts(op, "start", start, count);
   const PerTensor<int64_t> steps(op, "step", step, count);
   std::vector<Rewrite> rewrites;
-  std::vector<Matrix> matrices;
   rewrites.reserve(count);
-  matrices.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const Matrix matrix = matrix_of(op, "tensors", i, tensors[i], device_type);
     check_finite(op, "scale", i, scales[i], matrix.storage);
@@ -134,10 +125,12 @@ inline std::vector<Rewrite> checked_rewrites(const std::vector<Tensor>& tensors,
     check_finite(op, "diagonal + fill", i, diagonals[i] + fills[i], matrix.storage);
     check_column(op, "start", starts[i]);
     check_column(op, "step", steps[i]);
-    matrices.push_back(matrix);
     rewrites.push_back({matrix, scales[i], diagonals[i], fills[i], {starts[i], steps[i]}});
   }
-  check_apart(op, "tensors", matrices);
+  const auto pair =
+      overlapping_pair(count, [&](size_t i) -> const Matrix& { return rewrites[i].matrix; });
+  STD_TORCH_CHECK(pair.first < 0, op, ": expected tensors with memory of their own for tensors, got tensors[", pair.first,
+                  "] and tensors[", pair.second, "] sharing some; name shared memory once, it would be rewritten twice");
   return rewrites;
 }
 
@@ -159,9 +152,7 @@ inline std::vector<RescaleFold> checked_folds(const std::vector<Tensor>& weights
   const PerTensor<double> scales(op, "scale", scale, count);
   const PerTensor<double> shifts(op, "shift", shift, count);
   std::vector<RescaleFold> folds;
-  std::vector<Matrix> matrices;
   folds.reserve(count);
-  matrices.reserve(2 * count);
   for (size_t i = 0; i < count; ++i) {
     const Matrix weight = matrix_of(op, "weights", i, weights[i], device_type);
     const Matrix bias = matrix_of(op, "biases", i, biases[i], device_type);
@@ -172,11 +163,10 @@ inline std::vector<RescaleFold> checked_folds(const std::vector<Tensor>& weights
                     "], got two; cast the bias first");
     check_finite(op, "scale", i, scales[i], weight.storage);
     check_finite(op, "shift", i, shifts[i], weight.storage);
-    matrices.push_back(weight);
-    matrices.push_back(bias);
     folds.push_back({weight, bias, scales[i], shifts[i]});
   }
-  const auto pair = overlapping_pair(matrices);
+  const auto pair = overlapping_pair(
+      2 * count, [&](size_t i) -> const Matrix& { return i % 2 == 0 ? folds[i / 2].weight : folds[i / 2].bias; });
   STD_TORCH_CHECK(pair.first < 0, op, ": expected tensors with memory of their own for weights and biases, got pairs ",
                   pair.first / 2, " and ", pair.second / 2, " sharing some; name shared memory once");
   return folds;

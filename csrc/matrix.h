@@ -50,78 +50,77 @@ inline RowRange diagonal_rows(int64_t rows, int64_t cols, Diagonal diagonal) {
   return range.first < range.last ? range : RowRange{0, 0};
 }
 
-// Returns the positions of two matrices that share memory, or {-1, -1}. A list is written in parallel and in any order,
-// so what is in it twice would be rewritten twice. Usual lists cost one pass, and one sort where addresses are unordered;
-// blocks that interleave in memory (column slices of one matrix) are compared row interval by row interval.
-inline std::pair<int64_t, int64_t> overlapping_pair(const std::vector<Matrix>& matrices) {
+// Returns the positions of two of `count` matrices that share memory, or {-1, -1}; matrix_at(i) is the i-th. A list is
+// written in parallel and in any order, so what is in it twice would be rewritten twice. Usual lists cost one pass, and
+// one sort where addresses are unordered; blocks that interleave in memory (column slices of one matrix) are compared
+// row interval by row interval.
+template <typename MatrixAt>
+std::pair<int64_t, int64_t> overlapping_pair(size_t count, const MatrixAt& matrix_at) {
+  constexpr std::pair<int64_t, int64_t> kNone{-1, -1};
+  if (count < 2) return kNone;
   struct Span {
     uintptr_t begin;
     uintptr_t end;
-    int64_t index;
+    size_t index;
     bool operator<(const Span& other) const { return begin < other.begin; }
   };
   std::vector<Span> spans;
-  spans.reserve(matrices.size());
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    if (matrices[i].numel() != 0) {
-      spans.push_back({matrices[i].begin(), matrices[i].end(), static_cast<int64_t>(i)});
-    }
+  spans.reserve(count);
+  bool sorted = true;
+  for (size_t i = 0; i < count; ++i) {
+    const Matrix& matrix = matrix_at(i);
+    if (matrix.numel() == 0) continue;
+    sorted = sorted && (spans.empty() || spans.back().begin <= matrix.begin());
+    spans.push_back({matrix.begin(), matrix.end(), i});
   }
-  if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
-  std::vector<Span> rows;
+  if (!sorted) std::sort(spans.begin(), spans.end());
+
+  // Blocks of one wide matrix: it is enough that their column intervals, modulo the stride, are apart. Blocks that meet
+  // there may still have disjoint rows; that takes the exact comparison.
+  std::vector<Span> intervals;
+  const auto columns_apart = [&](size_t first, size_t last) {
+    const auto stride = static_cast<uintptr_t>(matrix_at(spans[first].index).stride_bytes());
+    intervals.clear();
+    for (size_t i = first; i < last; ++i) {
+      const Matrix& matrix = matrix_at(spans[i].index);
+      const uintptr_t offset = (spans[i].begin - spans[first].begin) % stride;
+      const auto width = static_cast<uintptr_t>(matrix.row_bytes());
+      if (static_cast<uintptr_t>(matrix.stride_bytes()) != stride || offset + width > stride) return false;
+      intervals.push_back({offset, offset + width, spans[i].index});
+    }
+    std::sort(intervals.begin(), intervals.end());
+    for (size_t i = 1; i < intervals.size(); ++i) {
+      if (intervals[i].begin < intervals[i - 1].end) return false;
+    }
+    return true;
+  };
+
   for (size_t first = 0; first < spans.size();) {
     // [first, last): a group whose spans chain together.
     size_t last = first + 1;
     uintptr_t reach = spans[first].end;
-    bool strided = !matrices[static_cast<size_t>(spans[first].index)].contiguous();
-    while (last < spans.size() && spans[last].begin < reach) {
-      reach = std::max(reach, spans[last].end);
-      strided |= !matrices[static_cast<size_t>(spans[last].index)].contiguous();
-      ++last;
-    }
-    if (last - first > 1) {
-      if (!strided) return {spans[first].index, spans[first + 1].index};
-      const auto same_stride = [&](const Span& span) {
-        const Matrix& a = matrices[static_cast<size_t>(spans[first].index)];
-        return matrices[static_cast<size_t>(span.index)].stride_bytes() == a.stride_bytes();
-      };
-      rows.clear();
-      if (std::all_of(spans.begin() + static_cast<int64_t>(first), spans.begin() + static_cast<int64_t>(last),
-                      same_stride)) {
-        // Blocks of one wide matrix: it is enough that their column intervals, modulo the stride, are apart. (Blocks
-        // that do meet there may still have disjoint rows; those fall through to the exact comparison.)
-        const auto stride = static_cast<uintptr_t>(matrices[static_cast<size_t>(spans[first].index)].stride_bytes());
-        bool wraps = false;
-        for (size_t i = first; i < last; ++i) {
-          const uintptr_t offset = (spans[i].begin - spans[first].begin) % stride;
-          const auto width = static_cast<uintptr_t>(matrices[static_cast<size_t>(spans[i].index)].row_bytes());
-          wraps |= offset + width > stride;
-          rows.push_back({offset, offset + width, spans[i].index});
-        }
-        std::sort(rows.begin(), rows.end());
-        bool apart = !wraps;
-        for (size_t i = 1; i < rows.size(); ++i) apart &= rows[i].begin >= rows[i - 1].end;
-        if (apart) {
-          first = last;
-          continue;
-        }
-        rows.clear();
-      }
+    while (last < spans.size() && spans[last].begin < reach) reach = std::max(reach, spans[last++].end);
+    if (last - first > 1 && !columns_apart(first, last)) {
+      intervals.clear();
       for (size_t i = first; i < last; ++i) {
-        const Matrix& matrix = matrices[static_cast<size_t>(spans[i].index)];
-        for (int64_t row = 0; row < matrix.rows; ++row) {
+        const Matrix& matrix = matrix_at(spans[i].index);
+        for (int64_t row = 0; row < (matrix.contiguous() ? 1 : matrix.rows); ++row) {
           const uintptr_t begin = matrix.begin() + static_cast<uintptr_t>(row * matrix.stride_bytes());
-          rows.push_back({begin, begin + static_cast<uintptr_t>(matrix.row_bytes()), spans[i].index});
+          const auto bytes = matrix.contiguous() ? matrix.end() - matrix.begin() : matrix.row_bytes();
+          intervals.push_back({begin, begin + static_cast<uintptr_t>(bytes), spans[i].index});
         }
       }
-      std::sort(rows.begin(), rows.end());
-      for (size_t i = 1; i < rows.size(); ++i) {
-        if (rows[i].begin < rows[i - 1].end) return {rows[i - 1].index, rows[i].index};
+      std::sort(intervals.begin(), intervals.end());
+      for (size_t i = 1; i < intervals.size(); ++i) {
+        if (intervals[i].begin < intervals[i - 1].end) {
+          const auto [low, high] = std::minmax(intervals[i - 1].index, intervals[i].index);
+          return {static_cast<int64_t>(low), static_cast<int64_t>(high)};
+        }
       }
     }
     first = last;
   }
-  return {-1, -1};
+  return kNone;
 }
 
 }  // namespace neutralize

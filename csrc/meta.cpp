@@ -1,5 +1,6 @@
 // Meta kernels: the ops return nothing, so there is no output to describe and only what can be checked is checked.
-// Sizes are left alone: under torch.compile with dynamic shapes they are symbols.
+// Sizes are left alone: under torch.compile with dynamic shapes they are symbols. A list that is only partly on meta comes
+// here too, and must not pass for rewritten.
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
@@ -8,6 +9,16 @@ namespace {
 
 using neutralize::PerTensor;
 using torch::stable::Tensor;
+
+void check_meta(const char* op, const char* parameter, const std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    int32_t device = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensors[i].get(), &device));
+    STD_TORCH_CHECK(device == aoti_torch_device_type_meta(), op, ": expected tensors of one kind of device for ", parameter,
+                    ", got some on meta and ", parameter, "[", i, "] elsewhere; load the weights first");
+    neutralize::storage_of(op, parameter, i, tensors[i]);
+  }
+}
 
 void rewrite_meta(const std::vector<Tensor>& tensors, const std::vector<double>& scale,
                   const std::vector<double>& diagonal, const std::vector<double>& fill,
@@ -18,7 +29,7 @@ void rewrite_meta(const std::vector<Tensor>& tensors, const std::vector<double>&
   PerTensor<double>(op, "fill", fill, tensors.size());
   PerTensor<int64_t>(op, "start", start, tensors.size());
   PerTensor<int64_t>(op, "step", step, tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) neutralize::storage_of(op, "tensors", i, tensors[i]);
+  check_meta(op, "tensors", tensors);
 }
 
 void rescale_fold_meta(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
@@ -28,6 +39,8 @@ void rescale_fold_meta(const std::vector<Tensor>& weights, const std::vector<Ten
                   " tensors for biases, one per weight, got ", biases.size(), "; pair them up");
   PerTensor<double>(op, "scale", scale, weights.size());
   PerTensor<double>(op, "shift", shift, weights.size());
+  check_meta(op, "weights", weights);
+  check_meta(op, "biases", biases);
   for (size_t i = 0; i < weights.size(); ++i) {
     const auto weight = neutralize::storage_of(op, "weights", i, weights[i]);
     const auto bias = neutralize::storage_of(op, "biases", i, biases[i]);

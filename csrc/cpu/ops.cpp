@@ -1,7 +1,8 @@
 // The ops on the CPU: check everything, split the bytes of the whole list over torch's threads, once.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
+#include <algorithm>
+#include <atomic>
 
 #include "../checks.h"
 #include "kernels.h"
@@ -9,28 +10,44 @@
 namespace {
 
 using neutralize::Matrix;
-using neutralize::cpu::FoldJob;
+using neutralize::RescaleFold;
+using neutralize::Rewrite;
 using neutralize::cpu::RewriteJob;
 using torch::stable::Tensor;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kGrainBytes = 128 << 10;   // what a thread must have to do to be worth waking
+constexpr int64_t kGrainBytes = 256 << 10;    // what a thread must have to do to be worth waking
+constexpr int64_t kPieceBytes = 4 << 20;      // what it takes at a time, at most
 constexpr int64_t kStreamRunBytes = 4 << 10;  // shorter runs are not worth a fence
 
-// Jobs laid end to end as bytes, cut into one piece per thread: body(job, first byte, last byte).
+// Jobs laid end to end as bytes, in one parallel region: body(job, first byte, last byte). The threads take pieces in
+// turn, so that one which is held up costs a piece and not its share of the whole.
 template <typename Job, typename Bytes, typename Body>
 void for_all_bytes(const std::vector<Job>& jobs, const Bytes& bytes_of, const Body& body) {
+  int64_t total = 0;
+  for (const Job& job : jobs) total += bytes_of(job);
+  const int64_t threads = total < 2 * kGrainBytes
+                              ? 1
+                              : std::min<int64_t>(torch::stable::get_num_threads(), total / kGrainBytes);
+  if (threads == 1) {
+    for (const Job& job : jobs) body(job, int64_t{0}, bytes_of(job));
+    return;
+  }
   std::vector<int64_t> ends;
   ends.reserve(jobs.size());
-  int64_t total = 0;
-  for (const Job& job : jobs) ends.push_back(total += bytes_of(job));
-  if (total == 0) return;
-  torch::stable::parallel_for(0, total, kGrainBytes, [&](int64_t begin, int64_t end) {
-    auto at = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
-    for (; at < jobs.size(); ++at) {
-      const int64_t job_begin = at == 0 ? 0 : ends[at - 1];
-      if (job_begin >= end) break;
-      body(jobs[at], std::max(begin, job_begin) - job_begin, std::min(end, ends[at]) - job_begin);
+  int64_t end_of_job = 0;
+  for (const Job& job : jobs) ends.push_back(end_of_job += bytes_of(job));
+  const int64_t piece = std::min(kPieceBytes, total / (8 * threads) + 1);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < total;) {
+      const int64_t end = std::min(begin + piece, total);
+      auto at = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
+      for (; at < jobs.size(); ++at) {
+        const int64_t job_begin = at == 0 ? 0 : ends[at - 1];
+        if (job_begin >= end) break;
+        body(jobs[at], std::max(begin, job_begin) - job_begin, std::min(end, ends[at]) - job_begin);
+      }
     }
   });
 }
@@ -53,38 +70,33 @@ void rewrite_cpu(const std::vector<Tensor>& tensors, const std::vector<double>& 
     if (rewrite.scale == 0) fill_bytes += rewrite.matrix.numel() * rewrite.matrix.itemsize();
   }
   const bool beyond_cache = fill_bytes > neutralize::cpu::last_level_cache_bytes();
-  std::vector<RewriteJob> jobs;
-  jobs.reserve(checked.size());
-  for (const auto& [matrix, s, d, f, ones] : checked) {
-    const int64_t run_bytes = matrix.contiguous() ? matrix.numel() * matrix.itemsize() : matrix.row_bytes();
-    jobs.push_back({matrix, s, d, f, ones, neutralize::diagonal_rows(matrix.rows, matrix.cols, ones),
-                    beyond_cache && run_bytes >= kStreamRunBytes});
-  }
   const auto& kernels = neutralize::cpu::active_kernels();
   for_all_bytes(
-      jobs, [](const RewriteJob& job) { return job.matrix.numel() * job.matrix.itemsize(); },
-      [&](const RewriteJob& job, int64_t begin, int64_t end) {
-        const int64_t first = cut_element(job.matrix, begin);
-        const int64_t last = cut_element(job.matrix, end);
-        if (first < last) kernels.rewrite(job, first, last);
+      checked, [](const Rewrite& rewrite) { return rewrite.matrix.numel() * rewrite.matrix.itemsize(); },
+      [&](const Rewrite& rewrite, int64_t begin, int64_t end) {
+        const auto& [matrix, s, d, f, ones] = rewrite;
+        const int64_t first = cut_element(matrix, begin);
+        const int64_t last = cut_element(matrix, end);
+        if (first >= last) return;
+        const int64_t run_bytes = matrix.contiguous() ? (last - first) * matrix.itemsize() : matrix.row_bytes();
+        const RewriteJob job{matrix, s, d, f, ones, neutralize::diagonal_rows(matrix.rows, matrix.cols, ones),
+                             beyond_cache && run_bytes >= kStreamRunBytes};
+        kernels.rewrite(job, first, last);
       });
 }
 
 void rescale_fold_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                       const std::vector<double>& scale, const std::vector<double>& shift) {
   const auto checked = neutralize::checked_folds(weights, biases, scale, shift, aoti_torch_device_type_cpu());
-  std::vector<FoldJob> jobs;
-  jobs.reserve(checked.size());
-  for (const auto& fold : checked) jobs.push_back({fold.weight, fold.bias, fold.scale, fold.shift});
   // A row is its weights and its entry of the bias; cuts fall on the nearest row.
-  const auto row_bytes = [](const FoldJob& job) { return job.weight.row_bytes() + job.bias.itemsize(); };
+  const auto row_bytes = [](const RescaleFold& job) { return job.weight.row_bytes() + job.bias.itemsize(); };
   const auto& kernels = neutralize::cpu::active_kernels();
   for_all_bytes(
-      jobs, [&](const FoldJob& job) { return job.weight.rows * row_bytes(job); },
-      [&](const FoldJob& job, int64_t begin, int64_t end) {
+      checked, [&](const RescaleFold& job) { return job.weight.rows * row_bytes(job); },
+      [&](const RescaleFold& job, int64_t begin, int64_t end) {
         const int64_t first = (begin + row_bytes(job) / 2) / row_bytes(job);
         const int64_t last = (end + row_bytes(job) / 2) / row_bytes(job);
-        if (first < last) kernels.rescale_fold(job, first, last);
+        if (first < last) kernels.rescale_fold({job.weight, job.bias, job.scale, job.shift}, first, last);
       });
 }
 

@@ -82,9 +82,39 @@ if _C is None:
     ) -> None: ...
 
 
+def _check_fallback(op: str, *lists: Sequence[torch.Tensor]) -> None:
+    """Refuse what the dispatcher sends here for want of better: lists on mixed devices, sparse tensors and the like."""
+    tensors = [tensor for group in lists for tensor in group]
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.device != tensors[0].device:
+            raise RuntimeError(
+                f"{op}: expected dense tensors on one device, got {tensors[0].device} with {tensor.device} "
+                f"({tensor.layout}); call once per device, or use neutralize.ops, which does"
+            )
+
+
+def _rewrite_fallback(
+    tensors: Sequence[torch.Tensor],
+    scale: Sequence[float],
+    diagonal: Sequence[float],
+    fill: Sequence[float],
+    start: Sequence[int],
+    step: Sequence[int],
+) -> None:
+    _check_fallback("rewrite_", tensors)
+    reference.rewrite_(tensors, scale, diagonal, fill, start, step)
+
+
+def _rescale_fold_fallback(
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], scale: Sequence[float], shift: Sequence[float]
+) -> None:
+    _check_fallback("rescale_fold_", weights, biases)
+    reference.rescale_fold_(weights, biases, scale, shift)
+
+
 # Every device without kernels of its own.
-_library.impl("rewrite_", reference.rewrite_, "CompositeExplicitAutograd")
-_library.impl("rescale_fold_", reference.rescale_fold_, "CompositeExplicitAutograd")
+_library.impl("rewrite_", _rewrite_fallback, "CompositeExplicitAutograd")
+_library.impl("rescale_fold_", _rescale_fold_fallback, "CompositeExplicitAutograd")
 
 DEVICE_TYPES = frozenset((["cpu"] if _C is not None else []) + (["cuda"] if _CUDA else []))
 """The device types whose tensors native kernels rewrite."""

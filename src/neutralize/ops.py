@@ -32,6 +32,7 @@ _TRACED_TENSORS = (FakeTensor, FunctionalTensor)
 _COLUMN_LIMIT = 1 << 62
 _REWRITE = torch.ops.neutralize.rewrite_.default
 _RESCALE_FOLD = torch.ops.neutralize.rescale_fold_.default
+_increment_version = torch.autograd.graph.increment_version
 
 
 def rewrite_(
@@ -78,13 +79,12 @@ def rewrite_(
         return
     if _straight_to_kernels(listed):
         try:
-            with torch.no_grad():
-                _REWRITE(listed, *coefficients)
+            _call(_REWRITE, listed, *coefficients)
         except RuntimeError:
             if not _rewrite_examined(listed, coefficients):
                 raise
         else:
-            torch.autograd.graph.increment_version(listed)
+            _increment_version(listed)
         return
     _rewrite_examined(listed, coefficients, always=True)
 
@@ -128,13 +128,12 @@ def rescale_fold_(
         return
     if _straight_to_kernels([*listed, *paired]):
         try:
-            with torch.no_grad():
-                _RESCALE_FOLD(listed, paired, *coefficients)
+            _call(_RESCALE_FOLD, listed, paired, *coefficients)
         except RuntimeError:
             if not _fold_examined(listed, paired, coefficients):
                 raise
         else:
-            torch.autograd.graph.increment_version([*listed, *paired])
+            _increment_version([*listed, *paired])
         return
     _fold_examined(listed, paired, coefficients, always=True)
 
@@ -146,7 +145,9 @@ def backend(tensor: Tensor) -> str:
         NeutralizeError: it is not a tensor.
     """
     if not isinstance(tensor, Tensor):
-        raise NeutralizeError(f"backend: expected a tensor for tensor, got {type(tensor).__name__}; pass a torch tensor")
+        raise NeutralizeError(
+            f"backend: expected a tensor for tensor, got {type(tensor).__name__}; pass a torch tensor"
+        )
     return tensor.device.type if _is_native(tensor) else "torch"
 
 
@@ -168,19 +169,12 @@ def _listed(op: str, parameter: str, tensors: Any) -> list[Any]:
 
 def _floats(op: str, parameter: str, values: Any, count: int) -> list[float]:
     """Return one number per tensor, or a single one for all of them."""
-    if isinstance(values, (float, int)):
-        listed = [float(values)] if -1e308 < values < 1e308 else [_as_float(op, parameter, values)]
-    elif isinstance(values, numbers.Real):
-        listed = [_as_float(op, parameter, values)]
-    else:
-        listed = _sequence(op, parameter, values, count, "numbers")
-        listed = [value if type(value) is float else _as_float(op, parameter, value) for value in listed]
-    for value in listed:
-        if not math.isfinite(value):
-            raise NeutralizeError(
-                f"{op}: expected a finite number for {parameter}, got {value}; pass finite coefficients"
-            )
-    return listed
+    if type(values) is float:
+        return [values]
+    if isinstance(values, numbers.Real):
+        return [_as_float(op, parameter, values)]
+    listed = _sequence(op, parameter, values, count, "numbers")
+    return [value if type(value) is float else _as_float(op, parameter, value) for value in listed]
 
 
 def _as_float(op: str, parameter: str, value: Any) -> float:
@@ -196,23 +190,28 @@ def _as_float(op: str, parameter: str, value: Any) -> float:
 
 def _ints(op: str, parameter: str, values: Any, count: int) -> list[int]:
     """Return one integer per tensor, or a single one for all of them."""
-    if isinstance(values, int) or hasattr(values, "__index__"):
+    if type(values) is int:
         listed = [values]
+    elif isinstance(values, numbers.Number) or hasattr(values, "__index__"):
+        listed = [_as_int(op, parameter, values)]
     else:
         listed = _sequence(op, parameter, values, count, "integers")
-    if not all(type(value) is int for value in listed):
-        try:
-            listed = [operator.index(value) for value in listed]
-        except TypeError as error:
-            raise NeutralizeError(
-                f"{op}: expected integers for {parameter}, got {error}; pass Python ints, one or one per tensor"
-            ) from None
-    for value in listed:
+        listed = [value if type(value) is int else _as_int(op, parameter, value) for value in listed]
+    for value in listed:  # here and not with the other values: torch.ops takes no int past 64 bits
         if not -_COLUMN_LIMIT < value < _COLUMN_LIMIT:
             raise NeutralizeError(
                 f"{op}: expected less than 2^62 in magnitude for {parameter}, got {value}; no tensor has a column there"
             )
     return listed
+
+
+def _as_int(op: str, parameter: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise NeutralizeError(
+            f"{op}: expected integers for {parameter}, got {type(value).__name__}; pass Python ints, one or one per tensor"
+        ) from None
 
 
 def _sequence(op: str, parameter: str, values: Any, count: int, kind: str) -> list[Any]:
@@ -233,17 +232,31 @@ def _at(values: Sequence[Any], index: int) -> Any:
     return values[0] if len(values) == 1 else values[index]
 
 
+def _call(kernel: Any, *args: Any) -> None:
+    """Call under no_grad; by hand, as the context manager costs as much as rewriting a small tensor."""
+    if not torch.is_grad_enabled():
+        kernel(*args)
+        return
+    torch._C._set_grad_enabled(False)
+    try:
+        kernel(*args)
+    finally:
+        torch._C._set_grad_enabled(True)
+
+
 # ---- the checks, one tensor at a time ------------------------------------------------------------------------------------
 def _straight_to_kernels(tensors: list[Any]) -> bool:
     """Return whether the kernels may see the list first: plain tensors, and a device whose kernels check them."""
-    return _REAL_TENSORS.issuperset(map(type, tensors)) and tensors[0].device.type in _native.DEVICE_TYPES
+    return _REAL_TENSORS.issuperset(map(type, tensors)) and (
+        tensors[0].is_cpu or tensors[0].device.type in _native.DEVICE_TYPES
+    )
 
 
 def _is_native(tensor: Tensor) -> bool:
     """Return whether native kernels take the tensor: device, dtype, and memory that is contiguous row by row."""
     if tensor.device.type not in _native.DEVICE_TYPES or tensor.dtype not in _DTYPE_SET:
         return False
-    if tensor.layout != torch.strided or tensor.is_neg():
+    if tensor.layout != torch.strided or (not torch.compiler.is_compiling() and tensor.is_neg()):
         return False
     shape, stride = tensor.shape, tensor.stride()
     cols = 1
@@ -292,7 +305,18 @@ def _check_subclass(op: str, name: str, tensor: Tensor) -> None:
         raise NeutralizeError(f"{op}: expected a plain tensor for {name}, got the subclass {kind.__name__}; {hint}")
 
 
+def _check_finite(op: str, **coefficients: list[float]) -> None:
+    for parameter, values in coefficients.items():
+        for value in values:
+            if value - value != 0:  # not math.isfinite, which torch.compile cannot trace on symbols
+                raise NeutralizeError(
+                    f"{op}: expected a finite number for {parameter}, got {value}; pass finite coefficients"
+                )
+
+
 def _check_coefficient(op: str, parameter: str, value: float, name: str, tensor: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return  # the value may be a symbol; the kernels look at run time
     compute = reference.compute_dtype(tensor.dtype)
     if not math.isfinite(reference.round_to(value, compute)):
         raise NeutralizeError(
@@ -303,6 +327,7 @@ def _check_coefficient(op: str, parameter: str, value: float, name: str, tensor:
 
 def _check_rewrite(tensors: list[Any], coefficients: _RewriteCoefficients) -> None:
     scale, diagonal, fill, _, _ = coefficients
+    _check_finite("rewrite_", scale=scale, diagonal=diagonal, fill=fill)
     for i, tensor in enumerate(tensors):
         name = f"tensors[{i}]"
         _check_tensor("rewrite_", name, tensor)
@@ -315,6 +340,7 @@ def _check_rewrite(tensors: list[Any], coefficients: _RewriteCoefficients) -> No
 def _check_fold(weights: list[Any], biases: list[Any], coefficients: _FoldCoefficients) -> None:
     op = "rescale_fold_"
     scale, shift = coefficients
+    _check_finite(op, scale=scale, shift=shift)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         _check_tensor(op, f"weights[{i}]", weight)
         _check_tensor(op, f"biases[{i}]", bias)
@@ -477,7 +503,7 @@ def _run(tensors: list[Tensor], partners: tuple[list[Tensor], ...], coefficients
     with torch.inference_mode() if inference else torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         kernel(tensors, *partners, *coefficients)
     if not any(isinstance(tensor, _TRACED_TENSORS) for tensor in every):
-        torch.autograd.graph.increment_version(every)
+        _increment_version(every)
 
 
 # ---- under torch.compile: nothing has an address, so the kernels check at run time what is left unchecked here --------------

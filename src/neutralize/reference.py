@@ -63,7 +63,7 @@ def rescale_fold_(
         if factor != 0:
             bias = bias.detach()
             product = _lane_sums(weight.detach(), compute).mul_(factor)
-            bias.copy_(bias.to(compute) + product)
+            bias.copy_(_stored(bias.to(compute) + product, bias.dtype))
         _rewrite_one(weight, _pick(scale, i), 0.0, 0.0, 0, 1)
 
 
@@ -73,7 +73,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def round_to(value: float, compute: torch.dtype) -> float:
-    """Round a Python float to the compute type, to nearest even; plain arithmetic, so that torch.compile can trace it."""
+    """Round a Python float to the compute type, to nearest even. Under torch.compile the value is left to torch's ops."""
+    if torch.compiler.is_compiling():
+        return value
     value = float(value)
     if compute == torch.float64 or value == 0 or not math.isfinite(value):
         return value
@@ -115,15 +117,23 @@ def _rewrite_one(weight: Tensor, scale: float, diagonal: float, fill: float, sta
             new = _scaled(_bits(weight)[ones].view(weight.dtype).to(compute), scale, on_diagonal)
 
     if scale == 0:
-        weight.copy_(torch.full((), fill, dtype=compute, device=weight.device).to(weight.dtype))
+        weight.copy_(_stored(torch.full((), fill, dtype=compute, device=weight.device), weight.dtype))
     elif scale != 1 or fill != 0:
         for piece in _pieces(weight):
             if weight.dtype == compute:
                 _scaled(piece, scale, fill)
             else:
-                piece.copy_(_scaled(piece.to(compute), scale, fill))
+                piece.copy_(_stored(_scaled(piece.to(compute), scale, fill), weight.dtype))
     if ones is not None:
-        _bits(weight)[ones] = _bits(new.to(weight.dtype))
+        _bits(weight)[ones] = _bits(_stored(new, weight.dtype))
+
+
+def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the stored type. float8_e4m3fn has no infinity: what is too large becomes its largest number, 448.
+
+    torch saturates too since 2.13; before, it gave NaN.
+    """
+    return (values.clamp(-448, 448) if dtype == torch.float8_e4m3fn else values).to(dtype)
 
 
 def _scaled(values: Tensor, scale: float, offset: float) -> Tensor:

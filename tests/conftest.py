@@ -1,0 +1,26 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+
+from neutralize import _native
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that has kernels of its own; CUDA only where there is a GPU (`make gpu-check`)."""
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine; the CUDA kernels run emulated in test_emulation.py")
+    return torch.device(name)
+
+
+@pytest.fixture(params=["avx512", "avx2", "neon", "plain"])
+def cpu_isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set of the CPU kernels that this machine runs, in use during the test."""
+    name: str = request.param
+    if name not in _native.cpu_isas():
+        pytest.skip(f"{name} kernels: not in this build or not on this processor")
+    _native.use_cpu_isa(name)
+    request.addfinalizer(lambda: _native.use_cpu_isa("auto"))
+    return name
