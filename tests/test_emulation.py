@@ -36,7 +36,7 @@ def build(source: str, output: str, flags: list[str]) -> Path:
     """Compile one file of tests/emulation, unless the same text was compiled with the same flags before."""
     command = [*compiler(), *FLAGS, *flags]
     digest = hashlib.sha256(repr(command).encode())
-    inputs = [*SOURCES.glob("*"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
+    inputs = [*SOURCES.glob("*"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")]
     for path in sorted(inputs):
         digest.update(path.name.encode() + path.read_bytes())
     target = ROOT / "build" / "emulation" / digest.hexdigest()[:16] / output

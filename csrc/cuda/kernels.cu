@@ -1,5 +1,6 @@
 // Every kernel instance: the fill, and per storage type the rescale and the fold, each for the two sizes of table.
 #include "launch.h"
+#include "multi_tensor.cuh"
 
 namespace neutralize {
 namespace cuda {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "multi_tensor.cuh"
+#include "launch_plan.h"
 
 namespace neutralize {
 namespace cuda {

@@ -1,5 +1,5 @@
-// CUDA kernels of the ops, seen from torch: check, guard the device, plan, queue on the current stream. The planning and
-// the kernels are in multi_tensor.cuh. Nothing here waits for the GPU or allocates on it.
+// CUDA kernels of the ops, seen from torch: check, guard the device, plan (launch_plan.h), queue on the current stream
+// (kernels.cu). Nothing here waits for the GPU or allocates on it.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,13 +1,12 @@
 // Runs the CUDA kernels on the CPU, over ops x storage types x shapes, and compares bit for bit with a plain loop over
 // the rule of affine.h. Exit status 0: everything held. Built and run by tests/test_emulation.py under ASan and UBSan.
-#include "emulation.h"
-
 #include <cstdlib>
 #include <functional>
 #include <limits>
 #include <random>
 #include <string>
 
+#include "emulation.h"
 #include "grid.h"
 
 namespace {
@@ -24,13 +23,14 @@ void fail(const std::string& what) {
   if (++failures <= 20) std::fprintf(stderr, "FAIL %s\n", what.c_str());
 }
 
-// An allocation of exactly the bytes that a tensor spans, `lead` bytes past a 128-byte line, so that ASan sees the first
-// byte too far on both sides.
+// An allocation of exactly the bytes that a tensor spans, `lead` bytes past a 128-byte line, so that ASan sees the
+// first byte too far on both sides.
 class Buffer {
  public:
   Buffer(int64_t bytes, int64_t lead) : bytes_(bytes), lead_(bytes == 0 ? 0 : lead) {
     // The allocator aligns to 16 bytes at most by itself; the lead is poisoned by hand.
-    base_ = static_cast<unsigned char*>(std::aligned_alloc(128, static_cast<size_t>((bytes + lead_ + 127) / 128 * 128 + 128)));
+    base_ = static_cast<unsigned char*>(
+        std::aligned_alloc(128, static_cast<size_t>((bytes + lead_ + 127) / 128 * 128 + 128)));
     original_.resize(static_cast<size_t>(bytes));
   }
   ~Buffer() {
@@ -61,8 +61,8 @@ void Buffer::poison(bool on) {
   const size_t whole = static_cast<size_t>((bytes_ + lead_ + 127) / 128 * 128 + 128);
   __asan_unpoison_memory_region(base_, whole);
   if (on) {
-    // ASan poisons from a granule's unaligned end on, never a granule's begin alone: what precedes the tensor inside its
-    // first eight bytes stays open to it, and is the watch's business.
+    // ASan can poison the end of eight bytes, never their begin alone: what precedes the tensor inside its first eight
+    // bytes stays open to it, and is the watch's business.
     __asan_poison_memory_region(base_, static_cast<size_t>(lead_ / 8 * 8));
     __asan_poison_memory_region(base_ + lead_ + bytes_, whole - static_cast<size_t>(lead_ + bytes_));
   }
@@ -71,15 +71,14 @@ void Buffer::poison(bool on) {
 #endif
 }
 
-struct Shape {
-  int64_t rows, cols, row_stride;
-};
+struct Shape { int64_t rows, cols, row_stride; };
 
 struct Case {
   Buffer buffer;
   Rewrite rewrite;
   Case(const Shape& shape, int64_t lead, Storage storage)
-      : buffer(shape.rows * shape.cols == 0 ? 0 : ((shape.rows - 1) * shape.row_stride + shape.cols) * itemsize_of(storage),
+      : buffer(shape.rows * shape.cols == 0 ? 0
+                                            : ((shape.rows - 1) * shape.row_stride + shape.cols) * itemsize_of(storage),
                lead * itemsize_of(storage)),
         rewrite{} {
     rewrite.matrix = {reinterpret_cast<char*>(buffer.data()), shape.rows, shape.cols, shape.row_stride, storage};
@@ -116,7 +115,8 @@ std::vector<unsigned char> expected_rewrite(const Case& test) {
   std::vector<unsigned char> bytes(test.buffer.original(), test.buffer.original() + test.buffer.bytes());
   const AffineRule<Compute> rule(rewrite.scale, rewrite.diagonal, rewrite.fill);
   for (int64_t row = 0; row < matrix.rows; ++row) {
-    __extension__ const auto one = static_cast<__int128>(rewrite.ones.start) + static_cast<__int128>(row) * rewrite.ones.step;
+    __extension__ const auto one =
+        static_cast<__int128>(rewrite.ones.start) + static_cast<__int128>(row) * rewrite.ones.step;
     for (int64_t col = 0; col < matrix.cols; ++col) {
       unsigned char* at = bytes.data() + (row * matrix.row_stride + col) * static_cast<int64_t>(sizeof(T));
       const Compute offset = col == one && rule.writes_diagonal() ? rule.diagonal_fill : rule.fill;
@@ -132,7 +132,8 @@ std::vector<unsigned char> expected_rewrite(const Case& test) {
 std::string describe(const Rewrite& rewrite) {
   const Matrix& m = rewrite.matrix;
   char text[256];
-  std::snprintf(text, sizeof text, "storage %d, (%ld, %ld) stride %ld, address mod 128 = %d, scale %g diagonal %g fill %g ones %ld %ld",
+  std::snprintf(text, sizeof text,
+                "storage %d, (%ld, %ld) stride %ld, address mod 128 = %d, scale %g diagonal %g fill %g ones %ld %ld",
                 static_cast<int>(m.storage), long(m.rows), long(m.cols), long(m.row_stride), int(m.begin() % 128),
                 rewrite.scale, rewrite.diagonal, rewrite.fill, long(rewrite.ones.start), long(rewrite.ones.step));
   return text;
@@ -159,7 +160,8 @@ int64_t check_rewrites(const std::vector<Case*>& tests, bool descending) {
   const int64_t watched = emulation::watch.failures;
   emulation::watch.begin_call();
   const cuda::Traffic traffic = emulation::rewrite(rewrites.data(), rewrites.size(), descending);
-  const std::string what = rewrites.size() == 1 ? describe(rewrites[0]) : "a list of " + std::to_string(rewrites.size());
+  const std::string what =
+      rewrites.size() == 1 ? describe(rewrites[0]) : "a list of " + std::to_string(rewrites.size());
   if (emulation::watch.failures != watched) fail("rewrite_, memory accesses: " + what);
   if (traffic.bytes_read != minimum.bytes_read || traffic.bytes_written != minimum.bytes_written ||
       emulation::watch.bytes_read != minimum.bytes_read || emulation::watch.bytes_written != minimum.bytes_written) {
@@ -168,9 +170,8 @@ int64_t check_rewrites(const std::vector<Case*>& tests, bool descending) {
   for (Case* test : tests) {
     ++cases;
     if (changes_nothing(test->rewrite)) continue;
-    const auto expected = cuda::with_storage(test->rewrite.matrix.storage, [&](auto tag) {
-      return expected_rewrite<typename decltype(tag)::type>(*test);
-    });
+    const auto expected = cuda::with_storage(
+        test->rewrite.matrix.storage, [&](auto tag) { return expected_rewrite<typename decltype(tag)::type>(*test); });
     test->buffer.poison(false);
     if (test->buffer.bytes() > 0 && std::memcmp(expected.data(), test->buffer.data(), expected.size()) != 0) {
       fail("rewrite_: " + describe(test->rewrite));
@@ -182,12 +183,10 @@ int64_t check_rewrites(const std::vector<Case*>& tests, bool descending) {
 constexpr Storage kAll[] = {Storage::kFloat64,  Storage::kFloat32, Storage::kFloat16,
                             Storage::kBFloat16, Storage::kE4m3,    Storage::kE5m2};
 
-struct Coefficients {
-  double scale, diagonal, fill;
-};
+struct Coefficients { double scale, diagonal, fill; };
 constexpr Coefficients kCoefficients[] = {
-    {0, 0, 0},   {0, 1, 0},   {0, 0.75, 0.01}, {0, 0, -0.0}, {0.5, 0, 0},      {-1.25, 1, 0},
-    {1, 1, 0},   {1, 0, 0},   {3, 0, 1.001},   {1, 0, 0.25}, {0.999, -2, 0.5}, {1e-30, 1e-3, 0},
+    {0, 0, 0}, {0, 1, 0}, {0, 0.75, 0.01}, {0, 0, -0.0}, {0.5, 0, 0},      {-1.25, 1, 0},
+    {1, 1, 0}, {1, 0, 0}, {3, 0, 1.001},   {1, 0, 0.25}, {0.999, -2, 0.5}, {1e-30, 1e-3, 0},
 };
 constexpr int64_t kHuge = (int64_t{1} << 62) - 1;
 
@@ -204,7 +203,8 @@ void rewrite_shapes() {
           for (int64_t cols : {size, int64_t{1}, int64_t{5}}) {
             if (size == 0 ? cols != 0 : size % cols != 0) continue;
             Case test({size == 0 ? 1 : size / cols, cols, cols}, lead, storage);
-            test.rewrite = {test.rewrite.matrix, each.scale, each.diagonal, each.fill, {cols == 5 ? 1 : 0, cols == 1 ? 0 : 1}};
+            test.rewrite = {
+                test.rewrite.matrix, each.scale, each.diagonal, each.fill, {cols == 5 ? 1 : 0, cols == 1 ? 0 : 1}};
             randomize(storage, test.buffer, false);
             check_rewrites({&test}, turn % 2 != 0);
           }
@@ -215,15 +215,27 @@ void rewrite_shapes() {
 }
 
 void rewrite_diagonals() {
-  const Shape shapes[] = {{7, 5, 5},    {33, 129, 129}, {256, 256, 256}, {64, 9 * 17, 9 * 17}, {1000, 3, 3},  {9000, 1, 1},
-                          {3, 40000, 40000}, {129, 33, 40}, {64, 64, 200},    {500, 3, 5},          {1000, 1, 3},
-                          {3, 40000, 40001}, {5, 4100, 8192}, {40, 1000, 1004}, {1, 70000, 70000}, {20, 16, 17}};
+  const Shape shapes[] = {{7, 5, 5},       {33, 129, 129},   {256, 256, 256},   {64, 9 * 17, 9 * 17},
+                          {1000, 3, 3},    {9000, 1, 1},     {3, 40000, 40000}, {129, 33, 40},
+                          {64, 64, 200},   {500, 3, 5},      {1000, 1, 3},      {3, 40000, 40001},
+                          {5, 4100, 8192}, {40, 1000, 1004}, {1, 70000, 70000}, {20, 16, 17}};
   for (Storage storage : kAll) {
     int turn = static_cast<int>(storage);
     for (const Shape& shape : shapes) {
-      const Diagonal diagonals[] = {{0, 1},          {4, 9},     {5, -1},           {-7, 2},        {0, 0},
-                                    {shape.cols - 1, 0}, {shape.cols - 1, -1}, {kHuge, -kHuge}, {-kHuge, kHuge}, {0, kHuge},
-                                    {2, -kHuge},     {1, shape.cols}, {-shape.rows / 2, 1}, {3, 1 - shape.cols}};
+      const Diagonal diagonals[] = {{0, 1},
+                                    {4, 9},
+                                    {5, -1},
+                                    {-7, 2},
+                                    {0, 0},
+                                    {shape.cols - 1, 0},
+                                    {shape.cols - 1, -1},
+                                    {kHuge, -kHuge},
+                                    {-kHuge, kHuge},
+                                    {0, kHuge},
+                                    {2, -kHuge},
+                                    {1, shape.cols},
+                                    {-shape.rows / 2, 1},
+                                    {3, 1 - shape.cols}};
       for (const Diagonal& ones : diagonals) {
         for (const Coefficients& each : {Coefficients{0, 1, 0}, Coefficients{0.5, 1, 0}, Coefficients{0, -0.75, 0.01},
                                          Coefficients{-2, 0.5, 0.125}}) {
@@ -248,16 +260,19 @@ void rewrite_lists() {
         const auto pick = [&](uint64_t below) { return static_cast<int64_t>(random_bits() % below); };
         const Storage storage = alike ? Storage::kFloat32 : kAll[pick(6)];
         const int64_t cols = alike ? 1 : pick(40), rows = pick(40);
-        owned.push_back(std::make_unique<Case>(Shape{rows, cols, alike || pick(2) == 0 ? cols : cols + pick(9)}, pick(9), storage));
+        owned.push_back(
+            std::make_unique<Case>(Shape{rows, cols, alike || pick(2) == 0 ? cols : cols + pick(9)}, pick(9), storage));
         const Coefficients& each = kCoefficients[alike ? 0 : pick(std::size(kCoefficients))];
-        owned.back()->rewrite = {owned.back()->rewrite.matrix, each.scale, each.diagonal, each.fill, {pick(9) - 4, pick(5) - 2}};
+        owned.back()->rewrite = {
+            owned.back()->rewrite.matrix, each.scale, each.diagonal, each.fill, {pick(9) - 4, pick(5) - 2}};
         if (alike) owned.back()->rewrite.ones = {0, 1};
         randomize(storage, owned.back()->buffer, false);
         tests.push_back(owned.back().get());
       }
       const int64_t launches = check_rewrites(tests, count % 2 != 0);
       if (count == 5000 && launches < (alike ? 2 : 8)) fail("a list of 5000 did not go past one launch's metadata");
-      if (count == 5000 && alike && launches > 4) fail("5000 alike tensors took " + std::to_string(launches) + " launches");
+      if (count == 5000 && alike && launches > 4)
+        fail("5000 alike tensors took " + std::to_string(launches) + " launches");
       if (count == 2 && alike && launches > 1) fail("two alike tensors took more than one launch");
     }
   }
@@ -271,19 +286,27 @@ bool same(T actual, T wanted) {
 }
 
 template <typename T>
-void check_fold(const Shape& shape, int64_t lead, int64_t bias_stride, double scale, double shift, bool tame, bool descending) {
+void check_fold(const Shape& shape, int64_t lead, int64_t bias_stride, double scale, double shift, bool tame,
+                bool descending) {
   using Compute = typename Element<T>::compute;
   constexpr auto size = static_cast<int64_t>(sizeof(T));
-  const auto storage = static_cast<Storage>(std::is_same_v<T, double> ? 0 : std::is_same_v<T, float> ? 1
-      : std::is_same_v<T, half_bits> ? 2 : std::is_same_v<T, bfloat16_bits> ? 3 : std::is_same_v<T, e4m3_bits> ? 4 : 5);
+  const auto storage = static_cast<Storage>(std::is_same_v<T, double>          ? 0
+                                            : std::is_same_v<T, float>         ? 1
+                                            : std::is_same_v<T, half_bits>     ? 2
+                                            : std::is_same_v<T, bfloat16_bits> ? 3
+                                            : std::is_same_v<T, e4m3_bits>     ? 4
+                                                                               : 5);
   const int64_t span = shape.rows * shape.cols == 0 ? 0 : (shape.rows - 1) * shape.row_stride + shape.cols;
-  Buffer weight(span * size, lead * size), bias(shape.rows == 0 ? 0 : ((shape.rows - 1) * bias_stride + 1) * size, size);
+  Buffer weight(span * size, lead * size),
+      bias(shape.rows == 0 ? 0 : ((shape.rows - 1) * bias_stride + 1) * size, size);
   randomize<T>(weight, tame);
   randomize<T>(bias, true);
   weight.remember();
   bias.remember();
   const RescaleFold fold{{reinterpret_cast<char*>(weight.data()), shape.rows, shape.cols, shape.row_stride, storage},
-                         {reinterpret_cast<char*>(bias.data()), shape.rows, 1, bias_stride, storage}, scale, shift};
+                         {reinterpret_cast<char*>(bias.data()), shape.rows, 1, bias_stride, storage},
+                         scale,
+                         shift};
   emulation::watch.regions.clear();
   if (weight.bytes() > 0) emulation::watch.add(weight.data(), weight.bytes());
   if (bias.bytes() > 0) emulation::watch.add(bias.data(), bias.bytes());
@@ -297,7 +320,8 @@ void check_fold(const Shape& shape, int64_t lead, int64_t bias_stride, double sc
   ++cases;
 
   char text[200];
-  std::snprintf(text, sizeof text, "rescale_fold_: storage %d, (%ld, %ld) stride %ld lead %ld bias stride %ld scale %g shift %g",
+  std::snprintf(text, sizeof text,
+                "rescale_fold_: storage %d, (%ld, %ld) stride %ld lead %ld bias stride %ld scale %g shift %g",
                 static_cast<int>(storage), long(shape.rows), long(shape.cols), long(shape.row_stride), long(lead),
                 long(bias_stride), scale, shift);
   const bool writes = static_cast<Compute>(scale) != Compute(1);
@@ -345,14 +369,15 @@ void check_fold(const Shape& shape, int64_t lead, int64_t bias_stride, double sc
 
 template <typename T>
 void fold_shapes() {
-  const Shape shapes[] = {{0, 8, 8},      {1, 0, 0},     {1, 1, 1},       {7, 31, 31},     {8, 127, 127},   {9, 128, 128},
-                          {17, 129, 129}, {3, 512, 512}, {20, 513, 520},  {5, 1000, 1000}, {2, 4099, 4099}, {3, 4096, 4104},
-                          {70, 64, 64},   {65, 7, 12},   {1, 65537, 65537}, {600, 16, 16},   {33, 200, 256}};
+  const Shape shapes[] = {{0, 8, 8},       {1, 0, 0},       {1, 1, 1},     {7, 31, 31},    {8, 127, 127},
+                          {9, 128, 128},   {17, 129, 129},  {3, 512, 512}, {20, 513, 520}, {5, 1000, 1000},
+                          {2, 4099, 4099}, {3, 4096, 4104}, {70, 64, 64},  {65, 7, 12},    {1, 65537, 65537},
+                          {600, 16, 16},   {33, 200, 256}};
   int turn = 0;
   for (const Shape& shape : shapes) {
     for (int64_t lead : {0, 1, 4}) {
-      for (const Coefficients& each : {Coefficients{0.5, -1.5, 0}, Coefficients{1, 0.25, 0}, Coefficients{0, 1, 0},
-                                       Coefficients{-3, 0, 0}}) {
+      for (const Coefficients& each :
+           {Coefficients{0.5, -1.5, 0}, Coefficients{1, 0.25, 0}, Coefficients{0, 1, 0}, Coefficients{-3, 0, 0}}) {
         check_fold<T>(shape, lead, turn % 2 == 0 ? 1 : 3, each.scale, each.diagonal, turn % 3 != 0, turn % 2 != 0);
         ++turn;
       }
@@ -372,20 +397,29 @@ void plan_huge() {
   const struct {
     int64_t rows, cols;
     Diagonal ones;
-  } plans[] = {{int64_t{1} << 20, 1000003, {0, 1}}, {int64_t{3} << 31, 7, {3, 0}}, {1 << 16, 1 << 16, {5, -1}},
-               {int64_t{1} << 33, 1, {0, 0}},       {11, int64_t{1} << 33, {4, 9}}};
+  } plans[] = {{int64_t{1} << 20, 1000003, {0, 1}},
+               {int64_t{3} << 31, 7, {3, 0}},
+               {1 << 16, 1 << 16, {5, -1}},
+               {int64_t{1} << 33, 1, {0, 0}},
+               {11, int64_t{1} << 33, {4, 9}}};
   for (const auto& plan : plans) {
     for (Storage storage : {Storage::kFloat32, Storage::kE4m3, Storage::kFloat64}) {
       const int64_t size = itemsize_of(storage);
-      Rewrite rewrite{{reinterpret_cast<char*>(uintptr_t{1} << 40) + 3 * size, plan.rows, plan.cols, plan.cols, storage}, 0.5, 1, 0, plan.ones};
+      Rewrite rewrite{
+          {reinterpret_cast<char*>(uintptr_t{1} << 40) + 3 * size, plan.rows, plan.cols, plan.cols, storage},
+          0.5,
+          1,
+          0,
+          plan.ones};
       cuda::plan_rewrite(&rewrite, 1, [&](int, const cuda::TableBuilder<cuda::RewriteLayout>& launch) {
         ++cases;
         static cuda::Table<cuda::RewriteLayout, cuda::kSmallTableBytes> table;
         launch.pack(table);
         const int64_t bytes = plan.rows * plan.cols * size;
         for (int sample = 0; sample < 2000; ++sample) {
-          const uint32_t chunk = sample == 0 ? 0 : sample == 1 ? launch.blocks() - 1
-                                                               : static_cast<uint32_t>(random_bits() % launch.blocks());
+          const uint32_t chunk = sample == 0   ? 0
+                                 : sample == 1 ? launch.blocks() - 1
+                                               : static_cast<uint32_t>(random_bits() % launch.blocks());
           const int64_t lead = 3 * size;
           const int64_t begin = std::max<int64_t>(int64_t{chunk} * cuda::kChunkBytes - lead, 0);
           const int64_t end = std::min<int64_t>((int64_t{chunk} + 1) * cuda::kChunkBytes - lead, bytes);

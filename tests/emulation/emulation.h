@@ -21,9 +21,7 @@
 #include <unordered_map>
 #include <vector>
 
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
@@ -42,8 +40,8 @@ struct Region {
 struct Watch {
   std::vector<Region> regions;  // ascending
   size_t latest = 0;
-  int32_t thread = 0;                                 // block * threads of a block + thread
-  std::unordered_map<uintptr_t, int32_t> words[2];    // of the phase under way: address -> thread, read and written
+  int32_t thread = 0;                               // block * threads of a block + thread
+  std::unordered_map<uintptr_t, int32_t> words[2];  // of the phase under way: address -> thread, read and written
   int64_t bytes_read = 0, bytes_written = 0, word_bytes = 0;
   int64_t failures = 0;
 
@@ -109,7 +107,8 @@ inline Watch watch;
 
 }  // namespace emulation
 
-#define NEUTRALIZE_WATCH(pointer, bytes, writes) ::emulation::watch.touch((pointer), static_cast<int32_t>(bytes), (writes))
+#define NEUTRALIZE_WATCH(pointer, bytes, writes) \
+  ::emulation::watch.touch((pointer), static_cast<int32_t>(bytes), (writes))
 
 #include "../../csrc/cuda/multi_tensor.cuh"
 

@@ -9,7 +9,9 @@ struct Item {  // as ctypes lays it out
   char* data;
   int64_t rows, cols, row_stride, storage;
 
-  neutralize::Matrix matrix() const { return {data, rows, cols, row_stride, static_cast<neutralize::Storage>(storage)}; }
+  neutralize::Matrix matrix() const {
+    return {data, rows, cols, row_stride, static_cast<neutralize::Storage>(storage)};
+  }
 };
 
 void expect(const Item& item) {
