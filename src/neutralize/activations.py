@@ -1,7 +1,8 @@
 """Activations: where each one is linear, how far from linear it is there, and the fills documented for it.
 
 One row per activation. The error formulas are those of MATH §2: with ``W = εI``, ``b = a`` and the consumer divided by
-``ε φ'(a)``, a layer hands on ``(φ(εx + a) - φ(a)) / (ε φ'(a))`` instead of ``x``; for ``|x| <= X`` the difference is at most
+``ε φ'(a)``, a layer hands on ``(φ(εx + a) - φ(a)) / (ε φ'(a))`` instead of ``x``; for ``|x| <= X`` the difference is
+at most
 
 - ``curvature · ε · X²``, with ``curvature = sup|φ''| / (2 |φ'(a)|)`` (order 1), or
 - ``curvature · ε² · X³``, with ``curvature = sup|φ'''| / (6 |φ'(a)|)`` where ``φ''(a) = 0`` (order 2).
@@ -29,7 +30,8 @@ class Activation:
         ops: ATen ops that compute it, without the namespace; an in-place twin counts too.
         function: the function itself, for tests and plots.
         regime: how its linear part is reached: ``origin`` (around the operating point, the better the smaller ε),
-            ``window`` (exactly linear on ``|z - point| <= window``) or ``shift`` (exactly linear from ``window`` up: the
+            ``window`` (exactly linear on ``|z - point| <= window``) or ``shift`` (exactly linear from ``window`` up:
+            the
             operating point is moved there, ε = 1).
         point: operating point a; for ``shift`` it is chosen as ``X + window``.
         value: φ(a); for ``shift`` φ(a) = slope · a.
@@ -64,7 +66,14 @@ class Activation:
 # Suprema of derivatives: |tanh'''| <= 2; |σ'''| <= 1/8; |GELU''| <= 2 φ(0) = 0.798; |SiLU''| <= 1/2; |Mish''| <= 0.64.
 ACTIVATIONS: tuple[Activation, ...] = (
     Activation(
-        "tanh", ("tanh",), torch.tanh, "origin", curvature=1 / 3, order=2, fill=0.001, source="MATH §2; sup|φ'''| = 2 at 0"
+        "tanh",
+        ("tanh",),
+        torch.tanh,
+        "origin",
+        curvature=1 / 3,
+        order=2,
+        fill=0.001,
+        source="MATH §2; sup|φ'''| = 2 at 0",
     ),
     Activation(
         "sigmoid",
@@ -78,7 +87,9 @@ ACTIVATIONS: tuple[Activation, ...] = (
         fill=0.01,
         source="MATH §2; sup|φ'''| = 1/8 at 0",
     ),
-    Activation("relu", ("relu",), torch.relu, "shift", identity_from=0.0, fill=1.001, source="MATH §2; exact for z >= 0"),
+    Activation(
+        "relu", ("relu",), torch.relu, "shift", identity_from=0.0, fill=1.001, source="MATH §2; exact for z >= 0"
+    ),
     Activation(
         "gelu",
         ("gelu",),
@@ -90,13 +101,29 @@ ACTIVATIONS: tuple[Activation, ...] = (
         source="MATH §2; sup|φ''| = 0.798 at 0 (erf form), 0.80 (tanh form)",
     ),
     Activation(
-        "silu", ("silu",), functional.silu, "origin", slope=0.5, curvature=0.5, order=1, source="MATH §2; sup|φ''| = 1/2 at 0"
+        "silu",
+        ("silu",),
+        functional.silu,
+        "origin",
+        slope=0.5,
+        curvature=0.5,
+        order=1,
+        source="MATH §2; sup|φ''| = 1/2 at 0",
     ),
     Activation("sin", ("sin",), torch.sin, "origin", curvature=1 / 6, order=2, source="MATH §2; sup|φ'''| = 1"),
     Activation(
         "hardtanh", ("hardtanh",), functional.hardtanh, "window", window=1.0, source="MATH §2; linear on [-1, 1]"
     ),
-    Activation("relu6", ("relu6",), functional.relu6, "window", point=3.0, value=3.0, window=3.0, source="MATH §2; linear on [0, 6]"),
+    Activation(
+        "relu6",
+        ("relu6",),
+        functional.relu6,
+        "window",
+        point=3.0,
+        value=3.0,
+        window=3.0,
+        source="MATH §2; linear on [0, 6]",
+    ),
     Activation(
         "hardsigmoid",
         ("hardsigmoid",),
@@ -107,11 +134,13 @@ ACTIVATIONS: tuple[Activation, ...] = (
         window=3.0,
         source="MATH §2; linear on [-3, 3]",
     ),
-    Activation("hardswish", ("hardswish",), functional.hardswish, "shift", window=3.0, source="MATH §2; φ(z) = z for z >= 3"),
+    Activation(
+        "hardswish", ("hardswish",), functional.hardswish, "shift", window=3.0, source="MATH §2; φ(z) = z for z >= 3"
+    ),
 )
 
 BY_NAME = {activation.name: activation for activation in ACTIVATIONS}
-_BY_OP = {f"aten::{op}{suffix}": activation for activation in ACTIVATIONS for op in activation.ops for suffix in ("", "_")}
+_BY_OP = {f"aten::{op}": activation for activation in ACTIVATIONS for op in activation.ops}
 # Activations without a row of their own yet: recognised so that a layer in front of one is refused, not half cut out.
 _OTHERS = ("leaky_relu", "elu", "selu", "celu", "mish", "softplus", "softsign", "log_sigmoid", "logsigmoid", "prelu",
            "_prelu_kernel", "hardshrink", "softshrink", "threshold", "rrelu", "rrelu_with_noise", "glu")  # fmt: skip
@@ -129,7 +158,7 @@ def is_activation(node: fx.Node) -> bool:
 def activation_of(node: fx.Node) -> Activation | None:
     """The activation that the node computes, or ``None``: unknown, or with parameters other than the usual ones."""
     op = op_name(node)
-    if op in ("aten::hardtanh", "aten::hardtanh_"):
+    if op == "aten::hardtanh":
         limits = (argument(node, "min_val", -1.0), argument(node, "max_val", 1.0))
         return BY_NAME["relu6"] if limits == (0, 6) else BY_NAME["hardtanh"] if limits == (-1, 1) else None
     return _BY_OP.get(op)

@@ -47,8 +47,8 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = tensor.storage_offset() * tensor.element_size()
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = int(tensor.storage_offset()) * tensor.element_size()
     return begin, begin + (last + 1) * tensor.element_size()
 
 
@@ -124,7 +124,10 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
     limit = torch.finfo(tensor.dtype).max
     for coefficient, value in _stored_values(edit):
         if abs(value) > limit:
-            yield f"expected {coefficient} within {limit:.6g} for {name!r} ({edit.dtype}), got {value:.6g}; give a smaller one"
+            yield (
+                f"expected {coefficient} within {limit:.6g} for {name!r} ({edit.dtype}), got {value:.6g}; "
+                "give a smaller one"
+            )
 
 
 def _stored_values(edit: Edit) -> Iterable[tuple[str, float]]:

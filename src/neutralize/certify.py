@@ -1,13 +1,15 @@
 """Prove what a block computes under edited parameters: an abstract interpretation of its dataflow.
 
 Every value is one of: a known constant everywhere; the block's input, rearranged in a known way; or unknown. The
-rearrangement is not reasoned about but executed: the views of the block run on a tensor of indices. ``exact`` is claimed
+rearrangement is not reasoned about but executed: the views of the block run on a tensor of indices. ``exact`` is
+    claimed
 only if the block's output comes out as its input with every element in its place.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +17,18 @@ import torch
 from torch import fx
 
 from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_empty, op_name, shape_of
-from neutralize.rules import CAST, DROPOUT, JOIN, REARRANGE, SPLIT, carry_clauses, drops, is_number, non_negative, zero_clauses
+from neutralize.rules import (
+    CAST,
+    DROPOUT,
+    JOIN,
+    REARRANGE,
+    SPLIT,
+    carry_clauses,
+    drops,
+    is_number,
+    non_negative,
+    zero_clauses,
+)
 from neutralize.search import IDENTITY, Assignment
 
 _FILLED = -1  # index of an element that is zero and comes from nowhere
@@ -45,14 +58,16 @@ Value: TypeAlias = "Constant | Rearranged | tuple[Any, ...] | None"  # a tuple: 
 class Interpretation:
     """The abstract values of one call of a block under an assignment of parameters."""
 
-    def __init__(self, flow: Dataflow, call: Call, assignment: Assignment) -> None:
+    def __init__(self, flow: Dataflow, call: Call, assignment: Assignment, cut: Mapping[fx.Node, fx.Node]) -> None:
         """Evaluate the block.
 
         Args:
             flow: the traced model.
             call: the call of the block.
             assignment: parameter to the number it is filled with, or ``"identity"``.
+            cut: results of the layers that are cut out with it, with what enters them.
         """
+        self._non_negative_entry = non_negative(call.entry, cut)
         self.flow = flow
         self.call = call
         self.assignment = {alias: value for name, value in assignment.items() for alias in flow.tied.get(name, (name,))}
@@ -111,7 +126,7 @@ class Interpretation:
                 if self.assignment.get(self.flow.names.get(clause.identity, "")) != IDENTITY:
                     continue
                 self.uses_identity = True
-            if clause.non_negative and not non_negative(self.call.entry):
+            if clause.non_negative and not self._non_negative_entry:
                 continue
             moved = self._carry(node, op, clause.carrier, carried)
             if moved is not None:
@@ -139,7 +154,7 @@ class Interpretation:
         """The carried elements after the node's own rearrangement, executed on the indices."""
         if op == "getitem":
             place = node.args[1]
-            return carried[place] if isinstance(carried, tuple) and isinstance(place, int) else carried  # type: ignore[return-value]
+            return carried[place] if isinstance(carried, tuple) and isinstance(place, int) else carried
         if isinstance(carried, tuple):
             return None
         if op in CAST:
@@ -155,7 +170,7 @@ class Interpretation:
             return self._join(node)
         if op in REARRANGE or op in SPLIT:
             try:
-                moved = node.target(carried.indices, *node.args[1:], **_without_dtype(node.kwargs))  # type: ignore[operator]
+                moved = node.target(carried.indices.clone(), *node.args[1:], **_without_dtype(node.kwargs))  # type: ignore[operator]
             except (RuntimeError, TypeError):  # an operand that only the real model has
                 return None
             return Rearranged(moved) if isinstance(moved, torch.Tensor) else tuple(Rearranged(part) for part in moved)
@@ -188,4 +203,8 @@ class Interpretation:
 
 
 def _without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key not in ("dtype", "layout", "device", "pin_memory", "memory_format")}
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("dtype", "layout", "device", "pin_memory", "memory_format")
+    }

@@ -1,16 +1,19 @@
 """Trace a model into its dataflow: an ATen graph with parameters by name and the selected layers marked in it.
 
-The graph comes from ``torch.export`` on fake tensors (no copy, no compute); where export fails, the same graph is recorded
+The graph comes from ``torch.export`` on fake tensors (no copy, no compute); where export fails, the same graph is
+recorded
 by running once on the example inputs. Selected layers are found by marks that hooks put around them while tracing, so
 nothing depends on names or on how a layer is called.
 """
 
 from __future__ import annotations
 
+import copy
+import io
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -88,13 +91,19 @@ class Dataflow:
 
 
 def op_name(node: fx.Node) -> str:
-    """Return ``"aten::linear"`` for a call of ``aten.linear.default``, ``"getitem"``, or ``""`` for what is no call."""
+    """Return ``"aten::linear"`` for a call of ``aten.linear.default``, ``"getitem"``, or ``""`` for what is no call.
+
+    An in-place op goes by the name of its functional twin: the graph holds what it returns.
+    """
     if node.op != "call_function":
         return ""
     if node.target is operator.getitem:
         return "getitem"
     schema = getattr(node.target, "_schema", None)
-    return schema.name if schema is not None else str(node.target)
+    if schema is None:
+        return str(node.target)
+    name: str = schema.name
+    return name.removesuffix("_") if schema.is_mutable else name
 
 
 def is_mark(node: fx.Node) -> bool:
@@ -144,7 +153,8 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, tuple | list):
         return tuple(inputs), {}
     raise NeutralizeError(
-        "plan: expected a tensor, a tuple of positional arguments or a dict of keyword arguments for example_inputs, got "
+        "plan: expected a tensor, a tuple of positional arguments or a dict of keyword arguments for example_inputs, "
+        "got "
         f"{type(inputs).__name__}; wrap it accordingly"
     )
 
@@ -199,9 +209,9 @@ def _replace(tree: Any, replacement: torch.Tensor) -> tuple[Any, bool]:
         for key, value in tree.items():
             new, found = _replace(value, replacement)
             if found:
-                copied: Any = type(tree)(tree) if not isinstance(tree, dict) or type(tree) is not dict else dict(tree)
-                copied[key] = new
-                return copied, True
+                changed: Any = copy.copy(tree)
+                changed[key] = new
+                return changed, True
     elif isinstance(tree, tuple | list):
         for place, value in enumerate(tree):
             new, found = _replace(value, replacement)
@@ -225,6 +235,8 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
 
 class _TensorsOnly(nn.Module):
     """The model with its output flattened to a tuple of tensors, so that any output type can be traced."""
+
+    model: nn.Module
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -251,7 +263,11 @@ def _marked(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     def leave(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             tensor = first_tensor(output)
-            return None if tensor is None else replace_first_tensor(output, torch.ops.neutralize.mark(tensor, f"{name}:out"))
+            return (
+                None
+                if tensor is None
+                else replace_first_tensor(output, torch.ops.neutralize.mark(tensor, f"{name}:out"))
+            )
 
         return hook
 
@@ -270,13 +286,15 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
     """Trace ``model`` with the given layers marked.
 
     Args:
-        model: live or on the meta device; nothing of it is changed, copied or computed (the recording that stands in for a
+        model: live or on the meta device; nothing of it is changed, copied or computed (the recording that stands in
+            for a
             failed export computes once).
         layers: qualified name to module.
         example_inputs: arguments for the model, or ``None`` for what it brings itself.
 
     Raises:
-        NeutralizeError: no inputs, or the model can neither be exported nor recorded on them, or a layer was not called.
+        NeutralizeError: no inputs, or the model can neither be exported nor recorded on them, or a layer was not
+            called.
     """
     candidates: list[Inputs] = []
     if example_inputs is not None:
@@ -293,7 +311,9 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
         except NeutralizeError:
             raise
         except Exception as error:
-            failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}")
+            failures.append(
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
+            )
             continue
         missing = [name for name in layers if not flow.calls.get(name)]
         if missing:
@@ -303,10 +323,13 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
             )
         return flow
     if example_inputs is not None:
-        raise NeutralizeError(f"plan: expected example_inputs that the model accepts, got a failing trace ({failures[0]})")
+        raise NeutralizeError(
+            f"plan: expected example_inputs that the model accepts, got a failing trace ({failures[0]})"
+        )
     reason = f", and those guessed for it failed ({failures[-1]})" if failures else ""
     raise NeutralizeError(
-        f"plan: expected example_inputs for a {type(model).__name__}, which brings none that work{reason}, got None; pass a "
+        f"plan: expected example_inputs for a {type(model).__name__}, which brings none that work{reason}, got None; "
+        "pass a "
         "tensor, a tuple of positional arguments or a dict of keyword arguments"
     )
 
@@ -324,7 +347,9 @@ def placed_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], di
     return args, kwargs
 
 
-def _trace(model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
+def _trace(
+    model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Dataflow:
     wrapped = _TensorsOnly(model)
     wrapped.training = model.training
     with torch.no_grad(), _marked(layers), warnings.catch_warnings():
@@ -340,8 +365,10 @@ def _trace(model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, .
                 raise second from error
 
 
-def _exported(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
-    program = torch.export.export(wrapped, args, kwargs, strict=False)
+def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
+    """Export the model on fake tensors: nothing is computed or copied."""
+    with redirect_stderr(io.StringIO()):  # a failing export prints the graph that it had so far
+        program = torch.export.export(wrapped, args, kwargs, strict=False)
     if any(_mutates(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
     signature = program.graph_signature
@@ -358,30 +385,26 @@ def _exported(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return _dataflow(wrapped.model, program.graph, names, lifted)
 
 
-def _recorded(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
+def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
     """Run once on the real inputs and record the ops, for models whose control flow depends on data."""
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from neutralize.record import Recorder
 
-    tensors: dict[str, torch.Tensor] = dict(wrapped.named_parameters(remove_duplicate=False))
-    tensors.update(wrapped.named_buffers(remove_duplicate=False))
-    flat, spec = pytree.tree_flatten((args, kwargs))
+    tensors: dict[str, torch.Tensor] = dict(wrapped.model.named_parameters(remove_duplicate=False))
+    tensors.update(wrapped.model.named_buffers(remove_duplicate=False))
+    buffers = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]
+    recorder = Recorder(tensors)
+    try:
+        with torch.random.fork_rng(), recorder:
+            outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return _dataflow(wrapped.model, recorder.finish(outputs), recorder.names, {})
 
-    def run(tensors: dict[str, torch.Tensor], flat: list[Any]) -> Any:
-        call_args, call_kwargs = pytree.tree_unflatten(flat, spec)
-        # The parameters are swapped for the traced ones inside this call and put back when it ends.
-        return torch.func.functional_call(wrapped, tensors, call_args, call_kwargs, tie_weights=False)
 
-    functional = torch.func.functionalize(run, remove="mutations_and_views")
-    module = make_fx(functional, tracing_mode="real", pre_dispatch=False)(tensors, flat)
-    leaves = [node for node in module.graph.nodes if node.op == "placeholder"]
-    order = [key for key, _ in pytree.tree_flatten_with_path((tensors, flat))[0]]
-    names = {}
-    for node, path in zip(leaves, order, strict=True):
-        if path[0].idx == 0:
-            names[node] = path[1].key.removeprefix("model.")
-    for node in module.graph.nodes:
-        node.meta.setdefault("val", node.meta.get("tensor_meta"))
-    return _dataflow(wrapped.model, module.graph, names, {})
+def copied(value: Any) -> Any:
+    """A copy of an input tensor, so that an in-place op of the model does not reach the caller's."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -87,7 +87,9 @@ class Rewrite:
         if self.rows is None and self.columns is None:
             return tensor
         rows, columns = self.extent
-        matrix = tensor.reshape(rows, columns) if tensor.is_contiguous() or tensor.dim() == 2 else tensor.view(rows, columns)
+        matrix = (
+            tensor.reshape(rows, columns) if tensor.is_contiguous() or tensor.dim() == 2 else tensor.view(rows, columns)
+        )
         return matrix[slice(*(self.rows or (0, rows))), slice(*(self.columns or (0, columns)))]
 
     def describe(self) -> str:
@@ -100,7 +102,9 @@ class Rewrite:
         if self.fill or not terms:
             terms.append(f"{self.fill:.6g}")
         block = "".join(
-            f"[{name} {given[0]}:{given[1]}]" for name, given in (("rows", self.rows), ("columns", self.columns)) if given
+            f"[{name} {given[0]}:{given[1]}]"
+            for name, given in (("rows", self.rows), ("columns", self.columns))
+            if given
         )
         return f"{self.parameter}{block} <- {' + '.join(terms)}"
 
@@ -178,7 +182,9 @@ class Assign:
                 f"got {len(self.values)}; give one per element"
             )
         if not all(map(math.isfinite, self.values)):
-            raise NeutralizeError(f"Assign: expected finite values for {self.parameter!r}, got NaN or Inf; check their source")
+            raise NeutralizeError(
+                f"Assign: expected finite values for {self.parameter!r}, got NaN or Inf; check their source"
+            )
 
     @property
     def numel(self) -> int:
@@ -228,7 +234,8 @@ class Certificate:
         """Check the kind and the bound."""
         if self.kind not in CERTIFICATE_KINDS:
             raise NeutralizeError(
-                f"Certificate: expected one of {', '.join(CERTIFICATE_KINDS)} for kind, got {self.kind!r}; use one of these"
+                f"Certificate: expected one of {', '.join(CERTIFICATE_KINDS)} for kind, got {self.kind!r}; use one "
+                "of these"
             )
         if self.bound is not None and not (math.isfinite(self.bound) and self.bound >= 0):
             raise NeutralizeError(f"Certificate: expected a finite bound of 0 or more, got {self.bound}; leave it out")
@@ -244,14 +251,18 @@ class LayerPlan:
 
     Attributes:
         layer: qualified name of the layer.
-        target: what the layer becomes: ``input`` (its output is its input), ``null`` (its output is zero, or nothing reads
-            it), ``scaled`` (its output times ``gain``), ``damped`` (a residual block: what it adds times ``gain``) or ``fill``
+        target: what the layer becomes: ``input`` (its output is its input), ``null`` (its output is zero, or nothing
+            reads
+            it), ``scaled`` (its output times ``gain``), ``damped`` (a residual block: what it adds times ``gain``) or
+            ``fill``
             (constant weights).
         certificate: how exactly.
         edits: indices into the plan's edits.
         activation: name of the activation that belongs to the layer, or ``""``.
-        gain: for ``input``, the factor that the layer hands its input on with; for ``scaled`` and ``damped``, the factor.
-        operating_point, value, slope, epsilon: of the linear regime (MATH: a, φ(a), φ'(a), ε); a block has none of them.
+        gain: for ``input``, the factor that the layer hands its input on with; for ``scaled`` and ``damped``, the
+            factor.
+        operating_point, value, slope, epsilon: of the linear regime (MATH: a, φ(a), φ'(a), ε); a block has none of
+            them.
         input_bound: the bound X on the magnitude of the layer's input, where one was needed.
         consumers: qualified names of the modules that read the layer and were rewritten for it.
         sides: which sides of the layer are rewritten, for strategies that have sides.
@@ -332,18 +343,22 @@ class Plan:
         try:
             content = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise NeutralizeError(f"Plan.from_json: expected JSON, got text that is none ({error}); pass to_json's") from error
+            raise NeutralizeError(
+                f"Plan.from_json: expected JSON, got text that is none ({error}); pass to_json's"
+            ) from error
         _check_keys("the plan", content, {"format", "strategy", "edits", "layers", "tied"})
         if content["format"] != FORMAT_VERSION:
             raise NeutralizeError(
-                f"Plan.from_json: expected format {FORMAT_VERSION}, got {content['format']!r}; plan again with this version"
+                f"Plan.from_json: expected format {FORMAT_VERSION}, got {content['format']!r}; plan again with this "
+                "version"
             )
         edits = []
         for entry in _typed(content["edits"], list, "edits"):
             kind = _EDITS.get(_typed(entry, dict, "an edit").get("kind"))
             if kind is None:
                 raise NeutralizeError(
-                    f"Plan.from_json: expected one of {', '.join(_EDITS)} for the kind of an edit, got {entry.get('kind')!r}; "
+                    f"Plan.from_json: expected one of {', '.join(_EDITS)} for the kind of an edit, got "
+                    f"{entry.get('kind')!r}; "
                     "plan again with this version"
                 )
             edits.append(_build(kind, {key: value for key, value in entry.items() if key != "kind"}))
@@ -353,11 +368,14 @@ class Plan:
             layer = _build(LayerPlan, {**entry, "certificate": certificate})
             if not all(0 <= index < len(edits) for index in layer.edits):
                 raise NeutralizeError(
-                    f"Plan.from_json: expected edits 0 to {len(edits) - 1} for layer {layer.layer!r}, got {list(layer.edits)}; "
+                    f"Plan.from_json: expected edits 0 to {len(edits) - 1} for layer {layer.layer!r}, got "
+                    f"{list(layer.edits)}; "
                     "the text was changed by hand: plan again"
                 )
             layers.append(layer)
-        tied = tuple(tuple(_typed(name, str, "tied") for name in _typed(group, list, "tied")) for group in content["tied"])
+        tied = tuple(
+            tuple(_typed(name, str, "tied") for name in _typed(group, list, "tied")) for group in content["tied"]
+        )
         return Plan(_typed(content["strategy"], str, "strategy"), tuple(edits), tuple(layers), tied)
 
     def apply(self, model: nn.Module, *, freeze: bool = False) -> Undo:
@@ -424,7 +442,8 @@ def _check_keys(where: str, content: Any, expected: set[str], optional: frozense
     if missing or unknown:
         raise NeutralizeError(
             f"Plan.from_json: expected the keys {', '.join(sorted(expected))} for {where}, got "
-            f"{'no ' + ', '.join(sorted(missing)) if missing else 'also ' + ', '.join(sorted(unknown))}; pass what to_json wrote"
+            f"{'no ' + ', '.join(sorted(missing)) if missing else 'also ' + ', '.join(sorted(unknown))}; pass what "
+            "to_json wrote"
         )
 
 

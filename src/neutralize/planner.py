@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, Inputs, first_tensor, placed_inputs, trace
@@ -16,6 +16,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
 from neutralize.search import IDENTITY, Assignment, Preference, Search
 from neutralize.select import Layers, select, unwrap
+from neutralize.sites import affine_site
 
 BOUND_MARGIN = 1.25
 """What a measured input bound is multiplied by: inputs a quarter larger than the example's are still covered."""
@@ -81,6 +82,16 @@ class Request:
 
         return aliases_of(self.tensors)
 
+    @cached_property
+    def cut(self) -> dict[fx.Node, fx.Node]:
+        """Results of the selected layers, with what enters them: in the network without them the one is the other."""
+        found = {}
+        for calls in self.flow.calls.values():
+            for call in calls:
+                site = affine_site(self.flow, call)
+                found[call.exit if site is None or site.inside else site.result] = call.entry
+        return found
+
     @property
     def regions(self) -> list[tuple[int, int]]:
         """Position ranges of every call of every selected layer."""
@@ -104,15 +115,21 @@ class Request:
         prefix = f"{layer}." if layer else ""
         return [prefix + name for name, _ in self.layers[layer].named_parameters(recurse=False)]
 
+    def canonical(self, name: str) -> str:
+        """The first of the names of one tensor: two edits of tied parameters are seen to be one."""
+        same = [alias for alias in self.aliases[name] if self.tensors[alias] is self.tensors[name]]
+        return next(alias for alias in self.tensors if alias in same)
+
     def rewrite(self, name: str, **coefficients: Any) -> Rewrite:
         """A rewrite of a parameter, with its shape and dtype filled in."""
-        tensor = self.writable(name)
+        tensor, name = self.writable(name), self.canonical(name)
         return Rewrite(name, tuple(tensor.shape), dtype_name(tensor.dtype), **coefficients)
 
     def fold(self, weight: str, bias: str, *, scale: float, shift: float, transposed: bool) -> Fold:
         """A fold of a weight into a bias, with shape and dtype filled in."""
         tensor = self.writable(weight)
         self.writable(bias)
+        weight, bias = self.canonical(weight), self.canonical(bias)
         return Fold(weight, bias, tuple(tensor.shape), dtype_name(tensor.dtype), scale, shift, transposed)
 
     def writable(self, name: str) -> torch.Tensor:
@@ -125,7 +142,8 @@ class Request:
         if tensor.dtype not in ops.DTYPES:
             known = ", ".join(dtype_name(dtype) for dtype in ops.DTYPES)
             raise NeutralizeError(
-                f"plan: expected one of {known} for {name!r}, got {dtype_name(tensor.dtype)}; dequantize the layer first"
+                f"plan: expected one of {known} for {name!r}, got {dtype_name(tensor.dtype)}; dequantize the layer "
+                "first"
             )
         return tensor
 
@@ -149,7 +167,8 @@ class Request:
         bound = self._bounds[layer]
         if not 0 < bound < float("inf"):
             raise NeutralizeError(
-                f"plan: expected a finite input of layer {layer!r} that is not all zero, got a largest magnitude of {bound}; "
+                f"plan: expected a finite input of layer {layer!r} that is not all zero, got a largest magnitude of "
+                f"{bound}; "
                 "give input_bound, or other example_inputs"
             )
         return bound
@@ -162,7 +181,8 @@ class Request:
         if given is None or any(tensor.is_meta for tensor in self.tensors.values()):
             lacking = "weights (this is a meta model)" if given is not None else "example_inputs"
             raise NeutralizeError(
-                f"plan: expected a bound on the input of {', '.join(map(repr, self.layers))}, got no {lacking} to measure it "
+                f"plan: expected a bound on the input of {', '.join(map(repr, self.layers))}, got no {lacking} to "
+                "measure it "
                 "with; give input_bound=, the largest magnitude that enters the layer"
             )
         peaks = dict.fromkeys(self.layers, 0.0)
@@ -187,7 +207,8 @@ class Request:
             raise
         except Exception as error:
             raise NeutralizeError(
-                f"plan: expected example_inputs that the model accepts, got {type(error).__name__}: {error}; give others, or "
+                f"plan: expected example_inputs that the model accepts, got {type(error).__name__}: {error}; give "
+                "others, or "
                 "input_bound="
             ) from error
         finally:
@@ -210,8 +231,10 @@ def plan(
         model: live or on the meta device.
         layers: see ``neutralize.select``.
         strategy: a name (``auto``, ``passthrough``, ``zero``, ``constant``, ``damp``) or a strategy object.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for ``model``. They give the
-            shapes of the trace and, where a bound on a layer's input is needed and not given, its measured range. May be
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for ``model``. They
+            give the
+            shapes of the trace and, where a bound on a layer's input is needed and not given, its measured range. May
+            be
             left out where the model brings its own (``dummy_inputs`` of transformers), where its first layer tells its
             input (``Linear``, ``Embedding``, convolution), or where the strategy needs none.
         **options: parameters of the strategy, if it is given by name.
@@ -240,13 +263,15 @@ def plan(
         if len(problems) == 1:
             raise NeutralizeError(problems[0])
         listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise NeutralizeError(f"plan: expected layers that can be switched off, got {len(problems)} that cannot:{listing}")
+        raise NeutralizeError(
+            f"plan: expected layers that can be switched off, got {len(problems)} that cannot:{listing}"
+        )
     return _merge(request, chosen.name, drafts)
 
 
 def _merge(request: Request, strategy: str, drafts: list[Draft]) -> Plan:
-    """Join the drafts: the layers further down the network first, so that a layer's rescale falls on what they wrote."""
-    order = range(len(drafts))
+    """Join the drafts, those further down the network first: a layer's rescale falls on what they wrote."""
+    order = list(range(len(drafts)))
     if "flow" in request.__dict__:
         order = sorted(order, key=lambda place: -request.calls(drafts[place].layer.layer)[-1].last)
     edits: list[Edit] = []
@@ -311,8 +336,9 @@ def _accepted_ties(request: Request, written: set[str]) -> tuple[tuple[str, ...]
         owned = _owned(request, written, names)
         foreign = [other for other in names if other not in owned]
         if foreign:
+            ours = next((other for other in names if other in owned), name)
             raise NeutralizeError(
-                f"plan: expected {name!r} to be read by the selected layers only, got a tensor that is tied to "
+                f"plan: expected {ours!r} to be read by the selected layers only, got a tensor that is tied to "
                 f"{', '.join(map(repr, foreign))}; select that layer too, or untie it first (clone the parameter)"
             )
         groups[frozenset(names)] = None
@@ -327,9 +353,7 @@ def _owned(request: Request, written: set[str], names: tuple[str, ...]) -> set[s
         readers = [position[user] for user in request.flow.users(names[0])]
         if readers and all(any(first < place < last for first, last in regions) for place in readers):
             return set(names)
-    inside = {
-        name for name in names for layer in request.layers if layer == "" or name.startswith(f"{layer}.")
-    }
+    inside = {name for name in names for layer in request.layers if layer == "" or name.startswith(f"{layer}.")}
     return inside | ({name for name in names if name in written} if len(set(names) & written) == len(names) else set())
 
 

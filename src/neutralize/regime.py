@@ -13,7 +13,8 @@ import torch
 from neutralize.activations import Activation
 
 # How many units of roundoff the evaluation of an activation may be off, relative to its value: vectorised tanh, sigmoid
-# and erf are good to 1 to 2 units in the last place (2 to 4 roundoffs); the 16-bit types compute in float32 and round once.
+# and erf are good to 1 to 2 units in the last place (2 to 4 roundoffs); the 16-bit types compute in float32 and round
+# once.
 _EVALUATION_ROUNDOFFS = {torch.float64: 4.0, torch.float32: 4.0}
 _EVALUATION_ROUNDOFFS_NARROW = 1.5
 _SHIFT_MARGIN = 1.0  # the bound X already has its margin; a = X + window lies on the linear side
@@ -108,7 +109,8 @@ def _regime(activation: Activation, epsilon: float, point: float, dtype: torch.d
     nonlinearity = activation.curvature * epsilon**activation.order * bound ** (activation.order + 1)
     unit = unit_roundoff(dtype)
     evaluation = _EVALUATION_ROUNDOFFS.get(dtype, _EVALUATION_ROUNDOFFS_NARROW) * unit
-    # The argument εx + a is rounded when a is added; φ is evaluated and stored; what is below the smallest number of the
+    # The argument εx + a is rounded when a is added; φ is evaluated and stored; what is below the smallest number of
+    # the
     # format is lost twice. All of it is divided by ε φ'(a) on the way out.
     argument_error = unit * (abs(point) + epsilon * bound) if point else 0.0
     peak = abs(value) + abs(activation.slope) * epsilon * bound + nonlinearity * epsilon * abs(activation.slope)

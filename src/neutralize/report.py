@@ -65,7 +65,9 @@ def verification_table(verification: Verification) -> str:
     for layer, error in verification.per_layer.items():
         bound = verification.bounds.get(layer)
         gain = verification.gradient_gain.get(layer)
-        table.add_row(layer, f"{error:.3g}", "" if bound is None else f"{bound:.3g}", "" if gain is None else f"{gain:.4g}")
+        table.add_row(
+            layer, f"{error:.3g}", "" if bound is None else f"{bound:.3g}", "" if gain is None else f"{gain:.4g}"
+        )
     verdict = "bit for bit" if verification.exact else f"relative error {verification.relative_error:.3g}"
     held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"
     if not verification.assumptions_hold:

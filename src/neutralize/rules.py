@@ -2,10 +2,12 @@
 
 Each rule is a list of clauses, and a clause is a condition on the operands of a node that suffices:
 
-- ``zero_clauses``: the node is zero if every operand of one clause is zero (``0 * finite = 0``, φ(0) = 0, attention is zero
+- ``zero_clauses``: the node is zero if every operand of one clause is zero (``0 * finite = 0``, φ(0) = 0, attention is
+zero
   where its values are);
 - ``scaled_clauses``: the node is multiplied by f if every operand of one clause is;
-- ``carry_clauses``: the node holds the elements of one operand, rearranged at most, if other operands are zero, one or an
+- ``carry_clauses``: the node holds the elements of one operand, rearranged at most, if other operands are zero, one or
+an
   identity matrix.
 
 Where a rule is missing nothing is concluded: an op that is not in the table is unknown.
@@ -14,6 +16,7 @@ Where a rule is missing nothing is concluded: an op that is not in the table is 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -25,20 +28,23 @@ from neutralize.dataflow import argument, is_mark, op_name, shape_of
 # Rearrange elements of their first operand; run on a tensor of indices, they say where each element went.
 REARRANGE = frozenset(
     f"aten::{name}"
-    for name in """alias clone contiguous detach detach_ expand expand_as flatten flip lift_fresh lift_fresh_copy movedim
+    for name in """alias clone contiguous detach expand expand_as flatten flip lift_fresh lift_fresh_copy movedim
     narrow permute repeat reshape roll select slice squeeze t transpose unflatten unsqueeze view view_as _unsafe_view
     _reshape_alias swapaxes swapdims moveaxis tile unfold pixel_shuffle pixel_unshuffle channel_shuffle rot90""".split()
 ) | {"neutralize::mark"}
 # Return a tuple of rearranged parts; ``getitem`` picks one.
-SPLIT = frozenset(f"aten::{name}" for name in "split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk".split())
+SPLIT = frozenset(
+    f"aten::{name}" for name in "split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk".split()
+)
 JOIN = frozenset(("aten::cat", "aten::concat", "aten::stack", "aten::hstack", "aten::vstack"))
 CAST = frozenset(f"aten::{name}" for name in "to _to_copy type_as float half double bfloat16".split())
-DROPOUT = frozenset(f"aten::{name}" for name in "dropout dropout_ native_dropout feature_dropout alpha_dropout".split())
+DROPOUT = frozenset(f"aten::{name}" for name in "dropout native_dropout feature_dropout alpha_dropout".split())
 # Linear in their first operand and without an offset.
 _LINEAR_IN_FIRST = frozenset(
     f"aten::{name}"
-    for name in """embedding neg sum mean cumsum index_select gather index take_along_dim masked_select avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    for name in """embedding neg sum mean cumsum index_select gather index take_along_dim masked_select
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d
     upsample_trilinear3d repeat_interleave tril triu diagonal col2im im2col trace real view_as_complex view_as_real
     fft_rfft fft_irfft fft_fft fft_ifft constant_pad_nd pad reflection_pad1d reflection_pad2d replication_pad1d
@@ -47,13 +53,13 @@ _LINEAR_IN_FIRST = frozenset(
 # f(s x) = s f(x) for s >= 0 only.
 _POSITIVE_HOMOGENEOUS = frozenset(
     f"aten::{name}"
-    for name in """relu relu_ leaky_relu leaky_relu_ prelu _prelu_kernel abs amax amin max_pool1d max_pool2d max_pool3d
+    for name in """relu leaky_relu prelu _prelu_kernel abs amax amin max_pool1d max_pool2d max_pool3d
     max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d""".split()
 )
 # φ(0) = 0 and nothing more.
 _ZERO_AT_ZERO = frozenset(
     f"aten::{name}"
-    for name in """tanh tanh_ gelu gelu_ silu silu_ mish mish_ elu elu_ selu celu sin sinh asinh atan hardswish hardswish_
+    for name in """tanh gelu silu mish elu selu celu sin sinh asinh atan hardswish hardswish_
     sqrt square erf expm1 log1p sign relu6 tan asin atanh hardshrink softshrink rrelu nan_to_num round floor ceil trunc
     """.split()
 )
@@ -91,17 +97,19 @@ _AFFINE = {  # op: (data, weight, bias) by schema name
     "aten::baddbmm": ("batch1", "batch2", "self"),
 }
 _PRODUCTS = frozenset(
-    f"aten::{name}" for name in "mul mul_ mm bmm matmul dot mv outer einsum _grouped_mm linalg_vecdot inner tensordot kron".split()
+    f"aten::{name}"
+    for name in "mul mm bmm matmul dot mv outer einsum _grouped_mm linalg_vecdot inner tensordot kron".split()
 ) | {"transformers::grouped_mm_fallback"}
 _ATTENTION = frozenset(
     f"aten::{name}"
     for name in """scaled_dot_product_attention _scaled_dot_product_flash_attention
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
+    _scaled_dot_product_cudnn_attention
     _scaled_dot_product_fused_attention_overrideable""".split()
 )
-_ADD = frozenset(("aten::add", "aten::add_"))
-_SUB = frozenset(("aten::sub", "aten::sub_"))
-_DIV = frozenset(("aten::div", "aten::div_", "aten::true_divide"))
+_ADD = "aten::add"
+_SUB = "aten::sub"
+_DIV = frozenset(("aten::div", "aten::true_divide"))
 # Write the second tensor operand into the first: zero if both are.
 _SCATTER = {
     "aten::index_add": ("self", "source"),
@@ -115,19 +123,18 @@ _SCATTER = {
     "aten::select_scatter": ("self", "src"),
     "aten::masked_scatter": ("self", "source"),
     "aten::copy": ("self", "src"),
-    "aten::copy_": ("self", "src"),
 }
-_ZERO_SOURCES = frozenset(("aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::zero", "aten::zero_"))
+_ZERO_SOURCES = frozenset(("aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::zero"))
 _NON_NEGATIVE = frozenset(
     f"aten::{name}"
-    for name in """relu relu_ relu6 sigmoid sigmoid_ hardsigmoid hardsigmoid_ softplus exp abs square softmax _softmax
+    for name in """relu relu6 sigmoid hardsigmoid softplus exp abs square softmax _softmax
     sqrt""".split()
 )
 _ORDER_PRESERVING = frozenset(
     f"aten::{name}"
     for name in """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool2d amax mean sum
-    index_select gather relu relu_""".split()
+    index_select gather relu """.split()
 )
 
 
@@ -162,7 +169,7 @@ def zero_clauses(node: fx.Node) -> list[list[fx.Node]]:
         return [[]] if is_number(argument(node, "fill_value"), 0) else []
     if op in _ZERO_AT_ZERO:
         return [tensors(node.args[0])]
-    if op in ("aten::hardtanh", "aten::hardtanh_", "aten::clamp", "aten::clamp_min", "aten::clamp_max"):
+    if op in ("aten::hardtanh", "aten::clamp", "aten::clamp_min", "aten::clamp_max"):
         low = argument(node, "min_val", argument(node, "min"))
         high = argument(node, "max_val", argument(node, "max"))
         inside = (low is None or (is_number(low) and low <= 0)) and (high is None or (is_number(high) and high >= 0))
@@ -208,7 +215,7 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
         return [[operand] for operand in tensors(*operands)] if isinstance(operands, list | tuple) else None
     if op in _ATTENTION:
         return [tensors(argument(node, "value"))]
-    if op in _ADD or op in _SUB:
+    if op in (_ADD, _SUB):
         one, other = node.args[0], node.args[1]
         if any(is_number(operand) and operand != 0 for operand in (one, other)):
             return None
@@ -222,8 +229,12 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
         return [tensors(node.args[0], node.args[1])]
     if op == "aten::where" and len(node.args) == 3:
         chosen = node.args[1:]
-        return [tensors(*chosen)] if all(isinstance(operand, fx.Node) or is_number(operand, 0) for operand in chosen) else None
-    if op in ("aten::masked_fill", "aten::masked_fill_"):
+        return (
+            [tensors(*chosen)]
+            if all(isinstance(operand, fx.Node) or is_number(operand, 0) for operand in chosen)
+            else None
+        )
+    if op == "aten::masked_fill":
         return [tensors(first)] if is_number(node.args[2], 0) else None
     if op in _SCATTER:
         return [tensors(*(argument(node, name) for name in _SCATTER[op]))]
@@ -259,29 +270,37 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
             return [Carry(first)]
         if op in DROPOUT:
             return [] if drops(node) else [Carry(first)]
-        if op in ("aten::relu", "aten::relu_"):
+        if op == "aten::relu":
             return [Carry(first, non_negative=True)]
         if op == "aten::clamp_min" and is_number(node.args[1], 0):
             return [Carry(first, non_negative=True)]
     if op in JOIN and isinstance(first, list | tuple):
         return [Carry(part) for part in tensors(*first)]
-    if op in _ADD and is_number(argument(node, "alpha", 1), 1):
+    if op == _ADD and is_number(argument(node, "alpha", 1), 1):
         one, other = node.args[0], node.args[1]
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
             return [Carry(one, zeros=(other,)), Carry(other, zeros=(one,))]
-        return [Carry(part) for part, rest in ((one, other), (other, one)) if isinstance(part, fx.Node) and is_number(rest, 0)]
-    if op in _ADD and isinstance(first, fx.Node) and isinstance(node.args[1], fx.Node):
+        return [
+            Carry(part)
+            for part, rest in ((one, other), (other, one))
+            if isinstance(part, fx.Node) and is_number(rest, 0)
+        ]
+    if op == _ADD and isinstance(first, fx.Node) and isinstance(node.args[1], fx.Node):
         return [Carry(first, zeros=(node.args[1],))]
-    if op in _SUB and isinstance(first, fx.Node):
+    if op == _SUB and isinstance(first, fx.Node):
         other = node.args[1]
         if isinstance(other, fx.Node):
             return [Carry(first, zeros=(other,))]
         return [Carry(first)] if is_number(other, 0) else []
-    if op in ("aten::mul", "aten::mul_"):
+    if op == "aten::mul":
         one, other = node.args[0], node.args[1]
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
             return [Carry(one, ones=(other,)), Carry(other, ones=(one,))]
-        return [Carry(part) for part, rest in ((one, other), (other, one)) if isinstance(part, fx.Node) and is_number(rest, 1)]
+        return [
+            Carry(part)
+            for part, rest in ((one, other), (other, one))
+            if isinstance(part, fx.Node) and is_number(rest, 1)
+        ]
     if op in _DIV and isinstance(first, fx.Node):
         other = node.args[1]
         if isinstance(other, fx.Node):
@@ -318,8 +337,14 @@ def norm_operands(node: fx.Node) -> tuple[object, object] | None:
     return None if names is None else tuple(argument(node, name) if name else None for name in names)  # type: ignore[return-value]
 
 
-def non_negative(node: fx.Node) -> bool:
-    """Whether every element of the node is known to be zero or more, from the ops that made it."""
+def non_negative(node: fx.Node, cut: Mapping[fx.Node, fx.Node] | None = None) -> bool:
+    """Whether every element of the node is known to be zero or more, from the ops that made it.
+
+    Args:
+        node: the node.
+        cut: results of layers that are cut out, with what enters them: the result is what entered.
+    """
+    cut = cut or {}
     seen: dict[fx.Node, bool] = {}
     stack = [node]
     while stack:
@@ -330,14 +355,20 @@ def non_negative(node: fx.Node) -> bool:
         op = op_name(current)
         first = current.args[0] if current.args else None
         operands: list[fx.Node] | None
-        if op in _NON_NEGATIVE or (op in ("aten::hardtanh", "aten::clamp", "aten::clamp_min") and _clamped_at_zero(current)):
+        if current in cut:
+            operands = [cut[current]]
+        elif op in _NON_NEGATIVE or (
+            op in ("aten::hardtanh", "aten::clamp", "aten::clamp_min") and _clamped_at_zero(current)
+        ):
             operands = []
-        elif op in REARRANGE or op in SPLIT or op in CAST or op in DROPOUT or op in _ORDER_PRESERVING or op == "getitem":
+        elif (
+            op in REARRANGE or op in SPLIT or op in CAST or op in DROPOUT or op in _ORDER_PRESERVING or op == "getitem"
+        ):
             operands = tensors(first)
-        elif op in _ADD or op in ("aten::mul", "aten::mul_"):
+        elif op == _ADD or op == "aten::mul":
             both = current.args[:2]
             operands = None if any(is_number(part) and part < 0 for part in both) else tensors(*both)  # type: ignore[operator]
-            if op in _ADD and not is_number(argument(current, "alpha", 1), 1):
+            if op == _ADD and not is_number(argument(current, "alpha", 1), 1):
                 operands = None
         elif op in JOIN and isinstance(first, list | tuple):
             operands = tensors(*first)
@@ -365,7 +396,9 @@ def is_transparent(node: fx.Node) -> bool:
     if op in DROPOUT:
         return not drops(node)
     if op in CAST:
-        before, after = (node.args[0].meta.get("val"), node.meta.get("val")) if isinstance(node.args[0], fx.Node) else (None, None)
+        before, after = (
+            (node.args[0].meta.get("val"), node.meta.get("val")) if isinstance(node.args[0], fx.Node) else (None, None)
+        )
         return before is not None and after is not None and before.dtype == after.dtype
     if is_mark(node):
         return True
@@ -374,4 +407,8 @@ def is_transparent(node: fx.Node) -> bool:
     before_shape, after_shape = shape_of(node.args[0]), shape_of(node)
     if before_shape is None or after_shape is None:
         return False
-    return math.prod(before_shape) == math.prod(after_shape) and op not in ("aten::unfold", "aten::slice", "aten::select")
+    return math.prod(before_shape) == math.prod(after_shape) and op not in (
+        "aten::unfold",
+        "aten::slice",
+        "aten::select",
+    )

@@ -5,7 +5,8 @@ Two mutually recursive questions, answered for every node of the block in graph 
 - what makes this value zero? (``rules.zero_clauses``)
 - what makes this value the block's input? (``rules.carry_clauses``)
 
-Each answer is a short list of assignments, cheapest first; a union of assignments that disagree is no answer. The search
+Each answer is a short list of assignments, cheapest first; a union of assignments that disagree is no answer. The
+search
 proposes; ``certify`` decides.
 
 Source: MATH §4; DESIGN §3.
@@ -116,7 +117,9 @@ class Search:
             return [{name: value}] if self._writable(name) else []
         op = op_name(node)
         if op in REARRANGE or op in CAST:
-            return self._constant(node.args[0], value) if isinstance(node.args[0], fx.Node) and not is_mark(node) else []
+            return (
+                self._constant(node.args[0], value) if isinstance(node.args[0], fx.Node) and not is_mark(node) else []
+            )
         if op in ("aten::add", "aten::sub", "aten::mul") and len(node.args) == 2 and not node.kwargs:
             one, other = node.args
             if isinstance(other, fx.Node) and isinstance(one, int | float):
@@ -165,7 +168,9 @@ class Search:
         return found
 
     def _best(self, assignments: Iterable[Assignment]) -> list[Assignment]:
-        distinct = {tuple(sorted(assignment.items(), key=lambda item: item[0])): assignment for assignment in assignments}
+        distinct = {
+            tuple(sorted(assignment.items(), key=lambda item: item[0])): assignment for assignment in assignments
+        }
         return sorted(distinct.values(), key=self.cost)[:_KEPT]
 
     def cost(self, assignment: Assignment) -> tuple[int, int]:
@@ -187,7 +192,8 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
     ``-(1 - factor) * c`` for one that enters as ``c + W``.
 
     Returns:
-        The assignments, cheapest first, and how many branches are added to its residual stream (0: it has none).
+        The assignments, cheapest first, and how many branches and activations stand on its residual stream (0: it has
+        none).
 
     Source: MATH §4; homogeneity of degree 1 of the ops in ``rules.scaled_clauses``.
     """
@@ -203,7 +209,7 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
         offset = _offset_parameter(node)
         if offset is not None and search._is_parametric(offset[0]) and of(offset[0]):
             # c + w: w <- f w + (f - 1) c
-            scaled[node] = [{name: (factor - 1.0) * offset[1] for name in of(offset[0])[0]}]
+            scaled[node] = [dict.fromkeys(of(offset[0])[0], (factor - 1.0) * offset[1])]
             continue
         clauses = search._ordered(node, scaled_clauses(node, factor))
         scaled[node] = search._any(search._all((of(operand) for operand in clause), before=[{}]) for clause in clauses)
@@ -213,7 +219,10 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
             for clause in carry_clauses(node):
                 if clause.carrier in on_stream and clause.zeros:
                     branches.append(search._any([search._all((of(operand) for operand in clause.zeros), before=[{}])]))
-        return (search._all(branches, before=[{}]) if branches else []), len(branches)
+        activated = any(
+            clause.non_negative for node in on_stream for clause in carry_clauses(node) if clause.carrier in on_stream
+        )
+        return (search._all(branches, before=[{}]) if branches else []), len(branches) + activated
     return scaled.get(search.call.exit, []), 0
 
 
@@ -232,12 +241,10 @@ def _stream(search: Search) -> set[fx.Node]:
     stream = {search.call.entry}
     for node in search._inside():
         for clause in carry_clauses(node):
-            if clause.carrier in stream and not clause.ones and clause.identity is None and not clause.non_negative:
+            if clause.carrier in stream and not clause.ones and clause.identity is None:
                 if shape_of(node) is not None and clause.zeros:
                     if shape_of(node) == shape_of(clause.carrier):
                         stream.add(node)
                 else:
                     stream.add(node)
     return stream
-
-

@@ -30,9 +30,11 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 
     Args:
         model: the module to look in; its own name, the empty string, is never selected by a glob or a predicate.
-        layers: a qualified name (``"model.layers.3.mlp"``), a glob over qualified names (``"*.mlp"``; ``*`` also matches
+        layers: a qualified name (``"model.layers.3.mlp"``), a glob over qualified names (``"*.mlp"``; ``*`` also
+            matches
             dots), an index or slice of a ``ModuleList`` or ``Sequential`` (``"model.layers[-3:]"``, also followed by a
-            name: ``"model.layers[3].mlp"``), a module object of the model, a predicate ``(name, module) -> bool``, or an
+            name: ``"model.layers[3].mlp"``), a module object of the model, a predicate ``(name, module) -> bool``, or
+                an
             iterable of these.
 
     Returns:
@@ -68,7 +70,8 @@ def _resolve(model: nn.Module, named: dict[str, nn.Module], layers: Layers) -> l
         names = [name for name, module in named.items() if module is layers]
         if not names:
             raise NeutralizeError(
-                f"select: expected a module of the model for layers, got a {type(layers).__name__} that is not part of it; "
+                f"select: expected a module of the model for layers, got a {type(layers).__name__} that is not part "
+                "of it; "
                 "pass a module reached through this model, or a qualified name"
             )
         return names[:1]
@@ -102,7 +105,9 @@ def _resolve_text(named: dict[str, nn.Module], text: str) -> list[str]:
         return [name for child in children for name in (_resolve_text(named, child + rest) if rest else [child])]
     names = _names(named, text)
     if not names:
-        raise NeutralizeError(f"select: expected the name of a layer, got {text!r}, which is unknown; {_suggest(named, text)}")
+        raise NeutralizeError(
+            f"select: expected the name of a layer, got {text!r}, which is unknown; {_suggest(named, text)}"
+        )
     return names
 
 
@@ -132,7 +137,8 @@ def _children(named: dict[str, nn.Module], name: str, match: re.Match[str], text
     picked = children[slice(start, stop, step)]
     if not picked:
         raise NeutralizeError(
-            f"select: expected a slice that selects something of {name!r}, got {text!r}; it has {size} layers, 0 to {size - 1}"
+            f"select: expected a slice that selects something of {name!r}, got {text!r}; it has {size} layers, 0 to "
+            f"{size - 1}"
         )
     return picked
 

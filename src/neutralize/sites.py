@@ -8,7 +8,7 @@ from torch import fx
 
 from neutralize.activations import Activation, activation_of
 from neutralize.dataflow import Call, Dataflow, argument, op_name
-from neutralize.rules import affine_operands, is_transparent, non_negative, norm_operands
+from neutralize.rules import DROPOUT, affine_operands, is_transparent, norm_operands
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class AffineSite:
         result: the node whose value the consumers read.
         consumers: the affine ops that read it.
         other_readers: what else reads it.
-        non_negative: whether what enters the layer is known to be zero or more.
         inside: the activation was computed inside the selected module.
     """
 
@@ -70,7 +69,6 @@ class AffineSite:
     result: fx.Node
     consumers: list[Affine] = field(default_factory=list)
     other_readers: list[fx.Node] = field(default_factory=list)
-    non_negative: bool = False
     inside: bool = False
 
 
@@ -106,9 +104,8 @@ def affine_site(flow: Dataflow, call: Call) -> AffineSite | None:
     if len(found) != 1 or not _leads_back(found[0].data, call.entry):
         return None
     affine = found[0]
-    site = AffineSite(call.layer, call, affine, None, affine.node, non_negative=non_negative(call.entry))
-    _follow(flow, site)
-    return site
+    site = AffineSite(call.layer, call, affine, None, affine.node)
+    return site if _follow(flow, site) else None
 
 
 def _leads_back(node: fx.Node, entry: fx.Node) -> bool:
@@ -119,8 +116,8 @@ def _leads_back(node: fx.Node, entry: fx.Node) -> bool:
     return True
 
 
-def _follow(flow: Dataflow, site: AffineSite) -> None:
-    """Walk on from the affine op to its activation and its readers."""
+def _follow(flow: Dataflow, site: AffineSite) -> bool:
+    """Walk on from the affine op to its activation and its readers; whether the selected module ends on that way."""
     node = site.affine.node
     passed_exit = False
     while True:
@@ -149,12 +146,15 @@ def _follow(flow: Dataflow, site: AffineSite) -> None:
                 stack.append(reader)
             else:
                 site.other_readers.append(reader)
+    return passed_exit
 
 
 def describe(node: fx.Node, flow: Dataflow) -> str:
     """Say what a node is, for an error message: the op, and where it belongs."""
     if node.op == "output":
         return "the model's output"
+    if op_name(node) in DROPOUT:
+        return "an active dropout (the model is in training mode: call model.eval())"
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     owner = stack[-1][0].removeprefix("model.") if stack else ""
     owner = owner.removeprefix("L['self'].model.").removeprefix("model.")

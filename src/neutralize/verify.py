@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from neutralize.activations import FUNCTION_NAMES
-from neutralize.dataflow import first_tensor, replace_first_tensor, tensors_in
+from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tensors_in
 from neutralize.errors import NeutralizeError
 from neutralize.plan import LayerPlan, Plan
 from neutralize.select import Layers, select, unwrap
@@ -31,13 +31,17 @@ class Verification:
     """What was measured.
 
     Attributes:
-        relative_error: end to end, ``‖output - reference‖₂ / ‖reference‖₂`` over all floating-point outputs, in float64.
-        per_layer: for each layer, the largest error of what it hands on, divided by the bound on its input (a plain layer), by
-            the largest magnitude of its input (a block), or by that of the reference's value (other targets than the input).
+        relative_error: end to end, ``‖output - reference‖₂ / ‖reference‖₂`` over all floating-point outputs, in
+            float64.
+        per_layer: for each layer, the largest error of what it hands on, divided by the bound on its input (a plain
+            layer), by
+            the largest magnitude of its input (a block), or by that of the reference's value (other targets than the
+            input).
         gradient_gain: for each layer, the norm of the gradient that reaches its input, divided by that in the reference
-            network, under the loss ``Σ mean(output²)``; NaN where the reference has none.
+            network, under the loss ``Σ mean(output²)``; NaN where there is none, or the model cannot be differentiated.
         exact: every output equals the reference's as a number, element by element (-0 equals 0, NaN equals NaN).
-        bound_holds: no layer's measured error is above its certificate's bound, among the layers whose assumption holds.
+        bound_holds: no layer's measured error is above its certificate's bound, among the layers whose assumption
+            holds.
         assumptions_hold: every layer's input stayed within the bound that its certificate assumes.
         bounds: for each layer with one, the bound of its certificate.
     """
@@ -85,7 +89,8 @@ class _SkipFollowers(TorchFunctionMode):
 def excised(model: nn.Module, layers: Layers) -> Iterator[None]:
     """Cut layers out of the forward pass for the length of a ``with`` block; the weights are not touched.
 
-    A block hands its first tensor input on as its first tensor output. A plain affine layer does the same, and the norm and
+    A block hands its first tensor input on as its first tensor output. A plain affine layer does the same, and the
+    norm and
     activation that follow it are skipped with it: a layer is the affine map, its batch norm and its activation.
 
     Args:
@@ -93,7 +98,8 @@ def excised(model: nn.Module, layers: Layers) -> Iterator[None]:
         layers: see ``neutralize.select``.
 
     Raises:
-        NeutralizeError: nothing is selected; or, during a forward pass, a layer's output does not have its input's shape.
+        NeutralizeError: nothing is selected; or, during a forward pass, a layer's output does not have its input's
+            shape.
     """
     with _cut_out(dict(select(unwrap(model), layers))):
         yield
@@ -121,7 +127,8 @@ def _cut(name: str, module: nn.Module, mode: _SkipFollowers) -> Callable[..., An
         if entering is None or leaving is None or entering.shape != leaving.shape:
             shapes = [None if tensor is None else list(tensor.shape) for tensor in (entering, leaving)]
             raise NeutralizeError(
-                f"excised: expected layer {name!r} to return its input's shape, got {shapes[0]} in and {shapes[1]} out; "
+                f"excised: expected layer {name!r} to return its input's shape, got {shapes[0]} in and {shapes[1]} "
+                "out; "
                 "only a layer that keeps the shape can be cut out"
             )
         return replace_first_tensor(output, mode.hand_on(entering) if is_leaf else entering)
@@ -132,7 +139,8 @@ def _cut(name: str, module: nn.Module, mode: _SkipFollowers) -> Callable[..., An
 def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verification:
     """Measure how far a plan is from its aim, on given inputs; the model is left as it was.
 
-    The reference is the excised network for layers that become their input; for the other strategies it is the intact network
+    The reference is the excised network for layers that become their input; for the other strategies it is the intact
+    network
     with the layer's contribution replaced by hooks (by zero, or by itself times the factor).
 
     Args:
@@ -155,12 +163,14 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = [name for entry in plan.layers for name in (entry.layer, *entry.consumers) if name not in modules]
     if missing:
-        raise NeutralizeError(f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it")
+        raise NeutralizeError(
+            f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it"
+        )
     with _untouched(model):
         with _reference(modules, plan):
-            wanted, wanted_probe = _run(model, modules, plan, inputs, kwargs)
+            wanted, wanted_probe = _run(model, modules, plan, (inputs, kwargs))
         with plan.applied(model):
-            got, probe = _run(model, modules, plan, inputs, kwargs)
+            got, probe = _run(model, modules, plan, (inputs, kwargs))
     per_layer, within = {}, {}
     for entry in plan.layers:
         per_layer[entry.layer], within[entry.layer] = _layer_error(entry, plan, probe, wanted_probe)
@@ -169,7 +179,8 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         relative_error=_relative_error(got, wanted),
         per_layer=per_layer,
         gradient_gain={
-            name: _ratio(probe.gradients[name], wanted_probe.gradients[name]) for name in probe.gradients
+            name: _ratio(probe.gradients[name] * _encoding(name, plan), wanted_probe.gradients[name])
+            for name in probe.gradients
         },
         exact=len(got) == len(wanted) and all(_equal(one, other) for one, other in zip(got, wanted, strict=True)),
         bound_holds=all(per_layer[name] <= bound for name, bound in bounds.items() if within[name]),
@@ -179,6 +190,9 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
 
 
 # ---- running and probing ---------------------------------------------------------------------------------------------
+
+
+_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -191,9 +205,18 @@ class _Probe:
 
 
 def _run(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call
 ) -> tuple[list[torch.Tensor], _Probe]:
-    """Run the model once, in the same random state each time, and differentiate the loss."""
+    """Run the model once, in the same random state each time, and differentiate the loss where the model allows it."""
+    try:
+        return _run_once(model, modules, plan, inputs, differentiate=True)
+    except RuntimeError:  # an op without a derivative, or one that overwrites what its derivative needs
+        return _run_once(model, modules, plan, inputs, differentiate=False)
+
+
+def _run_once(
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call, *, differentiate: bool
+) -> tuple[list[torch.Tensor], _Probe]:
     probe = _Probe()
     nudges: dict[str, torch.Tensor] = {}
     watched = dict.fromkeys(name for entry in plan.layers for name in (entry.layer, *entry.consumers))
@@ -204,7 +227,7 @@ def _run(
             if tensor is None or name in probe.entering:
                 return None
             probe.entering[name] = tensor.detach().clone()
-            if not tensor.is_floating_point() or name not in layers:
+            if not differentiate or not tensor.is_floating_point() or name not in layers:
                 return None
             # Zeros that are added: the gradient that reaches them is the gradient that reaches the layer.
             nudges[name] = torch.zeros_like(tensor, requires_grad=True)
@@ -221,25 +244,30 @@ def _run(
         return hook
 
     layers = {entry.layer for entry in plan.layers}
-    with ExitStack() as stack, torch.random.fork_rng(), torch.enable_grad():
+    with ExitStack() as stack, torch.random.fork_rng(), torch.set_grad_enabled(differentiate):
         torch.manual_seed(0)
         for name in watched:
             stack.callback(modules[name].register_forward_pre_hook(enter(name), with_kwargs=True).remove)
             stack.callback(modules[name].register_forward_hook(leave(name)).remove)
         # The caller's inputs are kept from in-place ops of the model.
-        args, kwargs = pytree.tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, (args, kwargs))
+        args, kwargs = pytree.tree_map(copied, inputs)
         outputs = list(tensors_in(model(*args, **kwargs)))
-        probe.gradients = _gradients(outputs, nudges)
+        probe.gradients = _gradients(outputs, nudges) if differentiate else dict.fromkeys(layers, math.nan)
     return [output.detach() for output in outputs], probe
 
 
 def _gradients(outputs: list[torch.Tensor], nudges: dict[str, torch.Tensor]) -> dict[str, float]:
-    parts = [output.double().square().mean() for output in outputs if output.is_floating_point() and output.requires_grad]
+    parts = [
+        output.double().square().mean() for output in outputs if output.is_floating_point() and output.requires_grad
+    ]
     if not parts or not nudges:
         return dict.fromkeys(nudges, 0.0)
-    found = torch.autograd.grad(torch.stack([part.cpu() for part in parts]).sum(), list(nudges.values()), allow_unused=True)
+    found = torch.autograd.grad(
+        torch.stack([part.cpu() for part in parts]).sum(), list(nudges.values()), allow_unused=True
+    )
     return {
-        name: 0.0 if gradient is None else float(gradient.double().norm()) for name, gradient in zip(nudges, found, strict=True)
+        name: 0.0 if gradient is None else float(gradient.double().norm())
+        for name, gradient in zip(nudges, found, strict=True)
     }
 
 
@@ -277,7 +305,9 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
             else:
                 residual = entry.target == "damped"
                 stack.callback(
-                    modules[entry.layer].register_forward_hook(_times_out(factor, residual=residual), with_kwargs=True).remove
+                    modules[entry.layer]
+                    .register_forward_hook(_times_out(factor, residual=residual), with_kwargs=True)
+                    .remove
                 )
         yield
 
@@ -293,10 +323,14 @@ def _times_in(factor: float) -> Callable[..., Any]:
 def _times_out(factor: float, *, residual: bool) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+        is_recurrent = isinstance(module, nn.RNNBase)
         if leaving is None:
             return None
-        scaled = entering + factor * (leaving - entering) if residual and entering is not None else factor * leaving
-        return replace_first_tensor(output, scaled)
+        if residual and entering is not None:
+            return replace_first_tensor(output, entering + factor * (leaving - entering))
+        if is_recurrent:  # its state is its output too
+            return pytree.tree_map(lambda part: part * factor if isinstance(part, torch.Tensor) else part, output)
+        return replace_first_tensor(output, factor * leaving)
 
     return hook
 
@@ -305,15 +339,21 @@ def _times_out(factor: float, *, residual: bool) -> Callable[..., Any]:
 
 
 def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> tuple[float, bool]:
-    """The largest error of what a layer hands on, as a fraction, and whether its input stayed within the assumed bound."""
+    """The largest error of what a layer hands on, and whether its input stayed within the assumed bound."""
+    if entry.target == "null" and entry.sides != "out":
+        leaving = got.leaving[entry.layer]
+        return float(leaving.double().abs().max()) if leaving.numel() else 0.0, True
     if entry.target != "input":
-        place = entry.consumers[0] if entry.consumers and entry.sides in ("out", "both") else entry.layer
+        # What reads a layer shows whether its contribution is as wanted, unless that is a layer of the plan itself.
+        planned = {other.layer for other in plan.layers}
+        places = [name for name in entry.consumers if name not in planned] if entry.sides in ("out", "both") else []
+        place = places[0] if places else entry.layer
         return _largest(got.leaving[place], wanted.leaving[place], wanted.leaving[place]), True
     entering = _decoded(entry.layer, plan, got.entering[entry.layer].double())
     if entry.consumers:
         handed_on = _decode(entry, got.entering[entry.consumers[0]].double())
     else:
-        handed_on = got.leaving[entry.layer].double()
+        handed_on = _decoded(entry.layer, plan, got.leaving[entry.layer].double())
     if handed_on.numel() != entering.numel():
         return math.nan, True
     expected = entry.gain * entering.reshape(handed_on.shape)
@@ -321,6 +361,19 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
         return _largest(handed_on, expected, expected), True
     peak = float(entering.abs().max()) if entering.numel() else 0.0
     return float((handed_on - expected).abs().max()) / entry.input_bound, peak <= entry.input_bound
+
+
+def _encoding(layer: str, plan: Plan) -> float:
+    """What the input of a layer is multiplied by in the rewritten network: ε φ'(a) of a pass-through that it reads."""
+    for entry in plan.layers:
+        if (
+            layer in entry.consumers
+            and entry.target == "input"
+            and entry.epsilon is not None
+            and entry.slope is not None
+        ):
+            return entry.epsilon * entry.slope
+    return 1.0
 
 
 def _decoded(layer: str, plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
@@ -333,7 +386,9 @@ def _decoded(layer: str, plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
 
 def _decode(entry: LayerPlan, tensor: torch.Tensor) -> torch.Tensor:
     """What a consumer of a linear-regime layer makes of what it reads: ``(h - φ(a)) / (ε φ'(a))``."""
-    assert entry.epsilon is not None and entry.slope is not None and entry.value is not None
+    assert entry.epsilon is not None
+    assert entry.slope is not None
+    assert entry.value is not None
     return (tensor - entry.value) / (entry.epsilon * entry.slope)
 
 
@@ -346,7 +401,9 @@ def _largest(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> fl
 
 
 def _relative_error(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    pairs = [(one.double(), other.double()) for one, other in zip(got, wanted, strict=True) if other.is_floating_point()]
+    pairs = [
+        (one.double(), other.double()) for one, other in zip(got, wanted, strict=True) if other.is_floating_point()
+    ]
     difference = math.sqrt(sum(float((one - other)[one != other].square().sum()) for one, other in pairs))
     size = math.sqrt(sum(float(other.square().sum()) for _, other in pairs))
     return difference / size if size else difference

@@ -37,7 +37,8 @@ def resolve(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
     if not isinstance(strategy, str):
         if options:
             raise NeutralizeError(
-                f"plan: expected no options beside a strategy object, got {', '.join(options)}; put them into the object"
+                f"plan: expected no options beside a strategy object, got {', '.join(options)}; put them into the "
+                "object"
             )
         if not hasattr(strategy, "draft"):
             raise NeutralizeError(
@@ -60,6 +61,7 @@ def resolve(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
     try:
         made: Strategy = kind(**options)
     except TypeError as error:
-        raise NeutralizeError(f"plan: expected {', '.join(known)} for strategy {strategy!r}, got too few ({error})") from error
+        raise NeutralizeError(
+            f"plan: expected {', '.join(known)} for strategy {strategy!r}, got too few ({error})"
+        ) from error
     return made
-

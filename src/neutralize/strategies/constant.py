@@ -17,10 +17,11 @@ from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers, 
 
 @dataclass(frozen=True)
 class Constant:
-    """Fill every weight of the layer with one value: 0.01 before a sigmoid, 0.001 before a tanh, 1.001 before a ReLU; bias 0.
+    """Fill every weight of the layer with one value, and its bias with another.
 
-    A full-matrix fill has rank 1: it is a null for sigmoid and tanh (the output is nearly constant) and a sum for ReLU, never
-    a pass-through (MATH §1). The pass-through reading of these numbers is ``passthrough`` with ``gain=1.001``.
+    The documented values are 0.01 before a sigmoid, 0.001 before a tanh and 1.001 before a ReLU, with bias 0. A
+    full-matrix fill has rank 1: it is a null for sigmoid and tanh (the output is nearly constant) and a sum for ReLU,
+    never a pass-through (MATH §1). The pass-through reading of these numbers is ``passthrough`` with ``gain=1.001``.
 
     Attributes:
         weight: the value; by default that of the activation, found from the dataflow.
@@ -77,7 +78,8 @@ def _documented(request: Request, layer: str) -> tuple[float, str]:
     if names or name not in documented:
         found = "different ones" if names else name or "none"
         raise NeutralizeError(
-            f"plan: expected an activation with a documented fill after {layer!r}, {table}, got {found}; give weight=, the value "
+            f"plan: expected an activation with a documented fill after {layer!r}, {table}, got {found}; give "
+            "weight=, the value "
             "to fill with"
         )
     return documented[name], name
@@ -100,7 +102,7 @@ def _own_fills(request: Request, layer: str, weight: float, bias: float) -> dict
 
 def _stored_note(request: Request, targets: dict[str, float]) -> str:
     """What the formats make of the values, where that is not the value itself to four digits."""
-    notes = {}
+    notes: dict[str, None] = {}
     for name, value in targets.items():
         dtype = request.writable(name).dtype
         stored = float(torch.tensor(value, dtype=torch.float64).to(dtype).double())

@@ -17,8 +17,10 @@ from neutralize.strategies.sides import outgoing_consumers, sites_of
 class Damp:
     """Multiply the layer's contribution by a factor.
 
-    A residual block's branches are scaled by the fewest bytes that suffice (a LayerScale, the last projection); the output of
-    a plain layer is scaled by its own weight and bias where nothing but a sum follows, else in the weights that read it.
+    A residual block's branches are scaled by the fewest bytes that suffice (a LayerScale, the last projection); the
+    output of
+    a plain layer is scaled by its own weight and bias where nothing but a sum follows, else in the weights that read
+    it.
 
     Attributes:
         factor: 0 switches the contribution off, 1 leaves it.
@@ -55,7 +57,9 @@ class Damp:
             for name in dict.fromkeys(reader.weight for reader in readers):
                 edits.append(request.rewrite(name, scale=self.factor))
         side = "in" if homogeneous else "out"
-        entry = LayerPlan(layer, "scaled", self._certificate(layer, 1), (), gain=self.factor, consumers=consumers, sides=side)
+        entry = LayerPlan(
+            layer, "scaled", self._certificate(layer, 1), (), gain=self.factor, consumers=consumers, sides=side
+        )
         return Draft(tuple(edits), entry)
 
     def _block(self, request: Request, layer: str) -> Draft:
@@ -69,21 +73,28 @@ class Damp:
             found = sorted((both for both in joined if both is not None), key=search.cost)
         if not found:
             refused = describe_refusals(searches)
-            why = f"its parameters are not its own alone: {refused}" if refused else "no parameters scale its contribution"
+            why = (
+                f"its parameters are not its own alone: {refused}"
+                if refused
+                else "no parameters scale its contribution"
+            )
             raise NeutralizeError(
                 f"plan: expected a layer whose contribution some parameters scale, got {layer!r}: {why}; "
                 "select the affine layers inside it"
             )
         edits = tuple(request.rewrite(name, scale=self.factor, fill=float(value)) for name, value in found[0].items())
-        note = f"each of its {branches} branches is scaled" if branches > 1 else ""
+        note = "each branch of the block is scaled by itself" if branches > 1 else ""
         entry = LayerPlan(
-            layer, "damped" if branches else "scaled", self._certificate(layer, branches), (), gain=self.factor, sides="out", note=note
+            layer, "damped" if branches else "scaled", self._certificate(layer, branches), (), gain=self.factor,
+            sides="out", note=note
         )  # fmt: skip
         return Draft(edits, entry)
 
     def _certificate(self, layer: str, branches: int) -> Certificate:
         if branches > 1:
-            return Certificate(layer, "measured", None, "", "a later branch of the block sees an earlier one damped")
+            return Certificate(
+                layer, "measured", None, "", "a later branch or activation of the block sees an earlier branch damped"
+            )
         exact = math.frexp(abs(self.factor))[0] in (0.0, 0.5)
         reason = "the contribution is homogeneous in the scaled parameters"
         if exact:

@@ -14,7 +14,8 @@ from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
 from neutralize.regime import Regime, choose
-from neutralize.search import IDENTITY, Assignment, Preference, Search, union
+from neutralize.rules import non_negative
+from neutralize.search import IDENTITY, Assignment, Preference, union
 from neutralize.sites import Affine, AffineSite, affine_site, describe, widths
 from neutralize.strategies.sides import check_shared, unique
 
@@ -23,12 +24,14 @@ from neutralize.strategies.sides import check_shared, unique
 class Passthrough:
     """Make the layer's output its input.
 
-    A block with a skip connection is switched off exactly, by the parameters that null its branches. A square affine layer
+    A block with a skip connection is switched off exactly, by the parameters that null its branches. A square affine
+    layer
     with its activation becomes a scaled identity in the activation's linear regime; its consumers undo the scale.
 
     Attributes:
         gain: factor that a plain layer hands its input on with.
-        input_bound: a bound X on the magnitude of what enters a plain layer; by default it is measured on the example inputs.
+        input_bound: a bound X on the magnitude of what enters a plain layer; by default it is measured on the example
+            inputs.
         tolerance: refuse a layer whose certificate has a larger bound (relative to X).
         edit: for blocks, which parameters to write: ``cheapest`` (the fewest bytes), ``outgoing`` (the last affine
             parameters: gradients still reach them), ``incoming`` (the entry norm or the first projections).
@@ -51,9 +54,13 @@ class Passthrough:
         if self.input_bound is not None and self.input_bound <= 0:
             raise NeutralizeError(f"passthrough: expected a positive input_bound, got {self.input_bound}; give max|x|")
         if self.tolerance is not None and self.tolerance < 0:
-            raise NeutralizeError(f"passthrough: expected a tolerance of 0 or more, got {self.tolerance}; leave it out for none")
+            raise NeutralizeError(
+                f"passthrough: expected a tolerance of 0 or more, got {self.tolerance}; leave it out for none"
+            )
         if self.edit not in ("cheapest", "outgoing", "incoming"):
-            raise NeutralizeError(f"passthrough: expected cheapest, outgoing or incoming for edit, got {self.edit!r}; use one")
+            raise NeutralizeError(
+                f"passthrough: expected cheapest, outgoing or incoming for edit, got {self.edit!r}; use one"
+            )
 
     def draft(self, request: Request, layer: str) -> Draft:
         """Draft the pass-through of one layer."""
@@ -96,10 +103,10 @@ class Passthrough:
         readers = [describe(reader, request.flow) for one in sites for reader in one.other_readers]
         activation = site.activation
         dtype = request.tensors[site.affine.weight].dtype
-        non_negative = all(one.non_negative for one in sites)
+        entering_non_negative = all(non_negative(one.call.entry, request.cut) for one in sites)
         if activation is None:
             _check_follower(request, layer, site)
-        trivial = activation is None or (non_negative and activation.identity_from == 0.0 and self.gain > 0)
+        trivial = activation is None or (entering_non_negative and activation.identity_from == 0.0 and self.gain > 0)
         bound = 0.0
         if not trivial:
             _check_consumers(request, layer, site, consumers, readers)
@@ -108,7 +115,7 @@ class Passthrough:
             activation,
             dtype,
             bound,
-            consumer_peak=_peak(request, consumers),
+            consumer_peak=0.0 if trivial else _peak(request, consumers),
             has_bias=site.affine.bias is not None,
             non_negative=trivial,
         )
@@ -120,7 +127,7 @@ class Passthrough:
         certificate = self._certificate(layer, site, regime, bound, dtype, measured=self.input_bound is None)
         stored = _stored(regime.epsilon * self.gain, dtype)
         note = ""
-        if stored != regime.epsilon * self.gain:
+        if abs(stored / (regime.epsilon * self.gain) - 1.0) > 1e-4:
             note = f"the diagonal {regime.epsilon * self.gain:.6g} is stored as {stored:.6g} in {dtype_name(dtype)}"
         entry = LayerPlan(
             layer,
@@ -166,7 +173,7 @@ class Passthrough:
 
 @dataclass(frozen=True)
 class Auto(Passthrough):
-    """Pass-through with the strongest certificate that can be had; an error says why there is none and what would work."""
+    """Pass-through with the strongest certificate there is; where there is none, an error says what would work."""
 
     name = "auto"
 
@@ -180,7 +187,7 @@ def identity_assignment(request: Request, layer: str, edit: Preference) -> Assig
         joined = (union(one, other) for one in found for other in answers)
         found = sorted((both for both in joined if both is not None), key=search.cost)
     for assignment in found:
-        if all(Interpretation(request.flow, search.call, assignment).is_identity for search in searches):
+        if all(Interpretation(request.flow, search.call, assignment, request.cut).is_identity for search in searches):
             return assignment
     return None
 
@@ -192,7 +199,8 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
     start = f"plan: expected a layer that can hand its input on, got {layer!r}, "
     if before != after:
         return (
-            f"{start}which turns shape {list(before or ())} into {list(after or ())}; use strategy='zero' or 'damp', or select "
+            f"{start}which turns shape {list(before or ())} into {list(after or ())}; use strategy='zero' or 'damp', "
+            "or select "
             "the block that contains it"
         )
     refused = describe_refusals(searches)
@@ -219,23 +227,28 @@ def _identity_edit(request: Request, layer: str, site: AffineSite) -> tuple[int,
     entering, leaving = widths(site, request.flow)
     if entering != leaving:
         raise NeutralizeError(
-            f"plan: expected a layer with as many outputs as inputs, got {layer!r} from {entering} to {leaving} features; "
+            f"plan: expected a layer with as many outputs as inputs, got {layer!r} from {entering} to {leaving} "
+            "features; "
             "use strategy='zero' or 'damp', or select the block that contains it"
         )
     if not affine.is_convolution:
         return 0, 1
     name = op_name(node).removeprefix("aten::")
     if "transpose" in name or name == "convolution":
-        raise NeutralizeError(f"plan: expected a convolution that is not transposed for {layer!r}, got {name}; use 'zero'")
+        raise NeutralizeError(
+            f"plan: expected a convolution that is not transposed for {layer!r}, got {name}; use 'zero'"
+        )
     if any(stride != 1 for stride in argument(node, "stride", [1])):
         raise NeutralizeError(
-            f"plan: expected stride 1 for {layer!r}, got stride {list(argument(node, 'stride'))}; a strided convolution drops "
+            f"plan: expected stride 1 for {layer!r}, got stride {list(argument(node, 'stride'))}; a strided "
+            "convolution drops "
             "samples: use strategy='zero', or select the block that contains it"
         )
     kernel = request.flow.shapes[affine.weight][2:]
     if shape_of(node) != shape_of(affine.data) or any(size % 2 == 0 for size in kernel):
         raise NeutralizeError(
-            f"plan: expected a convolution that keeps its input's shape for {layer!r}, got {list(shape_of(affine.data) or ())} to "
+            f"plan: expected a convolution that keeps its input's shape for {layer!r}, got "
+            f"{list(shape_of(affine.data) or ())} to "
             f"{list(shape_of(node) or ())} with kernel {list(kernel)}; use strategy='zero'"
         )
     volume = math.prod(kernel)
@@ -274,12 +287,14 @@ def _outgoing_edits(request: Request, layer: str, consumers: list[Affine], regim
             continue
         if consumer.bias is None:
             raise NeutralizeError(
-                f"plan: expected a bias in {consumer.module!r} to absorb the operating point of {layer!r}, got none; add a "
+                f"plan: expected a bias in {consumer.module!r} to absorb the operating point of {layer!r}, got none; "
+                "add a "
                 "zero bias to that layer, or use strategy='zero'"
             )
         if consumer.is_convolution and consumer.has_padding:
             raise NeutralizeError(
-                f"plan: expected no zero padding in {consumer.module!r}, which reads {layer!r} at an operating point other "
+                f"plan: expected no zero padding in {consumer.module!r}, which reads {layer!r} at an operating point "
+                "other "
                 "than 0, got a padded convolution: its borders would be wrong; use strategy='zero'"
             )
         edits.append(
@@ -294,7 +309,9 @@ def _outgoing_edits(request: Request, layer: str, consumers: list[Affine], regim
     return edits
 
 
-def _check_consumers(request: Request, layer: str, site: AffineSite, consumers: list[Affine], readers: list[str]) -> None:
+def _check_consumers(
+    request: Request, layer: str, site: AffineSite, consumers: list[Affine], readers: list[str]
+) -> None:
     """Check that everything that reads the layer can be rescaled, and that nothing else is rescaled with it.
 
     Raises:
@@ -303,17 +320,20 @@ def _check_consumers(request: Request, layer: str, site: AffineSite, consumers: 
     assert site.activation is not None
     if readers:
         raise NeutralizeError(
-            f"plan: expected only affine layers to read {layer!r} ({site.activation.name}), got {', '.join(sorted(set(readers)))}; "
+            f"plan: expected only affine layers to read {layer!r} ({site.activation.name}), got "
+            f"{', '.join(sorted(set(readers)))}; "
             "its scale can be undone in a weight only: use strategy='zero', or select the block that contains it"
         )
     if not consumers:
         raise NeutralizeError(
-            f"plan: expected an affine layer that reads {layer!r} ({site.activation.name}), got none; use strategy='zero'"
+            f"plan: expected an affine layer that reads {layer!r} ({site.activation.name}), got none; use "
+            "strategy='zero'"
         )
     for consumer in consumers:
         if "transpose" in op_name(consumer.node) or op_name(consumer.node) == "aten::convolution":
             raise NeutralizeError(
-                f"plan: expected a linear layer or a plain convolution to read {layer!r}, got {op_name(consumer.node)}; "
+                f"plan: expected a linear layer or a plain convolution to read {layer!r}, got "
+                f"{op_name(consumer.node)}; "
                 "use strategy='zero'"
             )
     check_shared(request, layer, consumers)
@@ -334,19 +354,23 @@ def _check_follower(request: Request, layer: str, site: AffineSite) -> None:
 
 
 def _peak(request: Request, consumers: list[Affine]) -> float:
-    """Largest magnitude in the consumers' weights; 1 where there is no data to look at."""
-    peaks = []
+    """Largest magnitude among the consumers' weights and row sums; 1 where there is no data to look at."""
+    peaks = [1.0]
     for consumer in consumers:
-        tensor = request.tensors[consumer.weight]
-        peaks.append(1.0 if tensor.is_meta or not tensor.numel() else float(tensor.detach().abs().max().double()))
-    return max(peaks, default=0.0)
+        tensor = request.tensors[consumer.weight].detach()
+        if tensor.is_meta or not tensor.numel():
+            continue
+        sums = tensor.sum(0 if consumer.transposed else tuple(range(1, tensor.dim())), dtype=torch.float32)
+        peaks.extend((float(tensor.abs().max()), float(sums.abs().max())))
+    return max(peaks)
 
 
 def _why_no_regime(site: AffineSite, layer: str, dtype: torch.dtype) -> str:
     assert site.activation is not None
     if site.affine.bias is None:
         return (
-            f"plan: expected a bias in {layer!r} to reach the linear side of {site.activation.name}, got none; add a zero bias, "
+            f"plan: expected a bias in {layer!r} to reach the linear side of {site.activation.name}, got none; add a "
+            "zero bias, "
             "select a layer whose input is known to be non-negative, or use strategy='zero'"
         )
     return (
@@ -357,5 +381,3 @@ def _why_no_regime(site: AffineSite, layer: str, dtype: torch.dtype) -> str:
 
 def _stored(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=torch.float64).to(dtype).double())
-
-

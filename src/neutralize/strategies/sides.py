@@ -11,7 +11,11 @@ from neutralize.errors import NeutralizeError
 from neutralize.planner import Request
 from neutralize.sites import Affine, AffineSite, affine_site, describe
 
-SIDES = {"in": "the layer's own weights", "out": "the weights that read it", "both": "its own weights and those that read it"}
+SIDES = {
+    "in": "the layer's own weights",
+    "out": "the weights that read it",
+    "both": "its own weights and those that read it",
+}
 
 
 def check_sides(strategy: str, sides: str) -> None:
@@ -34,7 +38,8 @@ def sites_of(request: Request, layer: str) -> list[AffineSite]:
     sites = [site for site in found if site is not None]
     if len(sites) != len(found):
         raise NeutralizeError(
-            f"plan: expected one affine layer (linear, convolution) for {layer!r}, got a {type(request.layers[layer]).__name__}; "
+            f"plan: expected one affine layer (linear, convolution) for {layer!r}, got a "
+            f"{type(request.layers[layer]).__name__}; "
             "select the affine layers inside it, or use sides='in'"
         )
     return sites
@@ -91,8 +96,10 @@ def check_shared(request: Request, layer: str, consumers: list[Affine]) -> None:
                 also = [alias for alias in request.flow.tied[name] if alias != name]
                 tied = f" (it is tied to {', '.join(map(repr, also))})" if also else ""
                 raise NeutralizeError(
-                    f"plan: expected {name!r}, which reads {layer!r}, to read nothing else, got a consumer that is shared{tied}; "
-                    "rewriting it would change the other path: untie or copy it first, or use strategy='zero' with sides='in'"
+                    f"plan: expected {name!r}, which reads {layer!r}, to read nothing else, got a consumer that is "
+                    f"shared{tied}; "
+                    "rewriting it would change the other path: untie or copy it first, or use strategy='zero' with "
+                    "sides='in'"
                 )
 
 

@@ -21,8 +21,10 @@ class Zero:
     """Make the layer's contribution zero: a plain layer gives φ(0), a residual block hands its input on.
 
     Attributes:
-        sides: which weights are written. For a plain layer ``in`` is its own weight and bias, ``out`` the weights of the
-            affine layers that read it, ``both`` the two (its own alone where nothing affine reads it). For a block ``in`` is
+        sides: which weights are written. For a plain layer ``in`` is its own weight and bias, ``out`` the weights of
+            the
+            affine layers that read it, ``both`` the two (its own alone where nothing affine reads it). For a block
+            ``in`` is
             the first parameters that suffice, ``out`` the last, ``both`` the two.
 
     Source: MATH §4, §7.
@@ -77,13 +79,12 @@ class Zero:
             whole = found if whole is None else union(whole, found)
             if whole is None:
                 raise NeutralizeError(
-                    f"plan: expected both sides of {layer!r} to agree, got parameters that would need two values; use sides='out'"
+                    f"plan: expected both sides of {layer!r} to agree, got parameters that would need two values; "
+                    "use sides='out'"
                 )
         assert whole is not None
-        certificate = Certificate(
-            layer, "exact", 0.0, "finite activations",
-            "the dataflow's output evaluates to its input" if target == "input" else "the dataflow's output evaluates to zero",
-        )  # fmt: skip
+        reason = f"the dataflow's output evaluates to {'its input' if target == 'input' else 'zero'}"
+        certificate = Certificate(layer, "exact", 0.0, "finite activations", reason)
         return Draft(request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides))
 
 
@@ -95,7 +96,7 @@ def zero_assignment(request: Request, layer: str, preference: Preference) -> Ass
         joined = (union(one, other) for one in found for other in search.zero(search.call.exit))
         found = sorted((both for both in joined if both is not None), key=search.cost)
     for assignment in found:
-        outputs = [Interpretation(request.flow, search.call, assignment).output for search in searches]
+        outputs = [Interpretation(request.flow, search.call, assignment, request.cut).output for search in searches]
         if all(output == ConstantValue(0.0) for output in outputs):
             return assignment
     return None
@@ -105,10 +106,12 @@ def _why_not_zero(request: Request, layer: str, preference: Preference) -> str:
     refused = describe_refusals(request.search(layer, preference))
     if refused:
         return (
-            f"plan: expected {layer!r} to have parameters of its own that null it, got parameters that others read: {refused}; "
+            f"plan: expected {layer!r} to have parameters of its own that null it, got parameters that others read: "
+            f"{refused}; "
             "select the other reader too, or untie them"
         )
     return (
-        f"plan: expected a layer that some parameters can null, got {layer!r}, a {type(request.layers[layer]).__name__} whose "
+        f"plan: expected a layer that some parameters can null, got {layer!r}, a "
+        f"{type(request.layers[layer]).__name__} whose "
         "output is zero for no value of them; select the affine layers inside it"
     )

@@ -1,0 +1,113 @@
+"""Record the ops of one real run as a graph, where a model cannot be exported."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Recorder(TorchDispatchMode):
+    """A dispatch mode that writes down every op with what it read and returned.
+
+    In-place ops are recorded as what they return: the tensor that was written stands for the new value from then on,
+    and
+    every other view of its memory becomes unknown.
+
+    Attributes:
+        names: placeholder to qualified name, for parameters and buffers.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Start with the model's tensors.
+
+        Args:
+            tensors: parameters and buffers by qualified name.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: dict[fx.Node, str] = {}
+        self._graph = fx.Graph()
+        self._nodes: dict[int, fx.Node] = {}
+        self._kept: list[torch.Tensor] = []  # an id stays that of its tensor as long as the tensor lives
+        self._count = 0
+        for name, tensor in tensors.items():
+            if id(tensor) not in self._nodes:
+                self.names[self._remember(tensor, self._placeholder(tensor))] = name
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the op and write it down."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+            return result
+        node_args, node_kwargs = pytree.tree_map(self._node_of, (args, kwargs))
+        node = self._graph.create_node("call_function", func, node_args, node_kwargs)
+        node.meta["val"] = pytree.tree_map(_shape_only, result)
+        if func._schema.is_mutable:
+            self._forget_views_of(_written(func, args, kwargs), result)
+        if isinstance(result, torch.Tensor):
+            self._remember(result, node)
+        else:
+            for place, part in enumerate(result):
+                if isinstance(part, torch.Tensor):
+                    picked = self._graph.create_node("call_function", operator.getitem, (node, place))
+                    picked.meta["val"] = _shape_only(part)
+                    self._remember(part, picked)
+        return result
+
+    def finish(self, outputs: Any) -> fx.Graph:
+        """Close the graph with what the model returned."""
+        self._graph.output(pytree.tree_map(self._node_of, outputs))
+        return self._graph
+
+    def _node_of(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        node = self._nodes.get(id(value))
+        return node if node is not None else self._remember(value, self._placeholder(value))
+
+    def _placeholder(self, tensor: torch.Tensor) -> fx.Node:
+        self._count += 1
+        # Placeholders come first in a graph, wherever they are first seen.
+        root = next(iter(self._graph.nodes), None)
+        if root is None:
+            node = self._graph.placeholder(f"value_{self._count}")
+        else:
+            with self._graph.inserting_before(root):
+                node = self._graph.placeholder(f"value_{self._count}")
+        node.meta["val"] = _shape_only(tensor)
+        return node
+
+    def _remember(self, tensor: torch.Tensor, node: fx.Node) -> fx.Node:
+        self._kept.append(tensor)
+        self._nodes[id(tensor)] = node
+        return node
+
+    def _forget_views_of(self, written: list[torch.Tensor], result: Any) -> None:
+        """Make every other tensor in the memory of a written one unknown: it holds something new."""
+        memory = {tensor.untyped_storage().data_ptr() for tensor in written if tensor.numel()}
+        returned = {id(leaf) for leaf in pytree.tree_leaves(result)}
+        for tensor in self._kept:
+            other = id(tensor) not in returned and self._nodes[id(tensor)] not in self.names
+            if other and tensor.numel() and tensor.untyped_storage().data_ptr() in memory:
+                self._nodes[id(tensor)] = self._placeholder(tensor)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an op writes, by its schema."""
+    found: list[Any] = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[place] if place < len(args) else kwargs.get(argument.name))
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+
+
+def _shape_only(value: Any) -> Any:
+    """A stand-in with the shape and dtype of a tensor and no memory."""
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
