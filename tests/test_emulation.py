@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import DTYPES, FOLD_SHAPES, FOLDS, REWRITES, VIEWS, assert_same_bits, random_tensor
 from torch import Tensor
 
 from neutralize import reference
@@ -19,8 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "emulation"
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compiler() -> list[str]:
@@ -88,49 +87,6 @@ def grid() -> ctypes.CDLL:
     return library
 
 
-def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int, every_pattern: bool) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if not every_pattern:
-        return (torch.rand(shape, generator=generator, dtype=torch.float64) * 4 - 2).to(dtype)
-    numel = torch.Size(shape).numel()
-    words = torch.randint(0, 256, (max(numel * dtype.itemsize, 1),), generator=generator, dtype=torch.uint8)
-    return words[: numel * dtype.itemsize].view(dtype).reshape(shape)
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Bit for bit, any NaN being as good as any other."""
-    bits = BITS[actual.dtype.itemsize]
-    differs = actual.contiguous().view(bits) != expected.contiguous().view(bits)
-    if actual.dtype.itemsize == 1:
-        nan = actual.float().isnan() & expected.float().isnan()
-    else:
-        nan = actual.isnan() & expected.isnan()
-    wrong = (differs & ~nan).nonzero()
-    assert len(wrong) == 0, f"{len(wrong)} elements differ, the first at {wrong[0].tolist()}"
-
-
-# Whole tensors, Dirac kernels, column and row blocks of a wider matrix, and rows of every misalignment.
-VIEWS = {
-    "vector": lambda dtype, seed: random_tensor(dtype, (65_537,), seed, True),
-    "misaligned": lambda dtype, seed: random_tensor(dtype, (65_540,), seed, True)[3:],
-    "linear": lambda dtype, seed: random_tensor(dtype, (257, 300), seed, True),
-    "convolution": lambda dtype, seed: random_tensor(dtype, (40, 20, 3, 3), seed, True),
-    "columns": lambda dtype, seed: random_tensor(dtype, (70, 400), seed, True)[:, 33:290],
-    "rows": lambda dtype, seed: random_tensor(dtype, (70, 401), seed, True)[5:60],
-    "empty": lambda dtype, seed: random_tensor(dtype, (0, 7), seed, True),
-}
-REWRITES = (
-    # scale, diagonal, fill, start, step
-    (0.0, 0.0, 0.01, 0, 1),
-    (0.0, 1.0, 0.0, 0, 1),
-    (0.0, 1.0, 0.0, 4, 9),
-    (-0.7, 0.0, 0.0, 0, 1),
-    (0.3, 0.7, 0.0, 0, 1),
-    (1.5, -1.0, 0.25, 60, -1),
-    (0.0, 1.0, -0.5, -7, 3),
-)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 def test_rewrite_equals_the_reference(grid, dtype, view):
@@ -148,15 +104,14 @@ def test_rewrite_equals_the_reference(grid, dtype, view):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "cols", "first"), [(9, 1000, 0), (33, 129, 3), (8, 4099, 0), (3, 0, 0), (70, 31, 1)])
+@pytest.mark.parametrize(("rows", "cols", "first"), FOLD_SHAPES)
 def test_rescale_fold_equals_the_reference(grid, dtype, rows, cols, first):
-    coefficients = ((0.5, -1.5), (1.0, 0.25), (0.0, 1.0), (-3.0, 0.0))  # scale, shift
-    count = len(coefficients)
+    count = len(FOLDS)
     weights = [random_tensor(dtype, (rows, cols + first), seed, False)[:, first:] for seed in range(count)]
     biases = [random_tensor(dtype, (rows, 2), seed + 100, False)[:, 0] for seed in range(count)]
     wanted_weights, wanted_biases = [w.clone() for w in weights], [b.clone() for b in biases]
-    reference.rescale_fold_(wanted_weights, wanted_biases, [c[0] for c in coefficients], [c[1] for c in coefficients])
-    flat = (ctypes.c_double * (2 * count))(*(c for pair in coefficients for c in pair))
+    reference.rescale_fold_(wanted_weights, wanted_biases, [c[0] for c in FOLDS], [c[1] for c in FOLDS])
+    flat = (ctypes.c_double * (2 * count))(*(c for pair in FOLDS for c in pair))
     weight_items, bias_items = (Item * count)(*map(Item.of, weights)), (Item * count)(*map(Item.of, biases))
     assert grid.emulate_rescale_fold(weight_items, bias_items, flat, ctypes.c_int64(count)) >= 0
     for actual, wanted in zip([*weights, *biases], [*wanted_weights, *wanted_biases], strict=True):
