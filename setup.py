@@ -229,6 +229,10 @@ class BuildPy(build_py):
         path = root / "neutralize" / "_build.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(RECORD, indent=2) + "\n")
+        for part, planned in (("_C", RECORD["native"]), ("_cuda", RECORD["cuda"])):
+            for left_over in path.parent.glob(f"{part}.*.so"):  # of an earlier build in this checkout, and loadable
+                if not planned:
+                    left_over.unlink()
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / "neutralize" / "_build.json")]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,20 @@ def test_installs_as_pure_python_without_a_compiler(sdist, tmp_path):
         "pure Python: no C++ compiler was found when the package was installed; "
         "install a C++ compiler (g++ or clang++) and reinstall neutralize"
     ]
+
+
+def test_a_rebuild_in_place_takes_away_what_it_no_longer_builds(sdist, tmp_path):
+    shutil.unpack_archive(sdist, tmp_path)
+    (sources,) = tmp_path.glob("neutralize-*")
+    package = sources / "src" / "neutralize"
+    left_over = [package / f"{part}{sysconfig.get_config_var('EXT_SUFFIX')}" for part in ("_C", "_cuda")]
+    for path in left_over:
+        path.touch()
+    program = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    environment = {key: value for key, value in os.environ.items() if key not in ("CC", "CXX", "CUDA_HOME")}
+    environment["PATH"] = str(tmp_path)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=sources, env=environment, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not any(path.exists() for path in left_over)
+    assert not json.loads((package / "_build.json").read_text())["native"]
