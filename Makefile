@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   VENV=.venv          where the environment goes
-#   NEUTRALIZE_CUDA=0   no CUDA kernels even where PyTorch and a toolkit would allow them (auto, 0 or 1)
+#   NEUTRALIZE_CUDA=0   no CUDA kernels even where PyTorch and a toolkit would allow them; after a change: make clean
 #   TESTS, PYTEST_ARGS  what pytest runs and how, e.g. make test TESTS=tests/test_ops.py PYTEST_ARGS=-x
 #   BENCH_ARGS          what the benchmarks are told, e.g. make bench BENCH_ARGS=--check: exit 1 if a goal is missed
 
