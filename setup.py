@@ -8,7 +8,7 @@ Three kinds of install come out of this file (``python -m neutralize doctor`` sa
 neither                pure Python: the same ops in plain torch; only where there is no C++ compiler
 =====================  ==========================================================================================
 
-Environment: ``NEUTRALIZE_CUDA=auto|0|1``, ``DEBUG=1``, ``CXX``, and torch's own ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS``.
+Environment: ``NEUTRALIZE_CUDA=auto|0|1``, ``DEBUG=1``, ``CXX``; torch's ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS``.
 """
 
 import json

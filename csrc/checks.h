@@ -53,8 +53,9 @@ inline Matrix matrix_of(const char* op, const char* parameter, size_t index, con
                         int32_t device_type) {
   int32_t device = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
-  STD_TORCH_CHECK(device == device_type, op, ": expected tensors of one kind of device for ", parameter, ", got another at ",
-                  parameter, "[", index, "]; call once per device, or use neutralize.ops, which does");
+  STD_TORCH_CHECK(device == device_type, op, ": expected tensors of one kind of device for ", parameter,
+                  ", got another at ", parameter, "[", index,
+                  "]; call once per device, or use neutralize.ops, which does");
   const Storage storage = storage_of(op, parameter, index, tensor);
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
@@ -127,10 +128,10 @@ inline std::vector<Rewrite> checked_rewrites(const std::vector<Tensor>& tensors,
     check_column(op, "step", steps[i]);
     rewrites.push_back({matrix, scales[i], diagonals[i], fills[i], {starts[i], steps[i]}});
   }
-  const auto pair =
-      overlapping_pair(count, [&](size_t i) -> const Matrix& { return rewrites[i].matrix; });
-  STD_TORCH_CHECK(pair.first < 0, op, ": expected tensors with memory of their own for tensors, got tensors[", pair.first,
-                  "] and tensors[", pair.second, "] sharing some; name shared memory once, it would be rewritten twice");
+  const auto pair = overlapping_pair(count, [&](size_t i) -> const Matrix& { return rewrites[i].matrix; });
+  STD_TORCH_CHECK(pair.first < 0, op, ": expected tensors with memory of their own for tensors, got tensors[",
+                  pair.first, "] and tensors[", pair.second,
+                  "] sharing some; name shared memory once, it would be rewritten twice");
   return rewrites;
 }
 
@@ -156,9 +157,9 @@ inline std::vector<RescaleFold> checked_folds(const std::vector<Tensor>& weights
   for (size_t i = 0; i < count; ++i) {
     const Matrix weight = matrix_of(op, "weights", i, weights[i], device_type);
     const Matrix bias = matrix_of(op, "biases", i, biases[i], device_type);
-    STD_TORCH_CHECK(weights[i].dim() >= 1 && biases[i].dim() == 1 && bias.rows == weight.rows, op,
-                    ": expected shape (", weight.rows, ",) for biases[", i, "], one entry per row of its weight, got ",
-                    biases[i].dim(), " dims and ", bias.rows, " rows; pair weights and biases of the same layer");
+    STD_TORCH_CHECK(weights[i].dim() >= 1 && biases[i].dim() == 1 && bias.rows == weight.rows, op, ": expected shape (",
+                    weight.rows, ",) for biases[", i, "], one entry per row of its weight, got ", biases[i].dim(),
+                    " dims and ", bias.rows, " rows; pair weights and biases of the same layer");
     STD_TORCH_CHECK(weight.storage == bias.storage, op, ": expected one dtype for weights[", i, "] and biases[", i,
                     "], got two; cast the bias first");
     check_finite(op, "scale", i, scales[i], weight.storage);

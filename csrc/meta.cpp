@@ -14,8 +14,8 @@ void check_meta(const char* op, const char* parameter, const std::vector<Tensor>
   for (size_t i = 0; i < tensors.size(); ++i) {
     int32_t device = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensors[i].get(), &device));
-    STD_TORCH_CHECK(device == aoti_torch_device_type_meta(), op, ": expected tensors of one kind of device for ", parameter,
-                    ", got some on meta and ", parameter, "[", i, "] elsewhere; load the weights first");
+    STD_TORCH_CHECK(device == aoti_torch_device_type_meta(), op, ": expected tensors of one kind of device for ",
+                    parameter, ", got some on meta and ", parameter, "[", i, "] elsewhere; load the weights first");
     neutralize::storage_of(op, parameter, i, tensors[i]);
   }
 }

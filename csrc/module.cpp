@@ -24,8 +24,9 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Return what was compiled in.");
-  m.def("cpu_isa", [] { return std::string(neutralize::cpu::active_kernels().name); },
-        "Return the instruction set of the CPU kernels in use.");
+  m.def(
+      "cpu_isa", [] { return std::string(neutralize::cpu::active_kernels().name); },
+      "Return the instruction set of the CPU kernels in use.");
   m.def("use_cpu_isa", &neutralize::cpu::use_isa, py::arg("name"),
         "Use the kernels of another instruction set, or \"auto\" for the best; ValueError where there are none.");
 }

@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -16,11 +18,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(params=["avx512", "avx2", "neon", "plain"])
-def cpu_isa(request: pytest.FixtureRequest) -> str:
+def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of the CPU kernels that this machine runs, in use during the test."""
     name: str = request.param
     if name not in _native.cpu_isas():
         pytest.skip(f"{name} kernels: not in this build or not on this processor")
     _native.use_cpu_isa(name)
-    request.addfinalizer(lambda: _native.use_cpu_isa("auto"))
-    return name
+    yield name
+    _native.use_cpu_isa("auto")

@@ -81,7 +81,7 @@ def test_inference_tensors() -> None:
     assert normal.tolist() == [3.0] * 3
 
 
-# ---- the dispatcher ------------------------------------------------------------------------------------------------------
+# ---- the dispatcher --------------------------------------------------------------------------------------------------
 def test_kernels_are_registered() -> None:
     for op in ("neutralize::rewrite_", "neutralize::rescale_fold_"):
         native = _native.build_info()["native"]["loaded"]
@@ -135,7 +135,7 @@ def test_fake_tensors_pass() -> None:
             ops.rewrite_(torch.ones(3, dtype=torch.int64))
 
 
-# ---- torch.compile -------------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
 

@@ -70,7 +70,7 @@ def both(tensor: torch.Tensor, coefficients: tuple[float, float, float, int, int
     assert_same_bits(tensor, expected, context or coefficients)
 
 
-# ---- rewrite_ ------------------------------------------------------------------------------------------------------------
+# ---- rewrite_ --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rewrite_shapes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -223,7 +223,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     look(0x40, 0x4C)
 
 
-# ---- rounding ------------------------------------------------------------------------------------------------------------
+# ---- rounding --------------------------------------------------------------------------------------------------------
 def all_codes(dtype: torch.dtype) -> torch.Tensor:
     if dtype.itemsize == 2:
         return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -244,8 +244,8 @@ def test_every_code_through_scale(dtype: torch.dtype, cpu_isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *FP8], ids=str)
 def test_rounding_is_torchs(dtype: torch.dtype, cpu_isa: str) -> None:
-    """Float to small type: as .to() does, over ties, subnormals and overflow. Each value enters as a fill and, scaled up
-    from a code of the type to the float in question, through the rounding of the loops."""
+    """Float to small type: as .to() does, over ties, subnormals and overflow. Each value enters as a fill and, scaled
+    up from a code of the type to the float in question, through the rounding of the loops."""
     codes = all_codes(dtype).float()
     numbers = codes[codes.isfinite()].unique()
     ties = ((numbers[1:].double() + numbers[:-1].double()) / 2).float()
@@ -287,10 +287,12 @@ def test_instruction_set_by_environment(isa: str) -> None:
         assert result.stdout.strip() == isa
     else:
         assert result.returncode != 0
-        assert f"expected one of auto, {', '.join(_native.cpu_isas())} for NEUTRALIZE_CPU_ISA, got {isa}" in result.stderr
+        assert (
+            f"expected one of auto, {', '.join(_native.cpu_isas())} for NEUTRALIZE_CPU_ISA, got {isa}" in result.stderr
+        )
 
 
-# ---- rescale_fold_ -------------------------------------------------------------------------------------------------------
+# ---- rescale_fold_ ---------------------------------------------------------------------------------------------------
 def finite(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     generator = torch.Generator().manual_seed(math.prod(shape))
     return torch.randn(shape, generator=generator).to(dtype).to(device)
@@ -306,10 +308,25 @@ def fold_both(weight: torch.Tensor, bias: torch.Tensor, scale: float, shift: flo
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fold_shapes(dtype: torch.dtype, device: torch.device) -> None:
-    shapes = [(0, 3), (3, 0), (1, 1), (5,), (3, 63), (3, 64), (3, 65), (2, 511), (2, 512), (2, 1025), (4, 3, 3, 3), (999, 1000)]
+    shapes = [
+        (0, 3),
+        (3, 0),
+        (1, 1),
+        (5,),
+        (3, 63),
+        (3, 64),
+        (3, 65),
+        (2, 511),
+        (2, 512),
+        (2, 1025),
+        (4, 3, 3, 3),
+        (999, 1000),
+    ]
     for shape in shapes:
         for scale, shift in ((0.7, 0.3), (0.0, 0.3), (1.0, -2.0), (0.5, 0.0)):
-            fold_both(finite(shape, dtype, device), finite(shape[:1], dtype, device), scale, shift, (shape, scale, shift))
+            fold_both(
+                finite(shape, dtype, device), finite(shape[:1], dtype, device), scale, shift, (shape, scale, shift)
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -342,7 +359,7 @@ def test_fold_is_right() -> None:
     assert torch.allclose(torch.nn.functional.linear(z, weight, bias), before, rtol=1e-12)
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 class Quantized(torch.Tensor):
     """A wrapper whose memory is elsewhere."""
 
@@ -351,7 +368,7 @@ class Quantized(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, (2, 2))
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ANN206
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError("an op has reached the wrapper")
 
 
@@ -368,7 +385,8 @@ REFUSED_TENSORS = [
     *[
         (
             lambda dtype=dtype: [torch.zeros(2, dtype=dtype)],
-            f"rewrite_: expected one of {NAMES} for the dtype of tensors[1], got {str(dtype)[6:]}; dequantize or cast it "
+            f"rewrite_: expected one of {NAMES} for the dtype of tensors[1], got {str(dtype)[6:]}; dequantize "
+            f"or cast it "
             "first",
         )
         for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fnuz)
@@ -383,15 +401,18 @@ REFUSED_TENSORS = [
     ),
     (
         lambda: [Quantized()],
-        "rewrite_: expected a plain tensor for tensors[1], got the subclass Quantized; rewrite the plain tensors inside it",
+        "rewrite_: expected a plain tensor for tensors[1], got the subclass Quantized; rewrite the plain "
+        "tensors inside it",
     ),
     (
         lambda: [torch.nn.LazyLinear(3).weight],
-        "rewrite_: expected a tensor with memory for tensors[1], got UninitializedParameter; run the lazy module once first",
+        "rewrite_: expected a tensor with memory for tensors[1], got UninitializedParameter; run the lazy "
+        "module once first",
     ),
     (
         lambda: [BASE, BASE],
-        "rewrite_: expected tensors with memory of their own, got tensors[1] and tensors[2] sharing some; name shared memory "
+        "rewrite_: expected tensors with memory of their own, got tensors[1] and tensors[2] sharing some; name "
+        "shared memory "
         "once, it would be rewritten twice",
     ),
     (lambda: [BASE[:3], BASE[2:]], "got tensors[1] and tensors[2] sharing some"),
@@ -402,15 +423,18 @@ REFUSED_TENSORS = [
     (lambda: [BASE.view(-1)[:8].view(torch.bfloat16), BASE[1]], "got tensors[1] and tensors[2] sharing some"),
     (
         lambda: [torch.ones(1, 3).expand(4, 3)],
-        "rewrite_: expected memory of its own for every element of tensors[1], got elements that share memory (an expanded "
+        "rewrite_: expected memory of its own for every element of tensors[1], got elements that share memory "
+        "(an expanded "
         "tensor?); call contiguous() first",
     ),
     (lambda: [BASE.as_strided((4, 3), (2, 1))], "got elements that share memory"),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), REFUSED_TENSORS, ids=lambda value: value if isinstance(value, str) else "")
-def test_refused_tensors(make, message: str) -> None:  # noqa: ANN001
+@pytest.mark.parametrize(
+    ("make", "message"), REFUSED_TENSORS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_refused_tensors(make, message: str) -> None:
     """One bad tensor at the end of the list, and nothing in the list is written."""
     first = torch.full((3,), 7.0)
     BASE.fill_(1.0)
@@ -440,7 +464,7 @@ ACCEPTED_TOGETHER = [
 
 
 @pytest.mark.parametrize("make", ACCEPTED_TOGETHER)
-def test_accepted_together(make) -> None:  # noqa: ANN001
+def test_accepted_together(make) -> None:
     BASE.fill_(1.0)
     tensors = make()
     ops.rewrite_(tensors, fill=2.0)
@@ -450,25 +474,48 @@ def test_accepted_together(make) -> None:  # noqa: ANN001
 REFUSED_COEFFICIENTS = [
     ({"scale": math.nan}, "rewrite_: expected a finite number for scale, got nan; pass finite coefficients"),
     ({"fill": -math.inf}, "rewrite_: expected a finite number for fill, got -inf; pass finite coefficients"),
-    ({"diagonal": [1.0, math.inf]}, "rewrite_: expected a finite number for diagonal, got inf; pass finite coefficients"),
+    (
+        {"diagonal": [1.0, math.inf]},
+        "rewrite_: expected a finite number for diagonal, got inf; pass finite coefficients",
+    ),
     ({"fill": 10**400}, "rewrite_: expected a finite number for fill, got inf; pass finite coefficients"),
-    ({"scale": 1e39}, "rewrite_: expected a number that float32 holds for scale, got 1e+39 for tensors[0]; pass a smaller one"),
-    ({"diagonal": 3e38, "fill": 3e38}, "expected a number that float32 holds for diagonal + fill, got 6e+38 for tensors[0]"),
+    (
+        {"scale": 1e39},
+        "rewrite_: expected a number that float32 holds for scale, got 1e+39 for tensors[0]; pass a smaller one",
+    ),
+    (
+        {"diagonal": 3e38, "fill": 3e38},
+        "expected a number that float32 holds for diagonal + fill, got 6e+38 for tensors[0]",
+    ),
     ({"scale": [1.0]}, "rewrite_: expected 1 or 2 numbers for scale, got 1; pass one for all tensors or one for each"),
-    ({"scale": [1.0] * 3}, "rewrite_: expected 1 or 2 numbers for scale, got 3; pass one for all tensors or one for each"),
+    (
+        {"scale": [1.0] * 3},
+        "rewrite_: expected 1 or 2 numbers for scale, got 3; pass one for all tensors or one for each",
+    ),
     ({"step": [1] * 3}, "rewrite_: expected 1 or 2 integers for step, got 3; pass one for all tensors or one for each"),
     ({"scale": "1"}, "rewrite_: expected numbers for scale, got str; pass one for all tensors or one for each"),
     ({"scale": None}, "rewrite_: expected numbers for scale, got NoneType; pass one for all tensors or one for each"),
     ({"scale": 1j}, "rewrite_: expected numbers for scale, got complex; pass one for all tensors or one for each"),
     ({"scale": [1.0, "2"]}, "rewrite_: expected numbers for scale, got str; pass Python floats, one or one per tensor"),
     ({"start": 1.5}, "rewrite_: expected integers for start, got float; pass Python ints, one or one per tensor"),
-    ({"start": [1, None]}, "rewrite_: expected integers for start, got NoneType; pass Python ints, one or one per tensor"),
-    ({"start": 2**62}, f"rewrite_: expected less than 2^62 in magnitude for start, got {2**62}; no tensor has a column there"),
-    ({"step": -(2**70)}, f"rewrite_: expected less than 2^62 in magnitude for step, got {-(2**70)}; no tensor has a column"),
+    (
+        {"start": [1, None]},
+        "rewrite_: expected integers for start, got NoneType; pass Python ints, one or one per tensor",
+    ),
+    (
+        {"start": 2**62},
+        f"rewrite_: expected less than 2^62 in magnitude for start, got {2**62}; no tensor has a column there",
+    ),
+    (
+        {"step": -(2**70)},
+        f"rewrite_: expected less than 2^62 in magnitude for step, got {-(2**70)}; no tensor has a column",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("keywords", "message"), REFUSED_COEFFICIENTS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("keywords", "message"), REFUSED_COEFFICIENTS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_refused_coefficients(keywords: dict[str, object], message: str) -> None:
     tensors = [torch.full((3,), 7.0), torch.full((3,), 7.0)]
     with pytest.raises(NeutralizeError) as caught:
@@ -490,18 +537,23 @@ REFUSED_FOLDS = [
     ),
     (
         lambda w, b: ([w], [torch.zeros(5)]),
-        "rescale_fold_: expected shape (out,) for biases[0] and (out, ...) for weights[0], got (5,) and (4, 3); pair weights "
+        "rescale_fold_: expected shape (out,) for biases[0] and (out, ...) for weights[0], got (5,) and (4, 3); "
+        "pair weights "
         "and biases of the same layer",
     ),
     (lambda w, b: ([w], [torch.zeros(4, 1)]), "got (4, 1) and (4, 3)"),
     (lambda w, b: ([torch.tensor(1.0)], [torch.zeros(1)]), "got (1,) and ()"),
     (
         lambda w, b: ([w], [b.double()]),
-        "rescale_fold_: expected one dtype for weights[0] and biases[0], got torch.float32 and torch.float64; move or cast "
+        "rescale_fold_: expected one dtype for weights[0] and biases[0], got torch.float32 and torch.float64; "
+        "move or cast "
         "one first",
     ),
     (lambda w, b: ([w], [b.long()]), f"rescale_fold_: expected one of {NAMES} for the dtype of biases[0], got int64"),
-    (lambda w, b: ([w], [w[:, 0]]), "rescale_fold_: expected tensors with memory of their own, got weights[0] and biases[0]"),
+    (
+        lambda w, b: ([w], [w[:, 0]]),
+        "rescale_fold_: expected tensors with memory of their own, got weights[0] and biases[0]",
+    ),
     (lambda w, b: ([w, w.clone()], [b, b]), "got biases[0] and biases[1] sharing some"),
     (lambda w, b: ([w, w], [b, b.clone()]), "got weights[0] and weights[1] sharing some"),
     (lambda w, b: ([w], [torch.zeros(1).expand(4)]), "of every element of biases[0]".replace("of every", "for every")),
@@ -510,7 +562,7 @@ REFUSED_FOLDS = [
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED_FOLDS, ids=lambda value: value if isinstance(value, str) else "")
-def test_refused_folds(make, message: str) -> None:  # noqa: ANN001
+def test_refused_folds(make, message: str) -> None:
     weight, bias = torch.ones(4, 3), torch.ones(4)
     with pytest.raises(NeutralizeError) as caught:
         ops.rescale_fold_(*make(weight, bias), scale=2.0, shift=1.0)
@@ -541,8 +593,16 @@ def test_refused_by_the_kernels_themselves() -> None:
     first = torch.full((3,), 7.0)
     one = ([1.5], [0.0], [0.0], [0], [1])
     for tensors, coefficients, message in (
-        ([torch.zeros(2, dtype=torch.int32)], one, "rewrite_: expected float64, float32, float16, bfloat16, float8_e4m3fn or"),
-        ([torch.ones(3, 3).t()], one, "rewrite_: expected contiguous memory or rows of contiguous memory for tensors[1]"),
+        (
+            [torch.zeros(2, dtype=torch.int32)],
+            one,
+            "rewrite_: expected float64, float32, float16, bfloat16, float8_e4m3fn or",
+        ),
+        (
+            [torch.ones(3, 3).t()],
+            one,
+            "rewrite_: expected contiguous memory or rows of contiguous memory for tensors[1]",
+        ),
         ([torch.ones(1, 3).expand(3, 3)], one, "rewrite_: expected contiguous memory or rows of contiguous memory"),
         ([BASE[:3], BASE[2:]], one, "got tensors[1] and tensors[2] sharing some; name shared memory once"),
         ([BASE[:, :3], BASE[:, 2:]], one, "got tensors[1] and tensors[2] sharing some; name shared memory once"),

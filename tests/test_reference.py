@@ -125,7 +125,9 @@ def test_large_tensors_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_round_to_float32() -> None:
     values = [0.1, -0.1, 1e-40, -1e-45, 7e-46, 7.1e-46, 3.4028235e38, 3.4028236e38, 2.0**128, -(2.0**128), 1 + 2.0**-24]
     values += [1 + 3 * 2.0**-24, 5e-324, 0.0, -0.0, 3.4028235677973366e38, 3.4028235677973362e38]
-    values += [float(v) for v in np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-500, 500).clip(-45, 38)]
+    values += [
+        float(v) for v in np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-500, 500).clip(-45, 38)
+    ]
     with np.errstate(over="ignore"):
         for value in values:
             expected = float(np.float32(value))

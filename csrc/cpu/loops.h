@@ -148,7 +148,8 @@ struct Runs {
       T* b = reinterpret_cast<T*>(job.bias.data) + row * job.bias.row_stride;
       Compute lanes[kLanes] = {};
       int64_t col = 0;
-      for (; col + kLanes <= cols; col += kLanes) group<true>(w + col, kLanes, lanes, rule, writes, decoded, scaled, zero);
+      for (; col + kLanes <= cols; col += kLanes)
+        group<true>(w + col, kLanes, lanes, rule, writes, decoded, scaled, zero);
       if (col < cols) group<false>(w + col, cols - col, lanes, rule, writes, decoded, scaled, zero);
       for (int64_t half = kLanes / 2; half > 0; half /= 2) {
         for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];

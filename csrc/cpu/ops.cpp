@@ -16,8 +16,8 @@ using neutralize::cpu::RewriteJob;
 using torch::stable::Tensor;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kGrainBytes = 256 << 10;    // what a thread must have to do to be worth waking
-constexpr int64_t kPieceBytes = 4 << 20;      // what it takes at a time, at most
+constexpr int64_t kGrainBytes = 8 << 20;  // a thread is worth waking for a millisecond; on a busy machine it costs more
+constexpr int64_t kPieceBytes = 4 << 20;  // what it takes at a time, at most
 constexpr int64_t kStreamRunBytes = 4 << 10;  // shorter runs are not worth a fence
 
 // Jobs laid end to end as bytes, in one parallel region: body(job, first byte, last byte). The threads take pieces in
@@ -26,9 +26,8 @@ template <typename Job, typename Bytes, typename Body>
 void for_all_bytes(const std::vector<Job>& jobs, const Bytes& bytes_of, const Body& body) {
   int64_t total = 0;
   for (const Job& job : jobs) total += bytes_of(job);
-  const int64_t threads = total < 2 * kGrainBytes
-                              ? 1
-                              : std::min<int64_t>(torch::stable::get_num_threads(), total / kGrainBytes);
+  const int64_t threads =
+      total < 2 * kGrainBytes ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), total / kGrainBytes);
   if (threads == 1) {
     for (const Job& job : jobs) body(job, int64_t{0}, bytes_of(job));
     return;
@@ -63,8 +62,8 @@ int64_t cut_element(const Matrix& matrix, int64_t byte) {
 void rewrite_cpu(const std::vector<Tensor>& tensors, const std::vector<double>& scale,
                  const std::vector<double>& diagonal, const std::vector<double>& fill,
                  const std::vector<int64_t>& start, const std::vector<int64_t>& step) {
-  const auto checked = neutralize::checked_rewrites(tensors, scale, diagonal, fill, start, step,
-                                                    aoti_torch_device_type_cpu());
+  const auto checked =
+      neutralize::checked_rewrites(tensors, scale, diagonal, fill, start, step, aoti_torch_device_type_cpu());
   int64_t fill_bytes = 0;
   for (const auto& rewrite : checked) {
     if (rewrite.scale == 0) fill_bytes += rewrite.matrix.numel() * rewrite.matrix.itemsize();
@@ -79,8 +78,9 @@ void rewrite_cpu(const std::vector<Tensor>& tensors, const std::vector<double>& 
         const int64_t last = cut_element(matrix, end);
         if (first >= last) return;
         const int64_t run_bytes = matrix.contiguous() ? (last - first) * matrix.itemsize() : matrix.row_bytes();
-        const RewriteJob job{matrix, s, d, f, ones, neutralize::diagonal_rows(matrix.rows, matrix.cols, ones),
-                             beyond_cache && run_bytes >= kStreamRunBytes};
+        const auto ones_rows =
+            d != 0 ? neutralize::diagonal_rows(matrix.rows, matrix.cols, ones) : neutralize::RowRange{0, 0};
+        const RewriteJob job{matrix, s, d, f, ones, ones_rows, beyond_cache && run_bytes >= kStreamRunBytes};
         kernels.rewrite(job, first, last);
       });
 }

@@ -1,7 +1,8 @@
 """Load the native parts, say which ones are there and why others are not, and make sure that the ops exist.
 
-Importing this module defines ``torch.ops.neutralize.*`` in every kind of install: by the C++ library where it was built,
-otherwise by the reference in plain torch. It never initialises CUDA: loading ``_cuda`` registers kernels and no more.
+Importing this module defines ``torch.ops.neutralize.*`` in every kind of install: by the C++ library where it was
+built, otherwise by the reference in plain torch. It never initialises CUDA: loading ``_cuda`` registers kernels and no
+more.
 """
 
 import importlib
@@ -66,7 +67,6 @@ if _C is None:
     )
     _library.define("rescale_fold_(Tensor(a!)[] weights, Tensor(b!)[] biases, float[] scale, float[] shift) -> ()")
 
-    @torch.library.register_fake("neutralize::rewrite_", lib=_library)
     def _rewrite_fake(
         tensors: Sequence[torch.Tensor],
         scale: Sequence[float],
@@ -76,10 +76,12 @@ if _C is None:
         step: Sequence[int],
     ) -> None: ...
 
-    @torch.library.register_fake("neutralize::rescale_fold_", lib=_library)
     def _rescale_fold_fake(
         weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], scale: Sequence[float], shift: Sequence[float]
     ) -> None: ...
+
+    torch.library.register_fake("neutralize::rewrite_", _rewrite_fake, lib=_library)
+    torch.library.register_fake("neutralize::rescale_fold_", _rescale_fold_fake, lib=_library)
 
 
 def _check_fallback(op: str, *lists: Sequence[torch.Tensor]) -> None:
@@ -140,8 +142,8 @@ def build_info() -> dict[str, Any]:
     """Return what this install holds and uses, in plain types.
 
     Returns:
-        ``native`` and ``cuda`` (``built``, ``loaded``, ``reason``), the CPU instruction sets compiled, usable and in use,
-        the CUDA architectures, and the versions of torch, the ABI target and the compilers that it was built with.
+        ``native`` and ``cuda`` (``built``, ``loaded``, ``reason``), the CPU instruction sets compiled, usable and in
+        use, the CUDA architectures, and the versions of torch, the ABI target and the compilers that it was built with.
     """
     compiled: dict[str, Any] = _C.build_info() if _C is not None else {}
     return {

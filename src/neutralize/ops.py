@@ -1,7 +1,7 @@
 """The two ops, in place on tensors: the affine rewrite and the fold. Who does the work: :func:`backend`.
 
-A call checks everything before it writes anything. The native kernels check their arguments themselves, so the usual call
-(plain tensors on one device) goes straight to them; only where they refuse, or the call is an unusual one, are the
+A call checks everything before it writes anything. The native kernels check their arguments themselves, so the usual
+call (plain tensors on one device) goes straight to them; only where they refuse, or the call is an unusual one, are the
 arguments examined here, one by one: to split the call by device and layout, or to say what is wrong with it.
 """
 
@@ -32,7 +32,7 @@ _TRACED_TENSORS = (FakeTensor, FunctionalTensor)
 _COLUMN_LIMIT = 1 << 62
 _REWRITE = torch.ops.neutralize.rewrite_.default
 _RESCALE_FOLD = torch.ops.neutralize.rescale_fold_.default
-_increment_version = torch.autograd.graph.increment_version
+_increment_version = torch._C._increment_version
 
 
 def rewrite_(
@@ -46,10 +46,11 @@ def rewrite_(
 ) -> None:
     """Rewrite tensors in place: ``W <- scale * W + diagonal * D + fill``.
 
-    ``D`` is the generalized identity: of ``W`` seen as a matrix (rows: dim 0, columns: the rest flattened), row ``r`` has
-    its one at column ``start + r * step``, and none where that is outside. ``(0, 1)`` is the identity of a Linear layer,
-    ``(K // 2, K)`` the Dirac kernel of a convolution with ``K`` taps. With ``scale == 0`` the old values are not read, so
-    NaN and infinity vanish. The arithmetic is float64 for float64 and float32 for all others, rounded once on store.
+    ``D`` is the generalized identity: of ``W`` seen as a matrix (rows: dim 0, columns: the rest flattened), row ``r``
+    has its one at column ``start + r * step``, and none where that is outside. ``(0, 1)`` is the identity of a Linear
+    layer, ``(K // 2, K)`` the Dirac kernel of a convolution with ``K`` taps. With ``scale == 0`` the old values are not
+    read, so NaN and infinity vanish. The arithmetic is float64 for float64 and float32 for all others, rounded once on
+    store.
 
     Args:
         tensors: one tensor or many, of any mix of shapes, devices and floating-point dtypes; written even where they
@@ -64,23 +65,27 @@ def rewrite_(
         NeutralizeError: an argument cannot be used; nothing has been written.
     """
     listed = _listed("rewrite_", "tensors", tensors)
-    count = len(listed)
-    coefficients = (
-        _floats("rewrite_", "scale", scale, count),
-        _floats("rewrite_", "diagonal", diagonal, count),
-        _floats("rewrite_", "fill", fill, count),
-        _ints("rewrite_", "start", start, count),
-        _ints("rewrite_", "step", step, count),
-    )
+    if type(scale) is type(diagonal) is type(fill) is float and type(start) is type(step) is int:
+        coefficients = ([scale], [diagonal], [fill], [start], [step])  # the usual call, spared five calls
+    else:
+        count = len(listed)
+        coefficients = (
+            _floats("rewrite_", "scale", scale, count),
+            _floats("rewrite_", "diagonal", diagonal, count),
+            _floats("rewrite_", "fill", fill, count),
+            _ints("rewrite_", "start", start, count),
+            _ints("rewrite_", "step", step, count),
+        )
     if torch.compiler.is_compiling():
         _rewrite_traced(listed, coefficients)
         return
     if not listed:
+        _check_rewrite(listed, coefficients)
         return
     if _straight_to_kernels(listed):
         try:
             _call(_REWRITE, listed, *coefficients)
-        except RuntimeError:
+        except (RuntimeError, OverflowError):
             if not _rewrite_examined(listed, coefficients):
                 raise
         else:
@@ -98,7 +103,8 @@ def rescale_fold_(
 ) -> None:
     """Fold weights into their biases and rescale them in the same pass: ``b <- b + shift * (W 1)``, ``W <- scale * W``.
 
-    ``W 1`` is the row sum of the old weight. A shift of zero leaves the bias alone, a scale of zero makes the weight zero.
+    ``W 1`` is the row sum of the old weight. A shift of zero leaves the bias alone, a scale of zero makes the weight
+    zero.
 
     Source: an affine change of variables ``x = (z - shift') / scale'`` before a linear layer, MATH section 2.
 
@@ -125,6 +131,7 @@ def rescale_fold_(
         _fold_traced(listed, paired, coefficients)
         return
     if not listed:
+        _check_fold(listed, paired, coefficients)
         return
     if _straight_to_kernels([*listed, *paired]):
         try:
@@ -151,7 +158,7 @@ def backend(tensor: Tensor) -> str:
     return tensor.device.type if _is_native(tensor) else "torch"
 
 
-# ---- arguments -----------------------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------------------
 _RewriteCoefficients = tuple[list[float], list[float], list[float], list[int], list[int]]
 _FoldCoefficients = tuple[list[float], list[float]]
 
@@ -180,7 +187,8 @@ def _floats(op: str, parameter: str, values: Any, count: int) -> list[float]:
 def _as_float(op: str, parameter: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise NeutralizeError(
-            f"{op}: expected numbers for {parameter}, got {type(value).__name__}; pass Python floats, one or one per tensor"
+            f"{op}: expected numbers for {parameter}, got {type(value).__name__}; pass Python floats, "
+            "one or one per tensor"
         )
     try:
         return float(value)
@@ -197,11 +205,6 @@ def _ints(op: str, parameter: str, values: Any, count: int) -> list[int]:
     else:
         listed = _sequence(op, parameter, values, count, "integers")
         listed = [value if type(value) is int else _as_int(op, parameter, value) for value in listed]
-    for value in listed:  # here and not with the other values: torch.ops takes no int past 64 bits
-        if not -_COLUMN_LIMIT < value < _COLUMN_LIMIT:
-            raise NeutralizeError(
-                f"{op}: expected less than 2^62 in magnitude for {parameter}, got {value}; no tensor has a column there"
-            )
     return listed
 
 
@@ -210,14 +213,16 @@ def _as_int(op: str, parameter: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise NeutralizeError(
-            f"{op}: expected integers for {parameter}, got {type(value).__name__}; pass Python ints, one or one per tensor"
+            f"{op}: expected integers for {parameter}, got {type(value).__name__}; pass Python ints, "
+            "one or one per tensor"
         ) from None
 
 
 def _sequence(op: str, parameter: str, values: Any, count: int, kind: str) -> list[Any]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise NeutralizeError(
-            f"{op}: expected {kind} for {parameter}, got {type(values).__name__}; pass one for all tensors or one for each"
+            f"{op}: expected {kind} for {parameter}, got {type(values).__name__}; "
+            "pass one for all tensors or one for each"
         )
     listed = list(values)
     if len(listed) != count:
@@ -244,7 +249,7 @@ def _call(kernel: Any, *args: Any) -> None:
         torch._C._set_grad_enabled(True)
 
 
-# ---- the checks, one tensor at a time ------------------------------------------------------------------------------------
+# ---- the checks, one tensor at a time --------------------------------------------------------------------------------
 def _straight_to_kernels(tensors: list[Any]) -> bool:
     """Return whether the kernels may see the list first: plain tensors, and a device whose kernels check them."""
     return _REAL_TENSORS.issuperset(map(type, tensors)) and (
@@ -296,7 +301,7 @@ def _check_subclass(op: str, name: str, tensor: Tensor) -> None:
     kind = type(tensor)
     if isinstance(tensor, _TRACED_TENSORS):
         return
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(tensor):
         raise NeutralizeError(
             f"{op}: expected a tensor with memory for {name}, got {kind.__name__}; run the lazy module once first"
         )
@@ -320,14 +325,21 @@ def _check_coefficient(op: str, parameter: str, value: float, name: str, tensor:
     compute = reference.compute_dtype(tensor.dtype)
     if not math.isfinite(reference.round_to(value, compute)):
         raise NeutralizeError(
-            f"{op}: expected a number that {str(compute).removeprefix('torch.')} holds for {parameter}, got {value} for "
-            f"{name}; pass a smaller one"
+            f"{op}: expected a number that {str(compute).removeprefix('torch.')} holds for {parameter}, got {value} "
+            f"for {name}; pass a smaller one"
         )
 
 
 def _check_rewrite(tensors: list[Any], coefficients: _RewriteCoefficients) -> None:
-    scale, diagonal, fill, _, _ = coefficients
+    scale, diagonal, fill, start, step = coefficients
     _check_finite("rewrite_", scale=scale, diagonal=diagonal, fill=fill)
+    for parameter, columns in (("start", start), ("step", step)):
+        for value in columns:
+            if not -_COLUMN_LIMIT < value < _COLUMN_LIMIT:
+                raise NeutralizeError(
+                    f"rewrite_: expected less than 2^62 in magnitude for {parameter}, got {value}; "
+                    "no tensor has a column there"
+                )
     for i, tensor in enumerate(tensors):
         name = f"tensors[{i}]"
         _check_tensor("rewrite_", name, tensor)
@@ -346,19 +358,20 @@ def _check_fold(weights: list[Any], biases: list[Any], coefficients: _FoldCoeffi
         _check_tensor(op, f"biases[{i}]", bias)
         if weight.dim() < 1 or tuple(bias.shape) != tuple(weight.shape[:1]):
             raise NeutralizeError(
-                f"{op}: expected shape (out,) for biases[{i}] and (out, ...) for weights[{i}], got {tuple(bias.shape)} and "
-                f"{tuple(weight.shape)}; pair weights and biases of the same layer"
+                f"{op}: expected shape (out,) for biases[{i}] and (out, ...) for weights[{i}], got {tuple(bias.shape)} "
+                f"and {tuple(weight.shape)}; pair weights and biases of the same layer"
             )
         for what, a, b in (("dtype", weight.dtype, bias.dtype), ("device", weight.device, bias.device)):
             if a != b:
                 raise NeutralizeError(
-                    f"{op}: expected one {what} for weights[{i}] and biases[{i}], got {a} and {b}; move or cast one first"
+                    f"{op}: expected one {what} for weights[{i}] and biases[{i}], got {a} and {b}; "
+                    "move or cast one first"
                 )
         _check_coefficient(op, "scale", _at(scale, i), f"weights[{i}]", weight)
         _check_coefficient(op, "shift", _at(shift, i), f"weights[{i}]", weight)
 
 
-# ---- memory shared within a call -----------------------------------------------------------------------------------------
+# ---- memory shared within a call -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Span:
     """The bytes from a tensor's first to its last element."""
@@ -393,8 +406,8 @@ def _check_apart(op: str, named: Sequence[tuple[str, Tensor]]) -> None:
                 pair = _sharing(group, span)
                 if pair is not None:
                     raise NeutralizeError(
-                        f"{op}: expected tensors with memory of their own, got {pair.name} and {span.name} sharing some; "
-                        "name shared memory once, it would be rewritten twice"
+                        f"{op}: expected tensors with memory of their own, got {pair.name} and {span.name} sharing "
+                        "some; name shared memory once, it would be rewritten twice"
                     )
                 group.append(span)
                 reach = max(reach, span.end)
@@ -456,7 +469,7 @@ def _written_twice(spans: list[_Span]) -> bool:
     return int(seen.sum()) != sum(span.tensor.numel() * span.tensor.dtype.itemsize for span in spans)
 
 
-# ---- the unusual calls ---------------------------------------------------------------------------------------------------
+# ---- the unusual calls -----------------------------------------------------------------------------------------------
 def _rewrite_examined(tensors: list[Any], coefficients: _RewriteCoefficients, *, always: bool = False) -> bool:
     """Check all, then rewrite group by group. Return False where all is one native group, unless ``always``."""
     _check_rewrite(tensors, coefficients)
@@ -506,13 +519,13 @@ def _run(tensors: list[Tensor], partners: tuple[list[Tensor], ...], coefficients
         _increment_version(every)
 
 
-# ---- under torch.compile: nothing has an address, so the kernels check at run time what is left unchecked here --------------
+# ---- under torch.compile: nothing has an address, so the kernels check at run time what is left unchecked here -------
 def _rewrite_traced(tensors: list[Any], coefficients: _RewriteCoefficients) -> None:
     _check_rewrite(tensors, coefficients)
     groups = _groups([_is_native(tensor) for tensor in tensors], tensors)
     with torch.no_grad():
         for device, members in groups.items():
-            kernel = _REWRITE if device is not None else reference.rewrite_
+            kernel: Any = _REWRITE if device is not None else reference.rewrite_
             kernel(
                 [tensors[i] for i in members],
                 *[values if len(values) == 1 else [values[i] for i in members] for values in coefficients],

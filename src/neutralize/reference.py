@@ -1,4 +1,4 @@
-"""The ops in plain torch: their specification, the oracle of the tests, and the kernels of every other device and layout.
+"""The ops in plain torch: their specification, the oracle of the tests, and the kernels of all other devices.
 
 Same semantics and the same bits as the native kernels (any NaN counts as any other). The arithmetic type is float64 for
 float64 tensors and float32 for all others; coefficients are rounded to it once, results once on store, to nearest even.
@@ -27,9 +27,9 @@ def rewrite_(
 ) -> None:
     """Rewrite every tensor: ``W <- scale * W + diagonal * D + fill``.
 
-    ``D`` is the generalized identity: of ``W`` seen as a matrix (rows: dim 0, columns: the rest flattened), row ``r`` has
-    its one at column ``start + r * step``, and none where that is outside. With ``scale == 0`` the old values are not
-    read; an offset of zero is not added.
+    ``D`` is the generalized identity: of ``W`` seen as a matrix (rows: dim 0, columns: the rest flattened), row ``r``
+    has its one at column ``start + r * step``, and none where that is outside. With ``scale == 0`` the old values are
+    not read; an offset of zero is not added.
 
     Args:
         tensors: what to rewrite, floating point, any layout.
@@ -40,7 +40,7 @@ def rewrite_(
         step: how many columns further each row's one lies.
     """
     for i, tensor in enumerate(tensors):
-        _rewrite_one(tensor, *(_pick(values, i) for values in (scale, diagonal, fill)), _pick(start, i), _pick(step, i))
+        _rewrite_one(tensor, _pick(scale, i), _pick(diagonal, i), _pick(fill, i), _pick(start, i), _pick(step, i))
 
 
 def rescale_fold_(
@@ -48,8 +48,8 @@ def rescale_fold_(
 ) -> None:
     """Fold every weight into its bias, then rescale it: ``b <- b + shift * rowsum(W)``, then ``W <- scale * W``.
 
-    The row sum has the order of csrc/affine.h: column ``c`` goes into lane ``c mod L`` with ``L = 512 / itemsize``, lanes
-    add their columns in ascending order from +0, and are then added as a binary tree.
+    The row sum has the order of csrc/affine.h: column ``c`` goes into lane ``c mod L`` with ``L = 512 / itemsize``,
+    lanes add their columns in ascending order from +0, and are then added as a binary tree.
 
     Args:
         weights: each (out, ...), floating point, any layout.
@@ -73,7 +73,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def round_to(value: float, compute: torch.dtype) -> float:
-    """Round a Python float to the compute type, to nearest even. Under torch.compile the value is left to torch's ops."""
+    """Round a Python float to the compute type, to nearest even. Under torch.compile torch's ops do it."""
     if torch.compiler.is_compiling():
         return value
     value = float(value)
@@ -147,7 +147,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _diagonal_index(weight: Tensor, start: int, step: int) -> tuple[Tensor, ...] | None:
-    """Return the index of the elements on the diagonal, dim by dim so that every layout will do; None if there are none."""
+    """Return the index of the elements on the diagonal, dim by dim as every layout needs; None if there are none."""
     rows = weight.shape[0]
     first, last = diagonal_rows(rows, weight.numel() // rows, start, step)
     if first >= last:
