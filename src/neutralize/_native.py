@@ -67,6 +67,13 @@ if _C is None:
     )
     _library.define("rescale_fold_(Tensor(a!)[] weights, Tensor(b!)[] biases, float[] scale, float[] shift) -> ()")
 
+    def _check_count(op: str, parameter: str, values: Sequence[float], tensors: Sequence[torch.Tensor]) -> None:
+        if len(values) not in (1, len(tensors)):
+            raise RuntimeError(
+                f"{op}: expected 1 or {len(tensors)} numbers for {parameter}, got {len(values)}; "
+                "pass one for all tensors or one for each"
+            )
+
     def _rewrite_fake(
         tensors: Sequence[torch.Tensor],
         scale: Sequence[float],
@@ -74,11 +81,22 @@ if _C is None:
         fill: Sequence[float],
         start: Sequence[int],
         step: Sequence[int],
-    ) -> None: ...
+    ) -> None:
+        for parameter, values in zip(
+            ("scale", "diagonal", "fill", "start", "step"), (scale, diagonal, fill, start, step), strict=True
+        ):
+            _check_count("rewrite_", parameter, values, tensors)
 
     def _rescale_fold_fake(
         weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], scale: Sequence[float], shift: Sequence[float]
-    ) -> None: ...
+    ) -> None:
+        if len(biases) != len(weights):
+            raise RuntimeError(
+                f"rescale_fold_: expected {len(weights)} tensors for biases, one per weight, got {len(biases)}; "
+                "pair them up"
+            )
+        _check_count("rescale_fold_", "scale", scale, weights)
+        _check_count("rescale_fold_", "shift", shift, weights)
 
     torch.library.register_fake("neutralize::rewrite_", _rewrite_fake, lib=_library)
     torch.library.register_fake("neutralize::rescale_fold_", _rescale_fold_fake, lib=_library)

@@ -33,6 +33,10 @@ _COLUMN_LIMIT = 1 << 62
 _REWRITE = torch.ops.neutralize.rewrite_.default
 _RESCALE_FOLD = torch.ops.neutralize.rescale_fold_.default
 _increment_version = torch._C._increment_version
+_is_grad_enabled = torch.is_grad_enabled
+_set_grad_enabled = torch._C._set_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_NATIVE_CPU = "cpu" in _native.DEVICE_TYPES
 
 
 def rewrite_(
@@ -64,7 +68,7 @@ def rewrite_(
     Raises:
         NeutralizeError: an argument cannot be used; nothing has been written.
     """
-    listed = _listed("rewrite_", "tensors", tensors)
+    listed: list[Any] = [tensors] if type(tensors) in _REAL_TENSORS else _listed("rewrite_", "tensors", tensors)
     if type(scale) is type(diagonal) is type(fill) is float and type(start) is type(step) is int:
         coefficients = ([scale], [diagonal], [fill], [start], [step])  # the usual call, spared five calls
     else:
@@ -76,7 +80,7 @@ def rewrite_(
             _ints("rewrite_", "start", start, count),
             _ints("rewrite_", "step", step, count),
         )
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         _rewrite_traced(listed, coefficients)
         return
     if not listed:
@@ -84,7 +88,7 @@ def rewrite_(
         return
     if _straight_to_kernels(listed):
         try:
-            _call(_REWRITE, listed, *coefficients)
+            _call(_REWRITE._op, listed, *coefficients)
         except (RuntimeError, OverflowError):
             if not _rewrite_examined(listed, coefficients):
                 raise
@@ -127,7 +131,7 @@ def rescale_fold_(
         _floats("rescale_fold_", "scale", scale, len(listed)),
         _floats("rescale_fold_", "shift", shift, len(listed)),
     )
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         _fold_traced(listed, paired, coefficients)
         return
     if not listed:
@@ -135,7 +139,7 @@ def rescale_fold_(
         return
     if _straight_to_kernels([*listed, *paired]):
         try:
-            _call(_RESCALE_FOLD, listed, paired, *coefficients)
+            _call(_RESCALE_FOLD._op, listed, paired, *coefficients)
         except RuntimeError:
             if not _fold_examined(listed, paired, coefficients):
                 raise
@@ -239,22 +243,22 @@ def _at(values: Sequence[Any], index: int) -> Any:
 
 def _call(kernel: Any, *args: Any) -> None:
     """Call under no_grad; by hand, as the context manager costs as much as rewriting a small tensor."""
-    if not torch.is_grad_enabled():
+    if not _is_grad_enabled():
         kernel(*args)
         return
-    torch._C._set_grad_enabled(False)
+    _set_grad_enabled(False)
     try:
         kernel(*args)
     finally:
-        torch._C._set_grad_enabled(True)
+        _set_grad_enabled(True)
 
 
 # ---- the checks, one tensor at a time --------------------------------------------------------------------------------
 def _straight_to_kernels(tensors: list[Any]) -> bool:
     """Return whether the kernels may see the list first: plain tensors, and a device whose kernels check them."""
-    return _REAL_TENSORS.issuperset(map(type, tensors)) and (
-        tensors[0].is_cpu or tensors[0].device.type in _native.DEVICE_TYPES
-    )
+    if not _REAL_TENSORS.issuperset(map(type, tensors)):
+        return False
+    return _NATIVE_CPU if tensors[0].is_cpu else tensors[0].device.type in _native.DEVICE_TYPES
 
 
 def _is_native(tensor: Tensor) -> bool:
