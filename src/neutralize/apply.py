@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from neutralize import ops
+from neutralize import ops, reference
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
-from neutralize.undo import Saved, Undo
+from neutralize.undo import Saved, Undo, overwrite_
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -23,33 +24,41 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def aliases_of(named: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
     """For each name, the names (its own first) whose tensors share memory with it."""
-    groups: dict[object, list[str]] = {}
+    storages: dict[object, list[tuple[int, int, str]]] = {}
     for name, tensor in named.items():
-        if tensor.is_meta or tensor.numel() == 0:
-            key: object = id(tensor)
-        else:
-            key = (tensor.device, tensor.untyped_storage().data_ptr())
-        groups.setdefault(key, []).append(name)
-    aliases = {}
-    for group in groups.values():
-        for name in group:
-            others = [other for other in group if other != name and _overlap(named[name], named[other])]
-            aliases[name] = (name, *others)
-    return aliases
+        storage, begin, end = _span(tensor)
+        storages.setdefault(storage, []).append((begin, end, name))
+    shared: dict[str, set[str]] = {name: {name} for name in named}
+    for spans in storages.values():
+        reaching: list[tuple[int, str]] = []  # spans that began earlier, with their ends
+        for begin, end, name in sorted(spans):
+            reaching = [(other_end, other) for other_end, other in reaching if other_end > begin]
+            for _, other in reaching:
+                shared[name].add(other)
+                shared[other].add(name)
+            reaching.append((end, name))
+    place = {name: number for number, name in enumerate(named)}
+    return {name: (name, *sorted(shared[name] - {name}, key=place.__getitem__)) for name in named}
 
 
-def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one storage may share an element (their spans intersect)."""
-    if one is other or one.is_meta:
-        return one is other
-    first, second = _span(one), _span(other)
-    return first[0] < second[1] and second[0] < first[1]
+def _span(tensor: torch.Tensor) -> tuple[object, int, int]:
+    """What holds the tensor's elements, and the bytes of it from the first to past the last.
 
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    A tensor without memory that could be looked at (meta, lazy, sparse, empty, a subclass) is its own holder.
+    """
+    itself = (id(tensor), 0, 1)
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return itself
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return itself
+    if address == 0 or tensor.numel() == 0:
+        return itself
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = int(tensor.storage_offset()) * tensor.element_size()
-    return begin, begin + (last + 1) * tensor.element_size()
+    begin = int(tensor.storage_offset())
+    itemsize = tensor.element_size()
+    return (tensor.device, address), begin * itemsize, (begin + last + 1) * itemsize
 
 
 def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
@@ -68,28 +77,27 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
     """
     model = unwrap(model)
     named = tensors_of(model)
-    problems = _problems(plan, named)
+    aliases = aliases_of(named)
+    problems = _problems(plan, named, aliases)
     if problems:
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise NeutralizeError(f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}")
     saved = [_save(named, edit, name) for edit, name in _first_writes(plan.edits)]
-    undo = Undo(saved, plan.digest)
+    undo = Undo(saved, plan.digest, model)
     try:
-        with torch.no_grad():
-            for batch in _batches(plan.edits):
-                _write(batch, named)
-            if freeze:
-                for entry in saved:
-                    if entry.tensor.is_leaf:
-                        entry.tensor.requires_grad_(False)
+        for batch in _batches(plan.edits, aliases):
+            _write(batch, named)
+        if freeze:
+            for entry in saved:
+                if entry.tensor.requires_grad and entry.tensor.is_leaf:
+                    entry.tensor.requires_grad_(False)
     except BaseException:
         undo.restore()
         raise
     return undo
 
 
-def _problems(plan: Plan, named: dict[str, torch.Tensor]) -> list[str]:
-    aliases = aliases_of(named)
+def _problems(plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]]) -> list[str]:
     accepted = [set(group) for group in plan.tied]
     problems = []
     for edit in plan.edits:
@@ -97,6 +105,9 @@ def _problems(plan: Plan, named: dict[str, torch.Tensor]) -> list[str]:
             tensor = named.get(name)
             if tensor is None:
                 problems.append(f"expected a parameter {name!r}, got a model without it; plan for this model")
+                continue
+            if is_lazy(tensor):
+                problems.append(f"expected {name!r} to hold data, got a lazy parameter; run the module once first")
                 continue
             problems.extend(_tensor_problems(edit, name, tensor))
             foreign = set(aliases[name]) - {name}
@@ -121,22 +132,44 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
         return
     if tensor.is_meta:
         yield f"expected {name!r} to hold data, got a meta tensor; load the weights first"
-    limit = torch.finfo(tensor.dtype).max
-    for coefficient, value in _stored_values(edit):
-        if abs(value) > limit:
-            yield (
-                f"expected {coefficient} within {limit:.6g} for {name!r} ({edit.dtype}), got {value:.6g}; "
-                "give a smaller one"
-            )
+    kind = type(tensor)
+    if tensor.layout != torch.strided:
+        yield f"expected {name!r} to be dense, got {tensor.layout}; call to_dense() first"
+    elif kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        yield f"expected {name!r} to be a plain tensor, got a {kind.__name__}; apply to the plain tensors inside it"
+    elif any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        yield f"expected {name!r} to have memory for every element, got an expanded tensor; call contiguous() first"
+    elif tuple(tensor.shape) == tuple(shape) and not _has_block(edit, tensor):
+        yield f"expected {name!r} to be one matrix in memory, got strides {tensor.stride()}; call contiguous() first"
+    if name == edit.parameter:
+        for coefficient, value, limit in _bounded_values(edit, tensor.dtype):
+            if abs(value) > limit:
+                yield (
+                    f"expected {coefficient} within {limit:.6g} for {name!r} ({edit.dtype}), got {value:.6g}; "
+                    "give a smaller one"
+                )
 
 
-def _stored_values(edit: Edit) -> Iterable[tuple[str, float]]:
-    """The values that an edit stores as they are, whatever the old weights were."""
+def _has_block(edit: Edit, tensor: torch.Tensor) -> bool:
+    try:
+        return not isinstance(edit, Rewrite) or edit.block(tensor) is not None
+    except RuntimeError:  # no view of these strides
+        return False
+
+
+def _bounded_values(edit: Edit, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
+    """What an edit stores as it is, and what it computes with: name, value, and the largest magnitude allowed."""
+    stored, computed = torch.finfo(dtype).max, torch.finfo(reference.compute_dtype(dtype)).max
     if isinstance(edit, Rewrite):
-        yield "fill", edit.fill
-        yield "diagonal + fill", edit.diagonal + edit.fill
-    elif isinstance(edit, Assign):
-        yield from (("a value", value) for value in edit.values)
+        yield "scale", edit.scale, computed
+        yield "fill", edit.fill, stored
+        if edit.diagonal:
+            yield "diagonal + fill", edit.diagonal + edit.fill, stored
+    elif isinstance(edit, Fold):
+        yield "scale", edit.scale, computed
+        yield "shift", edit.shift, computed
+    else:
+        yield "a value", max(edit.values, key=abs, default=0.0), stored
 
 
 def _first_writes(edits: Iterable[Edit]) -> Iterable[tuple[Edit, str]]:
@@ -154,15 +187,15 @@ def _first_writes(edits: Iterable[Edit]) -> Iterable[tuple[Edit, str]]:
 def _save(named: dict[str, torch.Tensor], edit: Edit, name: str) -> Saved:
     block = edit.block if isinstance(edit, Rewrite) else _whole
     tensor = named[name]
-    return Saved(name, tensor, block, block(tensor.detach()).clone(), tensor.requires_grad)
+    return Saved(name, tensor, block, block(tensor.detach()).clone(), tensor.requires_grad, tensor.shape)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _batches(edits: tuple[Edit, ...]) -> Iterable[list[Edit]]:
-    """Runs of edits of one kind that touch no tensor twice: each is one call of an op."""
+def _batches(edits: tuple[Edit, ...], aliases: dict[str, tuple[str, ...]]) -> Iterable[list[Edit]]:
+    """Runs of edits of one kind that touch no memory twice: each is one call of an op."""
     batch: list[Edit] = []
     touched: set[str] = set()
     for edit in edits:
@@ -170,7 +203,7 @@ def _batches(edits: tuple[Edit, ...]) -> Iterable[list[Edit]]:
             yield batch
             batch, touched = [], set()
         batch.append(edit)
-        touched |= set(edit.parameters)
+        touched.update(alias for name in edit.parameters for alias in aliases[name])
     if batch:
         yield batch
 
@@ -197,5 +230,4 @@ def _write(batch: list[Edit], named: dict[str, torch.Tensor]) -> None:
         )
     for edit in batch:
         if isinstance(edit, Assign):
-            tensor = named[edit.parameter]
-            tensor.copy_(torch.tensor(edit.values, dtype=torch.float64).reshape(edit.shape))
+            overwrite_(named[edit.parameter], torch.tensor(edit.values, dtype=torch.float64).reshape(edit.shape))

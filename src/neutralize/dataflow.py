@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neutralize.errors import NeutralizeError
+from neutralize.undo import untouched
 
 Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 
@@ -389,16 +390,12 @@ def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
     """Run once on the real inputs and record the ops, for models whose control flow depends on data."""
     from neutralize.record import Recorder
 
-    tensors: dict[str, torch.Tensor] = dict(wrapped.model.named_parameters(remove_duplicate=False))
-    tensors.update(wrapped.model.named_buffers(remove_duplicate=False))
-    buffers = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]
-    recorder = Recorder(tensors)
-    try:
-        with torch.random.fork_rng(), recorder:
+    with untouched(wrapped):
+        tensors: dict[str, torch.Tensor] = dict(wrapped.model.named_parameters(remove_duplicate=False))
+        tensors.update(wrapped.model.named_buffers(remove_duplicate=False))
+        recorder = Recorder(tensors)
+        with recorder:
             outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
     return _dataflow(wrapped.model, recorder.finish(outputs), recorder.names, {})
 
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
+TARGETS = ("input", "null", "scaled", "damped", "fill")
+_COLUMN_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,20 @@ class Rewrite:
     columns: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check the coefficients and the block."""
-        require_finite(f"Rewrite of {self.parameter!r}", scale=self.scale, diagonal=self.diagonal, fill=self.fill)
-        for what, extent, given in zip(("rows", "columns"), self.extent, (self.rows, self.columns), strict=True):
-            if given is not None and not 0 <= given[0] < given[1] <= extent:
+        """Check the tensor, the coefficients and the block."""
+        _settle_tensor(self)
+        _settle_floats(self, "scale", "diagonal", "fill")
+        for what in ("start", "step"):
+            if not -_COLUMN_LIMIT < getattr(self, what) < _COLUMN_LIMIT:
                 raise NeutralizeError(
-                    f"Rewrite: expected {what} inside 0:{extent} for {self.parameter!r}, got {given[0]}:{given[1]}; "
-                    "give a range that is not empty"
+                    f"Rewrite: expected less than 2^62 in magnitude for {what} of {self.parameter!r}, got more; no "
+                    "tensor has a column there"
+                )
+        for what, extent, given in zip(("rows", "columns"), self.extent, (self.rows, self.columns), strict=True):
+            if given is not None and not (len(given) == 2 and 0 <= given[0] < given[1] <= extent):
+                raise NeutralizeError(
+                    f"Rewrite: expected {what} inside 0:{extent} for {self.parameter!r}, got "
+                    f"{':'.join(map(str, given))}; give a range that is not empty"
                 )
 
     @property
@@ -87,10 +96,9 @@ class Rewrite:
         if self.rows is None and self.columns is None:
             return tensor
         rows, columns = self.extent
-        matrix = (
-            tensor.reshape(rows, columns) if tensor.is_contiguous() or tensor.dim() == 2 else tensor.view(rows, columns)
-        )
-        return matrix[slice(*(self.rows or (0, rows))), slice(*(self.columns or (0, columns)))]
+        if self.columns is None and tensor.dim() > 0:  # rows of any layout are a view; only columns need a matrix
+            return tensor[slice(*(self.rows or (0, rows)))]
+        return tensor.view(rows, columns)[slice(*(self.rows or (0, rows))), slice(*(self.columns or (0, columns)))]
 
     def describe(self) -> str:
         """Say in a few characters what is written."""
@@ -131,8 +139,14 @@ class Fold:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        """Check the coefficients."""
-        require_finite(f"Fold of {self.parameter!r}", scale=self.scale, shift=self.shift)
+        """Check the tensor and the coefficients."""
+        _settle_tensor(self)
+        if not self.shape or (self.transposed and len(self.shape) != 2):
+            raise NeutralizeError(
+                f"Fold: expected shape {'(in, out)' if self.transposed else '(out, ...)'} for {self.parameter!r}, got "
+                f"{list(self.shape)}; fold the weight of an affine layer"
+            )
+        _settle_floats(self, "scale", "shift")
 
     @property
     def numel(self) -> int:
@@ -175,7 +189,8 @@ class Assign:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the tensor and the values."""
+        _settle_tensor(self)
         if len(self.values) != math.prod(self.shape):
             raise NeutralizeError(
                 f"Assign: expected {math.prod(self.shape)} values for {self.parameter!r} of shape {list(self.shape)}, "
@@ -185,6 +200,7 @@ class Assign:
             raise NeutralizeError(
                 f"Assign: expected finite values for {self.parameter!r}, got NaN or Inf; check their source"
             )
+        object.__setattr__(self, "values", tuple(map(float, self.values)))
 
     @property
     def numel(self) -> int:
@@ -232,13 +248,15 @@ class Certificate:
 
     def __post_init__(self) -> None:
         """Check the kind and the bound."""
+        if self.bound is not None:
+            _settle_floats(self, "bound")
         if self.kind not in CERTIFICATE_KINDS:
             raise NeutralizeError(
                 f"Certificate: expected one of {', '.join(CERTIFICATE_KINDS)} for kind, got {self.kind!r}; use one "
                 "of these"
             )
-        if self.bound is not None and not (math.isfinite(self.bound) and self.bound >= 0):
-            raise NeutralizeError(f"Certificate: expected a finite bound of 0 or more, got {self.bound}; leave it out")
+        if self.bound is not None and self.bound < 0:
+            raise NeutralizeError(f"Certificate: expected a bound of 0 or more, got {self.bound}; leave it out")
 
     def __str__(self) -> str:
         """Return the kind, with its bound."""
@@ -252,10 +270,8 @@ class LayerPlan:
     Attributes:
         layer: qualified name of the layer.
         target: what the layer becomes: ``input`` (its output is its input), ``null`` (its output is zero, or nothing
-            reads
-            it), ``scaled`` (its output times ``gain``), ``damped`` (a residual block: what it adds times ``gain``) or
-            ``fill``
-            (constant weights).
+            reads it), ``scaled`` (its output times ``gain``), ``damped`` (a residual block: what it adds times
+            ``gain``) or ``fill`` (constant weights).
         certificate: how exactly.
         edits: indices into the plan's edits.
         activation: name of the activation that belongs to the layer, or ``""``.
@@ -283,6 +299,16 @@ class LayerPlan:
     consumers: tuple[str, ...] = ()
     sides: str = ""
     note: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the target and the numbers."""
+        if self.target not in TARGETS:
+            raise NeutralizeError(
+                f"LayerPlan: expected one of {', '.join(TARGETS)} for target of {self.layer!r}, got {self.target!r}; "
+                "use one of these"
+            )
+        numbers = ("gain", "operating_point", "value", "slope", "epsilon", "input_bound")
+        _settle_floats(self, *(name for name in numbers if getattr(self, name) is not None))
 
 
 @dataclass(frozen=True)
@@ -340,28 +366,22 @@ class Plan:
             NeutralizeError: the text is no JSON, of another format version, or a field is missing, unknown or of the
                 wrong type.
         """
-        try:
-            content = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        content = _typed(_parse(text), dict, "the plan")
+        version = content.get("format", FORMAT_VERSION)  # before its keys, which another version may have changed
+        if type(version) is not int or version != FORMAT_VERSION:
             raise NeutralizeError(
-                f"Plan.from_json: expected JSON, got text that is none ({error}); pass to_json's"
-            ) from error
-        _check_keys("the plan", content, {"format", "strategy", "edits", "layers", "tied"})
-        if content["format"] != FORMAT_VERSION:
-            raise NeutralizeError(
-                f"Plan.from_json: expected format {FORMAT_VERSION}, got {content['format']!r}; plan again with this "
-                "version"
+                f"Plan.from_json: expected format {FORMAT_VERSION}, got {version!r}; plan again with this version"
             )
+        _check_keys("the plan", content, {"format", "strategy", "edits", "layers", "tied"})
         edits = []
         for entry in _typed(content["edits"], list, "edits"):
-            kind = _EDITS.get(_typed(entry, dict, "an edit").get("kind"))
-            if kind is None:
+            kind = _typed(entry, dict, "an edit").get("kind")
+            if not isinstance(kind, str) or kind not in _EDITS:
                 raise NeutralizeError(
-                    f"Plan.from_json: expected one of {', '.join(_EDITS)} for the kind of an edit, got "
-                    f"{entry.get('kind')!r}; "
-                    "plan again with this version"
+                    f"Plan.from_json: expected one of {', '.join(_EDITS)} for the kind of an edit, got {kind!r}; plan "
+                    "again with this version"
                 )
-            edits.append(_build(kind, {key: value for key, value in entry.items() if key != "kind"}))
+            edits.append(_build(_EDITS[kind], {key: value for key, value in entry.items() if key != "kind"}))
         layers = []
         for entry in _typed(content["layers"], list, "layers"):
             certificate = _build(Certificate, _typed(entry, dict, "a layer").get("certificate"))
@@ -369,12 +389,12 @@ class Plan:
             if not all(0 <= index < len(edits) for index in layer.edits):
                 raise NeutralizeError(
                     f"Plan.from_json: expected edits 0 to {len(edits) - 1} for layer {layer.layer!r}, got "
-                    f"{list(layer.edits)}; "
-                    "the text was changed by hand: plan again"
+                    f"{list(layer.edits)}; the text was changed by hand: plan again"
                 )
             layers.append(layer)
         tied = tuple(
-            tuple(_typed(name, str, "tied") for name in _typed(group, list, "tied")) for group in content["tied"]
+            tuple(_typed(name, str, "tied") for name in _typed(group, list, "tied"))
+            for group in _typed(content["tied"], list, "tied")
         )
         return Plan(_typed(content["strategy"], str, "strategy"), tuple(edits), tuple(layers), tied)
 
@@ -428,45 +448,96 @@ def _itemsize(dtype: str) -> int:
     return found.itemsize
 
 
+def _settle_tensor(edit: Rewrite | Fold | Assign) -> None:
+    """Check what an edit says about its tensor."""
+    if not all(isinstance(size, int) and size >= 0 for size in edit.shape):
+        raise NeutralizeError(
+            f"{type(edit).__name__}: expected sizes of 0 or more for the shape of {edit.parameter!r}, got "
+            f"{list(edit.shape)}; give the shape of the parameter"
+        )
+    _itemsize(edit.dtype)
+
+
+def _settle_floats(record: Any, *names: str) -> None:
+    """Check that fields are finite, and make floats of them: 2 and 2.0 are the same plan, digest included."""
+    subject = getattr(record, "parameter", None) or record.layer
+    require_finite(f"{type(record).__name__} of {subject!r}", **{name: getattr(record, name) for name in names})
+    for name in names:
+        object.__setattr__(record, name, float(getattr(record, name)))
+
+
+# ---- reading JSON that anybody may have written ----------------------------------------------------------------------
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (TypeError, ValueError, RecursionError) as error:  # no text, no JSON or no Unicode, nested without end
+        raise NeutralizeError(
+            f"Plan.from_json: expected JSON, got text that is none ({error}); pass what to_json wrote"
+        ) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _typed(value: Any, kind: type, where: str) -> Any:
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise NeutralizeError(
             f"Plan.from_json: expected {kind.__name__} for {where}, got {type(value).__name__}; pass what to_json wrote"
         )
     return value
 
 
-def _check_keys(where: str, content: Any, expected: set[str], optional: frozenset[str] = frozenset()) -> None:
-    _typed(content, dict, where)
-    missing, unknown = expected - optional - content.keys(), content.keys() - expected
-    if missing or unknown:
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise NeutralizeError(
-            f"Plan.from_json: expected the keys {', '.join(sorted(expected))} for {where}, got "
-            f"{'no ' + ', '.join(sorted(missing)) if missing else 'also ' + ', '.join(sorted(unknown))}; pass what "
-            "to_json wrote"
+            f"Plan.from_json: expected a number for {where}, got {type(value).__name__}; pass what to_json wrote"
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise NeutralizeError(
+            f"Plan.from_json: expected a number that a float holds for {where}, got a larger one; pass what to_json "
+            "wrote"
+        )
+    return number
+
+
+def _check_keys(where: str, content: Any, expected: set[str]) -> None:
+    _typed(content, dict, where)
+    missing, unknown = expected - content.keys(), content.keys() - expected
+    if missing or unknown:
+        found = [f"no {', '.join(sorted(missing))}"] if missing else []
+        found += [f"also {', '.join(sorted(unknown))}"] if unknown else []
+        raise NeutralizeError(
+            f"Plan.from_json: expected the keys {', '.join(sorted(expected))} for {where}, got {' and '.join(found)}; "
+            "pass what to_json wrote"
         )
 
 
 def _build(kind: type, content: Any) -> Any:
     """Make a dataclass of this module from JSON, each field checked against its annotation."""
-    optional = frozenset(field.name for field in fields(kind) if field.default is not MISSING)
-    _check_keys(kind.__name__, content, {field.name for field in fields(kind)}, optional)
+    _check_keys(kind.__name__, content, {field.name for field in fields(kind)})
     values: dict[str, Any] = {}
     for field in fields(kind):
-        if field.name not in content:
-            continue
         value, annotation, where = content[field.name], str(field.type), f"{kind.__name__}.{field.name}"
         if value is None and annotation.endswith("| None"):
             pass
-        elif annotation.startswith("tuple[int"):
-            value = tuple(_typed(item, int, where) for item in _typed(value, list, where))
-        elif annotation.startswith("tuple[float"):
-            value = tuple(float(_typed(item, int | float, where)) for item in _typed(value, list, where))  # type: ignore[arg-type]
-        elif annotation.startswith("tuple[str"):
-            value = tuple(_typed(item, str, where) for item in _typed(value, list, where))
-        elif annotation.startswith("float"):
-            value = float(_typed(value, int | float, where))  # type: ignore[arg-type]
-        elif annotation in ("str", "int", "bool"):
-            _typed(value, {"str": str, "int": int, "bool": bool}[annotation], where)
+        elif annotation.startswith("tuple["):
+            item = annotation.removeprefix("tuple[").partition(",")[0]
+            value = tuple(_read(part, item, where) for part in _typed(value, list, where))
+        else:
+            value = _read(value, annotation.removesuffix(" | None"), where)
         values[field.name] = value
     return kind(**values)
+
+
+def _read(value: Any, annotation: str, where: str) -> Any:
+    if annotation == "float":
+        return _number(value, where)
+    kinds: dict[str, type] = {"str": str, "int": int, "bool": bool, "Certificate": Certificate}
+    return _typed(value, kinds[annotation], where)

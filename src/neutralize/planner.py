@@ -9,14 +9,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from neutralize import ops
-from neutralize.dataflow import Call, Dataflow, Inputs, first_tensor, placed_inputs, trace
+from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, placed_inputs, trace
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
 from neutralize.search import IDENTITY, Assignment, Preference, Search
 from neutralize.select import Layers, select, unwrap
 from neutralize.sites import affine_site
+from neutralize.undo import untouched
 
 BOUND_MARGIN = 1.25
 """What a measured input bound is multiplied by: inputs a quarter larger than the example's are still covered."""
@@ -201,8 +203,8 @@ class Request:
         ]
         args, kwargs = placed_inputs(self.model, given)
         try:
-            with torch.no_grad(), excised(self.model, list(self.layers.values())):
-                self.model(*args, **kwargs)
+            with torch.no_grad(), untouched(self.model), excised(self.model, list(self.layers.values())):
+                self.model(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
         except NeutralizeError:
             raise
         except Exception as error:

@@ -22,6 +22,7 @@ def plan_table(plan: Plan) -> str:
 def plan_rich(plan: Plan) -> Table:
     """A plan as a rich table."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"plan {plan.digest[:12]}: {len(plan.layers)} layer(s), {format_bytes(plan.written_bytes)}")
     for heading in ("layer", "strategy", "edits"):
@@ -34,7 +35,8 @@ def plan_rich(plan: Plan) -> Table:
         if len(edits) > _EDITS_SHOWN:
             lines.append(f"… and {len(edits) - _EDITS_SHOWN} more")
         size = sum(edit.written_bytes for edit in edits)
-        table.add_row(layer.layer, _strategy(plan, layer), "\n".join(lines), format_bytes(size), _certificate(layer))
+        cells = (layer.layer, _strategy(plan, layer), "\n".join(lines), format_bytes(size), _certificate(layer))
+        table.add_row(*map(Text, cells))  # text: a string would be read as markup, and "[rows 0:4]" would vanish
     return table
 
 
@@ -57,6 +59,7 @@ def _certificate(layer: LayerPlan) -> str:
 def verification_table(verification: Verification) -> str:
     """A verification as a text table, with the end-to-end figures below."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="verification against the excised network")
     table.add_column("layer", overflow="fold")
@@ -66,7 +69,7 @@ def verification_table(verification: Verification) -> str:
         bound = verification.bounds.get(layer)
         gain = verification.gradient_gain.get(layer)
         table.add_row(
-            layer, f"{error:.3g}", "" if bound is None else f"{bound:.3g}", "" if gain is None else f"{gain:.4g}"
+            Text(layer), f"{error:.3g}", "" if bound is None else f"{bound:.3g}", "" if gain is None else f"{gain:.4g}"
         )
     verdict = "bit for bit" if verification.exact else f"relative error {verification.relative_error:.3g}"
     held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"

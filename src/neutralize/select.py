@@ -16,12 +16,21 @@ Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Layers: TypeAlias = "str | nn.Module | Predicate | Iterable[Layers]"
 
 # An index or a slice of a ModuleList: "[3]", "[-1]", "[20:25]", "[::2]".
-_INDEX = re.compile(r"\[(-?\d+)\]|\[(-?\d*)(:)(-?\d*)(?::(-?\d*))?\]")
+_INDEX = re.compile(r"\[(-?\d{1,18})\]|\[(-?\d{0,18})(:)(-?\d{0,18})(?::(-?\d{0,18}))?\]")
+_COMPILED = "_orig_mod"  # the name under which a module compiled by torch.compile keeps the original
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module that holds the parameters: a module compiled by ``torch.compile`` stands for the original."""
-    original = getattr(model, "_orig_mod", None)
+    """Return the module that holds the parameters: a module compiled by ``torch.compile`` stands for the original.
+
+    Raises:
+        NeutralizeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise NeutralizeError(
+            f"neutralize: expected a torch.nn.Module for model, got {type(model).__name__}; pass the model itself"
+        )
+    original = getattr(model, _COMPILED, None)
     return original if isinstance(original, nn.Module) else model
 
 
@@ -29,13 +38,12 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """Resolve a selection to modules, in the order in which the model lists them.
 
     Args:
-        model: the module to look in; its own name, the empty string, is never selected by a glob or a predicate.
+        model: the module to look in; it is selected itself only as a module object.
         layers: a qualified name (``"model.layers.3.mlp"``), a glob over qualified names (``"*.mlp"``; ``*`` also
-            matches
-            dots), an index or slice of a ``ModuleList`` or ``Sequential`` (``"model.layers[-3:]"``, also followed by a
-            name: ``"model.layers[3].mlp"``), a module object of the model, a predicate ``(name, module) -> bool``, or
-                an
-            iterable of these.
+            matches dots), an index or slice of a ``ModuleList`` or ``Sequential`` (``"model.layers[-3:]"``, also
+            followed by a name: ``"model.layers[3].mlp"``), a module object of the model, a predicate
+            ``(name, module) -> bool``, or an iterable of these. A ``ModuleList`` or ``ModuleDict``, which computes
+            nothing itself, stands for what is in it, and so does a slice of one.
 
     Returns:
         Qualified name to module. A module that occurs under several names is listed under the first.
@@ -49,32 +57,32 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     first_name: dict[int, str] = {}
     for name, module in named.items():
         first_name.setdefault(id(module), name)
-    chosen = {first_name[id(named[name])] for name in _resolve(model, named, layers)}
+    resolved = _resolve(named, layers)
+    chosen = {first_name[id(named[part])] for name in resolved for part in _computing(named, name)}
     if not chosen:
         raise NeutralizeError(f"select: expected at least one layer, got none from {layers!r}; {_suggest(named, '')}")
     ordered = [name for name in named if name in chosen]
-    for inner in ordered:
-        for outer in ordered:
-            if inner != outer and (outer == "" or inner.startswith(f"{outer}.")):
+    for outer in ordered:
+        for part in named[outer].modules():
+            inner = first_name[id(part)]
+            if inner != outer and inner in chosen:
                 raise NeutralizeError(
                     f"select: expected layers that do not contain each other, got {outer!r} and its part {inner!r}; "
-                    "select one of them"
+                    "select one of them (* also matches dots: write 'layers[:]' for the layers of a list alone)"
                 )
     return {name: named[name] for name in ordered}
 
 
-def _resolve(model: nn.Module, named: dict[str, nn.Module], layers: Layers) -> list[str]:
+def _resolve(named: dict[str, nn.Module], layers: Layers) -> list[str]:
     if isinstance(layers, str):
         return _resolve_text(named, layers)
     if isinstance(layers, nn.Module):
-        names = [name for name, module in named.items() if module is layers]
-        if not names:
-            raise NeutralizeError(
-                f"select: expected a module of the model for layers, got a {type(layers).__name__} that is not part "
-                "of it; "
-                "pass a module reached through this model, or a qualified name"
-            )
-        return names[:1]
+        return _resolve_module(named, layers)
+    if isinstance(layers, type):
+        raise NeutralizeError(
+            f"select: expected a layer or a predicate for layers, got the class {layers.__name__}; write "
+            f"lambda name, module: isinstance(module, {layers.__name__})"
+        )
     if callable(layers):
         names = [name for name, module in named.items() if name and layers(name, module)]
         if not names:
@@ -83,15 +91,32 @@ def _resolve(model: nn.Module, named: dict[str, nn.Module], layers: Layers) -> l
                 f"{len(named) - 1}; {_suggest(named, '')}"
             )
         return names
-    if isinstance(layers, Iterable):
-        return [name for part in layers for name in _resolve(model, named, part)]
+    if isinstance(layers, Iterable) and not isinstance(layers, bytes | bytearray):
+        return [name for part in layers for name in _resolve(named, part)]
     raise NeutralizeError(
         f"select: expected a name, glob, slice, module, predicate or a list of these for layers, got "
         f"{type(layers).__name__} {layers!r}; write an index as 'model.layers[3]'"
     )
 
 
+def _resolve_module(named: dict[str, nn.Module], module: nn.Module) -> list[str]:
+    module = unwrap(module)
+    for name, candidate in named.items():
+        if candidate is module or getattr(candidate, _COMPILED, None) is module:
+            return [name]
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):  # what slicing one returns is a new one
+        return [name for child in module.children() for name in _resolve_module(named, child)]
+    raise NeutralizeError(
+        f"select: expected a module of the model for layers, got a {type(module).__name__} that is not part of it; "
+        "pass a module reached through this model, or a qualified name"
+    )
+
+
 def _resolve_text(named: dict[str, nn.Module], text: str) -> list[str]:
+    if text == "":
+        raise NeutralizeError(
+            "select: expected the name of a layer, got an empty string; pass the model itself to select it whole"
+        )
     if text in named:
         return [text]
     for match in _INDEX.finditer(text):
@@ -112,13 +137,33 @@ def _resolve_text(named: dict[str, nn.Module], text: str) -> list[str]:
 
 
 def _names(named: dict[str, nn.Module], pattern: str) -> list[str]:
+    """The modules that a name or glob means; names are compared without the marks that torch.compile leaves in them."""
     if pattern in named:
         return [pattern]
-    return [name for name in named if name and fnmatchcase(name, pattern)]
+    plain: dict[str, str] = {}
+    for name in named:
+        plain.setdefault(_plain(name), name)
+    pattern = _plain(pattern)
+    if pattern in plain:
+        return [plain[pattern]]
+    return [name for short, name in plain.items() if short and fnmatchcase(short, pattern)]
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def _indexable(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.Sequential)
+
+
+def _computing(named: dict[str, nn.Module], name: str) -> list[str]:
+    """The module itself, or what it holds where it is a container that cannot be called."""
+    module = named[name]
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or type(module).forward is not nn.Module.forward:
+        return [name]
+    prefix = f"{name}." if name else ""
+    return [part for key, _ in module.named_children() for part in _computing(named, prefix + key)]
 
 
 def _children(named: dict[str, nn.Module], name: str, match: re.Match[str], text: str) -> Sequence[str]:
@@ -147,7 +192,8 @@ def _suggest(named: dict[str, nn.Module], text: str) -> str:
     names = [name for name in named if name]
     if not names:
         return "the model has no layers of its own"
-    near = difflib.get_close_matches(text, names, n=5, cutoff=0.5)
+    folded = {name.lower(): name for name in reversed(names)}
+    near = [folded[name] for name in difflib.get_close_matches(text.lower(), folded, n=5, cutoff=0.5)]
     if not near and text:
         last = text.rsplit(".", 1)[-1].strip("*[]0123456789:")
         near = [name for name in names if last and last in name][:5]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from neutralize.errors import NeutralizeError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saved:
     """A copy of what was overwritten in one tensor.
 
@@ -20,6 +24,7 @@ class Saved:
         block: gives the written part of the tensor as a view.
         values: a copy of that part, same dtype and device.
         requires_grad: the flag of the tensor before the application.
+        shape: the tensor's.
     """
 
     name: str
@@ -27,23 +32,64 @@ class Saved:
     block: Callable[[torch.Tensor], torch.Tensor]
     values: torch.Tensor
     requires_grad: bool
+    shape: torch.Size
+
+
+_OPEN: MutableMapping[torch.Tensor, list[weakref.ref[Undo]]] = WeakIdKeyDictionary()
+"""Per tensor the applications that can still be undone, earliest first."""
+
+
+def overwrite_(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy values into a tensor, whatever autograd thinks of it; its version is bumped.
+
+    Args:
+        tensor: any floating-point tensor, one made under ``torch.inference_mode`` included.
+        values: of its shape.
+    """
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a model without leaving a trace in it: copies stand in for its buffers, and the random state comes back.
+
+    A batch norm in training mode moves its statistics, a dropout draws, some modules count their calls.
+    """
+    held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    copies = {id(buffer): buffer.detach().clone() for _, _, buffer in held if buffer is not None}
+    devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    with torch.random.fork_rng(devices):
+        try:
+            for buffers, name, buffer in held:
+                buffers[name] = None if buffer is None else copies[id(buffer)]
+            yield
+        finally:
+            for buffers, name, buffer in held:
+                buffers[name] = buffer
 
 
 class Undo:
     """Puts back every bit that an application of a plan overwrote, and the ``requires_grad`` flags.
 
-    Several applications unwind in reverse order. A second call of ``restore`` does nothing.
+    Several applications to the same tensors unwind in reverse order. In another order too every bit comes back in the
+    end: ``restore`` then puts back its own part at once, also under a later application, and takes it out of what that
+    one will put back. A second call of ``restore`` does nothing.
     """
 
-    def __init__(self, saved: list[Saved], digest: str) -> None:
+    def __init__(self, saved: list[Saved], digest: str, model: nn.Module) -> None:
         """Take the copies, in the order in which they were made.
 
         Args:
             saved: one entry per overwritten block.
             digest: digest of the plan that was applied.
+            model: the model that it was applied to.
         """
         self._saved = saved
+        self._model = weakref.ref(model)
         self.digest = digest
+        for tensor in self._tensors():
+            _OPEN.setdefault(tensor, []).append(weakref.ref(self))
 
     @property
     def restored(self) -> bool:
@@ -59,20 +105,57 @@ class Undo:
         """Put back every bit and every ``requires_grad`` flag; afterwards the copies are released.
 
         Raises:
-            NeutralizeError: the dtype of a tensor was changed in the meantime; nothing was put back.
+            NeutralizeError: a tensor was replaced, or its dtype or shape changed; nothing was put back.
         """
+        self._check()
+        for entry in reversed(self._saved):
+            overwrite_(entry.block(entry.tensor.detach()), entry.values)
+            if entry.tensor.requires_grad != entry.requires_grad and entry.tensor.is_leaf:
+                entry.tensor.requires_grad_(entry.requires_grad)
+        for tensor in self._tensors():
+            later = [undo for reference in _OPEN.pop(tensor, []) if (undo := reference()) is not None]
+            for undo in later[later.index(self) + 1 :]:
+                undo._forget(tensor, self._saved)
+            if later := [undo for undo in later if undo is not self]:
+                _OPEN[tensor] = [weakref.ref(undo) for undo in later]
+        self._saved = []
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return list({id(entry.tensor): entry.tensor for entry in self._saved}.values())
+
+    def _check(self) -> None:
+        """Check that every copy still fits the tensor that it was taken from, and that the model still has it."""
+        model = self._model()
+        held = None if model is None else {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for entry in self._saved:
             if entry.tensor.dtype != entry.values.dtype:
                 raise NeutralizeError(
                     f"restore: expected dtype {entry.values.dtype} for {entry.name!r}, got {entry.tensor.dtype}; "
                     "convert the model back before restoring"
                 )
-        with torch.no_grad():
-            for entry in reversed(self._saved):
-                entry.block(entry.tensor).copy_(entry.values)
-                if entry.tensor.is_leaf:
-                    entry.tensor.requires_grad_(entry.requires_grad)
-        self._saved = []
+            if entry.tensor.shape != entry.shape:
+                raise NeutralizeError(
+                    f"restore: expected shape {list(entry.shape)} for {entry.name!r}, got {list(entry.tensor.shape)}; "
+                    "put the old weights back before restoring"
+                )
+            if held is not None and id(entry.tensor) not in held:
+                raise NeutralizeError(
+                    f"restore: expected the tensor that was written for {entry.name!r}, got a model in which it was "
+                    "replaced; put the old parameter back before restoring"
+                )
+
+    def _forget(self, tensor: torch.Tensor, undone: list[Saved]) -> None:
+        """Replace what an earlier application had left in this one's copies of a tensor by what was there before it."""
+        for entry in self._saved:
+            if entry.tensor is not tensor:
+                continue
+            whole = torch.empty_like(tensor)
+            overwrite_(entry.block(whole), entry.values)
+            for earlier in reversed(undone):
+                if earlier.tensor is tensor:
+                    overwrite_(earlier.block(whole), earlier.values)
+                    entry.requires_grad = earlier.requires_grad
+            overwrite_(entry.values, entry.block(whole))
 
     def __repr__(self) -> str:
         """Say what is held."""

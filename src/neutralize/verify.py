@@ -22,6 +22,7 @@ from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tens
 from neutralize.errors import NeutralizeError
 from neutralize.plan import LayerPlan, Plan
 from neutralize.select import Layers, select, unwrap
+from neutralize.undo import untouched
 
 _FOLLOWERS = FUNCTION_NAMES | {"batch_norm"}
 
@@ -166,11 +167,10 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         raise NeutralizeError(
             f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it"
         )
-    with _untouched(model):
-        with _reference(modules, plan):
-            wanted, wanted_probe = _run(model, modules, plan, (inputs, kwargs))
-        with plan.applied(model):
-            got, probe = _run(model, modules, plan, (inputs, kwargs))
+    with _reference(modules, plan), untouched(model):
+        wanted, wanted_probe = _run(model, modules, plan, (inputs, kwargs))
+    with plan.applied(model), untouched(model):
+        got, probe = _run(model, modules, plan, (inputs, kwargs))
     per_layer, within = {}, {}
     for entry in plan.layers:
         per_layer[entry.layer], within[entry.layer] = _layer_error(entry, plan, probe, wanted_probe)
@@ -269,22 +269,6 @@ def _gradients(outputs: list[torch.Tensor], nudges: dict[str, torch.Tensor]) -> 
         name: 0.0 if gradient is None else float(gradient.double().norm())
         for name, gradient in zip(nudges, found, strict=True)
     }
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put buffers back afterwards: a batch norm in training mode moves its running statistics."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if _trains(model) else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
-
-
-def _trains(model: nn.Module) -> bool:
-    return any(module.training for module in model.modules())
 
 
 @contextmanager

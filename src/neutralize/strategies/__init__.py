@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -40,9 +40,10 @@ def resolve(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
                 f"plan: expected no options beside a strategy object, got {', '.join(options)}; put them into the "
                 "object"
             )
-        if not hasattr(strategy, "draft"):
+        if isinstance(strategy, type) or not hasattr(strategy, "draft"):
+            kind_given = f"the class {strategy.__name__}" if isinstance(strategy, type) else type(strategy).__name__
             raise NeutralizeError(
-                f"plan: expected a name or a strategy object for strategy, got {type(strategy).__name__}; "
+                f"plan: expected a name or a strategy object for strategy, got {kind_given}; "
                 f"the names are {', '.join(STRATEGIES)}"
             )
         return strategy
@@ -58,10 +59,10 @@ def resolve(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
             f"plan: expected {', '.join(known) or 'no options'} for strategy {strategy!r}, got {', '.join(unknown)}; "
             "leave out what it does not have"
         )
-    try:
-        made: Strategy = kind(**options)
-    except TypeError as error:
+    missing = [entry.name for entry in fields(kind) if entry.default is MISSING and entry.name not in options]
+    if missing:
         raise NeutralizeError(
-            f"plan: expected {', '.join(known)} for strategy {strategy!r}, got too few ({error})"
-        ) from error
+            f"plan: expected {', '.join(missing)} for strategy {strategy!r}, got none; give {missing[0]}="
+        )
+    made: Strategy = kind(**options)
     return made

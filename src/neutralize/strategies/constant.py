@@ -39,7 +39,9 @@ class Constant:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        require_finite("constant", weight=self.weight, bias=self.bias)
+        require_finite("constant", bias=self.bias)
+        if self.weight is not None:
+            require_finite("constant", weight=self.weight)
         check_sides("constant", self.sides)
 
     def draft(self, request: Request, layer: str) -> Draft:

@@ -48,7 +48,10 @@ class Passthrough:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        require_finite("passthrough", gain=self.gain, input_bound=self.input_bound, tolerance=self.tolerance)
+        given = {"input_bound": self.input_bound, "tolerance": self.tolerance}
+        require_finite(
+            "passthrough", gain=self.gain, **{name: value for name, value in given.items() if value is not None}
+        )
         if self.gain == 0:
             raise NeutralizeError("passthrough: expected a gain other than 0, got 0; use strategy='zero'")
         if self.input_bound is not None and self.input_bound <= 0:

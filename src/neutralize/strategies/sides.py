@@ -24,7 +24,7 @@ def check_sides(strategy: str, sides: str) -> None:
     Raises:
         NeutralizeError: it is none.
     """
-    if sides not in SIDES:
+    if sides not in tuple(SIDES):  # by equality: what was given may not be hashable
         raise NeutralizeError(f"{strategy}: expected in, out or both for sides, got {sides!r}; use one of these")
 
 
