@@ -199,7 +199,7 @@ def plan() -> tuple[list[Any], type[Command], dict[str, Any]]:
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
         # No flag may contain the word "arch" (torch would then ignore TORCH_CUDA_ARCH_LIST), and none sets -std.
         nvcc_flags = ["--fmad=false", "--expt-relaxed-constexpr", *(["-O0", "-g", "-G"] if DEBUG else ["-O3"])]
-        # 32 KiB of kernel parameters are as many zeros in every kernel's image: compressed, a fifth of the file is left.
+        # 32 KiB of kernel parameters are as many zeros in every kernel's image: compressed, a fifth of it is left.
         nvcc_flags += ["-Xfatbin=-compress-all", "--threads=2"]
         extensions.append(
             cpp_extension.CUDAExtension(
