@@ -37,7 +37,7 @@ class Activation:
         value: φ(a); for ``shift`` φ(a) = slope · a.
         slope: φ'(a).
         curvature, order: the error, as above; 0 for ``window`` and ``shift``.
-        window: see ``regime``.
+        window: see ``regime``; for ``origin``, the |z - point| within which the error formula holds (0: everywhere).
         identity_from: z from which φ(z) = z bit for bit, or ``None``.
         fill: weight of the documented constant fill, or ``None``.
         source: where the numbers come from.
@@ -135,7 +135,15 @@ ACTIVATIONS: tuple[Activation, ...] = (
         source="MATH §2; linear on [-3, 3]",
     ),
     Activation(
-        "hardswish", ("hardswish",), functional.hardswish, "shift", window=3.0, source="MATH §2; φ(z) = z for z >= 3"
+        "hardswish",
+        ("hardswish",),
+        functional.hardswish,
+        "origin",
+        slope=0.5,
+        curvature=1 / 3,
+        order=1,
+        window=3.0,
+        source="φ(z) = z (z + 3) / 6 on [-3, 3]: φ'(0) = 1/2, φ'' = 1/3",
     ),
 )
 

@@ -90,7 +90,7 @@ def choose(
     candidates = []
     for exponent in range(8, -120, -1):
         epsilon = 2.0**exponent
-        if activation.regime == "window" and epsilon * input_bound > activation.window:
+        if activation.window and epsilon * input_bound > activation.window:
             continue
         if epsilon < torch.finfo(dtype).tiny:
             break

@@ -74,7 +74,7 @@ class Damp:
         if not found:
             refused = describe_refusals(searches)
             why = (
-                f"its parameters are not its own alone: {refused}"
+                f"some of its parameters cannot be written: {refused}"
                 if refused
                 else "no parameters scale its contribution"
             )

@@ -208,7 +208,10 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
         )
     refused = describe_refusals(searches)
     if refused:
-        return f"{start}whose parameters are not its own alone: {refused}; select the other reader too, or untie them"
+        return (
+            f"{start}some of whose parameters cannot be written: {refused}; select every layer that reads them, or untie "
+            "them"
+        )
     if not any(search.same(search.call.exit) for search in searches):
         return (
             f"{start}a {type(request.layers[layer]).__name__} with no skip connection around parameters that could be "

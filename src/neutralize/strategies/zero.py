@@ -106,12 +106,11 @@ def _why_not_zero(request: Request, layer: str, preference: Preference) -> str:
     refused = describe_refusals(request.search(layer, preference))
     if refused:
         return (
-            f"plan: expected {layer!r} to have parameters of its own that null it, got parameters that others read: "
-            f"{refused}; "
-            "select the other reader too, or untie them"
+            f"plan: expected {layer!r} to have parameters that null it, got some that cannot be written: {refused}; "
+            "select every layer that reads them, or untie them"
         )
+    kind = type(request.layers[layer]).__name__
     return (
-        f"plan: expected a layer that some parameters can null, got {layer!r}, a "
-        f"{type(request.layers[layer]).__name__} whose "
-        "output is zero for no value of them; select the affine layers inside it"
+        f"plan: expected a layer that some parameters can null, got {layer!r}, a {kind} whose output is zero for no value "
+        "of them; select the affine layers inside it"
     )

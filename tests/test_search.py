@@ -1,0 +1,255 @@
+"""Blocks switched off by the search of the dataflow, each compared with the excised network, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import (
+    Bottleneck,
+    DataDependent,
+    Experts,
+    Flipped,
+    GatedBlock,
+    KeywordNet,
+    LayerScale,
+    PreNorm,
+    Shifted,
+    perturbed,
+)
+from torch import nn
+
+import neutralize as nz
+
+EDITS = ("cheapest", "outgoing", "incoming")
+
+
+def stem():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+
+
+def features():
+    return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def wide():
+    return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+def picture():
+    return torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
+def grid():
+    return torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(1))
+
+
+def transformer(**options):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1, **options)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+
+# name: (model, inputs, selection)
+BLOCKS = {
+    "pre-norm": (lambda: nn.Sequential(PreNorm(), PreNorm(scale=0.5), nn.Linear(8, 4)), features, ["0", "1"]),
+    "gated (1+w)": (lambda: nn.Sequential(GatedBlock(), GatedBlock(), nn.Linear(16, 4)), wide, "1"),
+    "layer scale": (lambda: nn.Sequential(LayerScale(), nn.Linear(8, 4)), features, "0"),
+    "bottleneck": (lambda: nn.Sequential(stem(), Bottleneck(), Bottleneck(), nn.Flatten()), picture, ["1", "2"]),
+    "shifted windows": (lambda: nn.Sequential(Shifted(), nn.Linear(8, 2)), grid, "0"),
+    "keywords": (KeywordNet, features, "blocks[0:2]"),
+    "experts": (lambda: nn.Sequential(Experts(), nn.Linear(8, 2)), features, "0"),
+    "torch transformer": (lambda: transformer(norm_first=True), features, "layers[1:]"),
+    "data dependent": (DataDependent, features, "block"),
+}
+
+
+def hand_on(model, names):
+    """Cut layers out with hooks: what enters first leaves first."""
+    handles = []
+    for name in names:
+
+        def hook(module, args, kwargs, output):
+            entering = args[0] if args else kwargs["hidden"]
+            return (entering, *output[1:]) if isinstance(output, tuple) else entering
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+    return handles
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_that_is_off_is_the_excised_network_bit_for_bit(name, edit):
+    build, inputs, layers = BLOCKS[name]
+    model, x = perturbed(build()), inputs()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        intact = model(x.clone())
+        handles = hand_on(model, nz.select(model, layers))
+        wanted = model(x.clone())
+        for handle in handles:
+            handle.remove()
+        plan = nz.plan(model, layers, "passthrough", example_inputs=x, edit=edit)
+        assert {certificate.kind for certificate in plan.certificates} == {"exact"}
+        with plan.applied(model):
+            got = model(x.clone())
+        assert torch.equal(got, wanted)
+        assert not torch.equal(intact, wanted)
+        assert torch.equal(model(x.clone()), intact)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "data dependent"])
+def test_verify_agrees_that_a_block_is_off_exactly(name):
+    build, inputs, layers = BLOCKS[name]
+    model, x = perturbed(build()), inputs()
+    verification = nz.verify(model, nz.plan(model, layers, example_inputs=x), x)
+    assert verification.exact
+    assert verification.bound_holds
+    assert verification.relative_error == 0.0
+    assert set(verification.per_layer.values()) == {0.0}
+
+
+def test_the_cheapest_edit_of_a_bias_free_block_is_its_two_norm_gains():
+    model = perturbed(nn.Sequential(GatedBlock(), nn.Linear(16, 4)))
+    plan = nz.plan(model, "0", example_inputs=wide())
+    assert {edit.parameter: edit.fill for edit in plan.edits} == {"0.entry.weight": -1.0, "0.middle.weight": -1.0}
+    assert plan.written_bytes == 2 * 16 * 4
+
+
+def test_the_outgoing_edit_is_the_last_projections_and_the_block_can_wake_up():
+    model = perturbed(nn.Sequential(GatedBlock(), nn.Linear(16, 4)))
+    x = wide()
+    plan = nz.plan(model, "0", "passthrough", example_inputs=x, edit="outgoing")
+    assert set(plan.parameters) == {"0.o.weight", "0.down.weight"}
+    with plan.applied(model):
+        model(x).square().sum().backward()
+    assert float(model[0].o.weight.grad.norm()) > 0
+    assert float(model[0].down.weight.grad.norm()) > 0
+
+
+def test_under_the_norm_null_attention_still_feels_a_gradient_and_the_gated_mlp_does_not():
+    model = perturbed(nn.Sequential(GatedBlock(), nn.Linear(16, 4)))
+    x = wide()
+    with nz.plan(model, "0", example_inputs=x).applied(model):
+        model(x).square().sum().backward()
+    assert float(model[0].entry.weight.grad.norm()) > 0
+    assert float(model[0].middle.weight.grad.norm()) == 0
+
+
+def test_layer_scale_is_cheaper_than_a_projection():
+    model = perturbed(nn.Sequential(LayerScale(), nn.Linear(8, 2)))
+    assert nz.plan(model, "0", example_inputs=features()).parameters == ("0.gamma",)
+
+
+def test_batch_norm_at_the_end_of_a_branch_is_nulled_by_gain_and_bias():
+    model = perturbed(nn.Sequential(stem(), Bottleneck(), nn.Flatten()))
+    assert nz.plan(model, "1", example_inputs=picture()).parameters == ("1.bn2.weight", "1.bn2.bias")
+
+
+def test_a_trailing_relu_is_refused_where_the_input_may_be_negative():
+    model = perturbed(nn.Sequential(nn.Conv2d(3, 8, 3), Bottleneck(), nn.Flatten()))
+    with pytest.raises(nz.NeutralizeError, match=r"not proven to be its input.*activation stands on the residual"):
+        nz.plan(model, "1", example_inputs=picture())
+
+
+def test_a_trailing_relu_is_refused_where_only_a_layer_that_is_cut_out_too_vouched_for_the_sign():
+    model = perturbed(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ReLU(), Bottleneck(), nn.Flatten()))
+    nz.plan(model, "3", example_inputs=picture())
+    with pytest.raises(nz.NeutralizeError, match="not proven to be its input"):
+        nz.plan(model, ["1", "3"], "passthrough", example_inputs=picture(), input_bound=10.0)
+
+
+def test_a_skip_that_is_not_the_identity_is_refused():
+    model = perturbed(nn.Sequential(Flipped(), nn.Linear(8, 2)))
+    with pytest.raises(nz.NeutralizeError, match="not proven to be its input"):
+        nz.plan(model, "0", example_inputs=features())
+
+
+def test_an_active_dropout_on_the_stream_is_refused():
+    class Dropped(PreNorm):
+        def forward(self, x):
+            return torch.dropout(super().forward(x), 0.5, self.training)
+
+    model = perturbed(nn.Sequential(Dropped(), nn.Linear(8, 2)))
+    nz.plan(model, "0", example_inputs=features())
+    with pytest.raises(nz.NeutralizeError, match="no skip connection"):
+        nz.plan(model.train(), "0", example_inputs=features())
+
+
+def test_post_norm_is_refused_with_what_would_work():
+    model = perturbed(transformer(norm_first=False))
+    with pytest.raises(nz.NeutralizeError, match=r"'layers\.0'.*use strategy='zero' or 'damp'"):
+        nz.plan(model, "layers[0]", example_inputs=features())
+
+
+def test_a_block_that_changes_the_shape_is_refused_with_both_shapes():
+    model = perturbed(nn.Sequential(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6)), nn.Linear(6, 2)))
+    with pytest.raises(nz.NeutralizeError, match=r"turns shape \[2, 5, 8\] into \[2, 5, 6\]"):
+        nz.plan(model, "0", example_inputs=features())
+
+
+def test_parameters_that_another_block_reads_are_left_alone():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = PreNorm(), PreNorm(), nn.Linear(8, 2)
+            self.two.norm, self.two.up = self.one.norm, self.one.up
+
+        def forward(self, x):
+            return self.head(self.two(self.one(x)))
+
+    model, x = perturbed(Shared()), features()
+    plan = nz.plan(model, "one", example_inputs=x)
+    assert set(plan.parameters) == {"one.down.weight", "one.down.bias"}
+    assert nz.verify(model, plan, x).exact
+
+
+def test_shared_parameters_that_cannot_be_avoided_are_an_error_that_names_them():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = PreNorm()
+            self.two = PreNorm()
+            self.two.norm, self.two.up, self.two.down = self.one.norm, self.one.up, self.one.down
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.two(self.one(x)))
+
+    model, x = perturbed(Twice()), features()
+    with pytest.raises(nz.NeutralizeError, match="also read outside the selected layers"):
+        nz.plan(model, "one", example_inputs=x)
+    plan = nz.plan(model, ["one", "two"], example_inputs=x)
+    assert nz.verify(model, plan, x).exact
+
+
+def test_a_block_called_twice_is_off_in_both_calls():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.head = PreNorm(), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.block(self.block(x)))
+
+    model, x = perturbed(Loop()), features()
+    plan = nz.plan(model, "block", example_inputs=x)
+    with torch.no_grad(), plan.applied(model):
+        assert torch.equal(model(x), model.head(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_are_exact_in_every_dtype(dtype):
+    model = perturbed(nn.Sequential(GatedBlock(), nn.Linear(16, 4))).to(dtype)
+    x = wide().to(dtype)
+    plan = nz.plan(model, "0", example_inputs=x)
+    with torch.no_grad(), plan.applied(model):
+        assert torch.equal(model[0](x), x)
+
+
+def test_nan_and_inf_in_nulled_weights_vanish():
+    model, x = perturbed(nn.Sequential(PreNorm(), nn.Linear(8, 2))), features()
+    with torch.no_grad():
+        model[0].down.weight[0, 0], model[0].down.bias[1] = float("nan"), float("inf")
+        with nz.plan(model, "0", "passthrough", example_inputs=x, edit="outgoing").applied(model):
+            assert torch.equal(model[0](x), x)
