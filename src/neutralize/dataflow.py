@@ -325,7 +325,8 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
         return flow
     if example_inputs is not None:
         raise NeutralizeError(
-            f"plan: expected example_inputs that the model accepts, got a failing trace ({failures[0]})"
+            f"plan: expected example_inputs that the model accepts, got a failing trace ({failures[0]}); give "
+            "others that it runs on"
         )
     reason = f", and those guessed for it failed ({failures[-1]})" if failures else ""
     raise NeutralizeError(

@@ -460,7 +460,7 @@ def _settle_tensor(edit: Rewrite | Fold | Assign) -> None:
 
 def _settle_floats(record: Any, *names: str) -> None:
     """Check that fields are finite, and make floats of them: 2 and 2.0 are the same plan, digest included."""
-    subject = getattr(record, "parameter", None) or record.layer
+    subject = record.parameter if hasattr(record, "parameter") else record.layer
     require_finite(f"{type(record).__name__} of {subject!r}", **{name: getattr(record, name) for name in names})
     for name in names:
         object.__setattr__(record, name, float(getattr(record, name)))

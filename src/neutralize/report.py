@@ -44,7 +44,7 @@ def _strategy(plan: Plan, layer: LayerPlan) -> str:
     about = [plan.strategy]
     if layer.activation:
         about.append(layer.activation)
-    if layer.epsilon is not None and layer.activation:
+    if layer.epsilon is not None and layer.operating_point is not None and layer.activation:
         about.append(f"a={layer.operating_point:.4g} ε={layer.epsilon:.4g}")
     if layer.sides:
         about.append(layer.sides)
