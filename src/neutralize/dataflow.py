@@ -178,6 +178,10 @@ def guessed_inputs(model: nn.Module) -> Iterator[Inputs]:
             yield torch.zeros(2, module.in_features)
             yield torch.zeros(2, 3, module.in_features)
             return
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            yield torch.zeros(2, *module.normalized_shape)
+            yield torch.zeros(2, 3, *module.normalized_shape)
+            return
         if isinstance(module, nn.Embedding):
             yield torch.zeros(2, 8, dtype=torch.long)
             return
@@ -371,7 +375,7 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
     """Export the model on fake tensors: nothing is computed or copied."""
     with redirect_stderr(io.StringIO()):  # a failing export prints the graph that it had so far
         program = torch.export.export(wrapped, args, kwargs, strict=False)
-    if any(_mutates(node) for node in program.graph.nodes):
+    if _reads_stale_values(program.graph):
         program = program.run_decompositions({})
     signature = program.graph_signature
     by_name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -405,9 +409,33 @@ def copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _reads_stale_values(graph: fx.Graph) -> bool:
+    """Whether a value is read under an old name after an in-place op has changed it.
+
+    Where none is, the node of the in-place op stands for the new value everywhere, and the graph is as good as functional.
+    """
+    position = {node: place for place, node in enumerate(graph.nodes)}
+    memory: dict[fx.Node, fx.Node] = {}  # node to the first node of the memory that it lives in
+    sharing: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+        base = node
+        if schema is None and node.op == "call_function":
+            base = next(iter(node.all_input_nodes), node)  # a part of a tuple
+        for place, operand in enumerate(schema.arguments if schema is not None else ()):
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(operand.name)
+            if operand.alias_info is None or value is None:
+                continue
+            if not isinstance(value, fx.Node):
+                return True  # a list of tensors: let functionalization sort it out
+            base = value
+            if operand.alias_info.is_write:
+                for old in sharing[memory[value]]:
+                    if any(position[user] > position[node] for user in old.users):
+                        return True
+        memory[node] = memory.get(base, node)
+        sharing.setdefault(memory[node], []).append(node)
+    return False
 
 
 def _dataflow(
