@@ -89,7 +89,8 @@ class Undo:
         self._model = weakref.ref(model)
         self.digest = digest
         for tensor in self._tensors():
-            _OPEN.setdefault(tensor, []).append(weakref.ref(self))
+            alive = [earlier for earlier in _OPEN.get(tensor, []) if earlier() is not None]
+            _OPEN[tensor] = [*alive, weakref.ref(self)]
 
     @property
     def restored(self) -> bool:
