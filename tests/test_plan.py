@@ -20,6 +20,7 @@ EDITS = {
     "no elements": Rewrite("e", (0, 3), "float8_e5m2", fill=1 / 3),
     "fold": Fold("w", "b", (4, 6), "float16", 8.0, -0.1),
     "transposed fold": Fold("w", "b", (6, 4), "float32", 8, -1, transposed=True),
+    "fold of columns": Fold("w", "b", (4, 6), "float32", 8, -1, columns=(2, 5)),
     "assign": Assign("g", (2, 2), "float8_e4m3fn", (0.0, -0.0, 0.1, 3)),
     "assign nothing": Assign("g", (0,), "float32", ()),
     "a strange name": Rewrite('a"b\\c\n\u2028é.\ud800', (1,), "float32"),
@@ -162,7 +163,7 @@ WRONG = [
     ((*REWRITE, "kind"), "delete", "expected one of rewrite, fold, assign for the kind of an edit, got 'delete'"),
     ((*REWRITE, "kind"), [], "for the kind of an edit, got []"),
     ((*REWRITE, "kind"), None, "for the kind of an edit, got None"),
-    ((*REWRITE, "kind"), "fold", "got no bias, shift, transposed and also columns, diagonal, "),
+    ((*REWRITE, "kind"), "fold", "got no bias, shift, transposed and also diagonal, "),
     ((*REWRITE, "scale"), float("nan"), "expected JSON, got text that is none (NaN is no number of JSON)"),
     ((*REWRITE, "fill"), float("-inf"), "expected JSON, got text that is none (-Infinity is no number of JSON)"),
     ((*REWRITE, "scale"), HUGE, "expected a number that a float holds for Rewrite.scale, got a larger one"),
@@ -239,7 +240,7 @@ def paths(content, path=()):
 def test_refuses_a_plan_that_lacks_any_key():
     content = json.loads(SOUND.to_json())
     every = list(paths(content))
-    assert len(every) == 48
+    assert len(every) == 49
     for path in every:
         shortened = copy.deepcopy(content)
         place = shortened
@@ -289,9 +290,13 @@ REFUSED = {
         lambda: Fold("w", "b", (), "float32", 1, 1),
         "Fold: expected shape (out, ...) for 'w', got []",
     ),
-    "a transposed kernel": (
-        lambda: Fold("w", "b", (2, 2, 3), "float32", 1, 1, transposed=True),
-        "Fold: expected shape (in, out) for 'w', got [2, 2, 3]; fold the weight of an affine layer",
+    "a transposed fold of a vector": (
+        lambda: Fold("w", "b", (2,), "float32", 1, 1, transposed=True),
+        "Fold: expected shape (in, out, ...) for 'w', got [2]; fold the weight of an affine layer",
+    ),
+    "a fold of columns that are not there": (
+        lambda: Fold("w", "b", (2, 2, 3), "float32", 1, 1, columns=(3, 7)),
+        "Fold: expected columns inside 0:6 for 'w', got 3:7; give a range that is not empty",
     ),
     "values that are not finite": (
         lambda: Assign("w", (2,), "float32", (1.0, float("nan"))),

@@ -139,7 +139,7 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
         yield f"expected {name!r} to be a plain tensor, got a {kind.__name__}; apply to the plain tensors inside it"
     elif any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         yield f"expected {name!r} to have memory for every element, got an expanded tensor; call contiguous() first"
-    elif tuple(tensor.shape) == tuple(shape) and not _has_block(edit, tensor):
+    elif name == edit.parameter and tuple(tensor.shape) == tuple(shape) and not _has_block(edit, tensor):
         yield f"expected {name!r} to be one matrix in memory, got strides {tensor.stride()}; call contiguous() first"
     if name == edit.parameter:
         for coefficient, value, limit in _bounded_values(edit, tensor.dtype):
@@ -152,7 +152,7 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
 
 def _has_block(edit: Edit, tensor: torch.Tensor) -> bool:
     try:
-        return not isinstance(edit, Rewrite) or edit.block(tensor) is not None
+        return isinstance(edit, Assign) or edit.block(tensor) is not None
     except RuntimeError:  # no view of these strides
         return False
 
@@ -221,9 +221,8 @@ def _write(batch: list[Edit], named: dict[str, torch.Tensor]) -> None:
         )
     folds = [edit for edit in batch if isinstance(edit, Fold)]
     if folds:
-        weights = [named[edit.parameter].detach() for edit in folds]
         ops.rescale_fold_(
-            [weight.t() if edit.transposed else weight for weight, edit in zip(weights, folds, strict=True)],
+            [edit.block(named[edit.parameter].detach()) for edit in folds],
             [named[edit.bias].detach() for edit in folds],
             scale=[edit.scale for edit in folds],
             shift=[edit.shift for edit in folds],

@@ -127,7 +127,10 @@ class Fold:
         shape, dtype: of the weight; the bias has the same dtype.
         scale: what the weight is multiplied by.
         shift: what the row sum of the old weight is multiplied by before it is added to the bias.
-        transposed: the weight is stored (in, out), as in the ``Conv1D`` of GPT-2: sum over dim 0.
+        transposed: the weight is stored (in, out, ...), as in the ``Conv1D`` of GPT-2 and in transposed convolutions:
+            sum over all dims but the second.
+        columns: half-open range of the matrix view (out, in · taps) that the fold is confined to, or of the input
+            features (dim 0) if ``transposed``; ``None`` is all of it.
     """
 
     parameter: str
@@ -137,26 +140,38 @@ class Fold:
     scale: float
     shift: float
     transposed: bool = False
+    columns: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Check the tensor and the coefficients."""
         _settle_tensor(self)
-        if not self.shape or (self.transposed and len(self.shape) != 2):
+        if not self.shape or (self.transposed and len(self.shape) < 2):
             raise NeutralizeError(
-                f"Fold: expected shape {'(in, out)' if self.transposed else '(out, ...)'} for {self.parameter!r}, got "
-                f"{list(self.shape)}; fold the weight of an affine layer"
+                f"Fold: expected shape {'(in, out, ...)' if self.transposed else '(out, ...)'} for {self.parameter!r}, "
+                f"got {list(self.shape)}; fold the weight of an affine layer"
             )
         _settle_floats(self, "scale", "shift")
+        extent = self.shape[0] if self.transposed else matrix_extent(self.shape)[1]
+        if self.columns is not None and not (
+            len(self.columns) == 2 and 0 <= self.columns[0] < self.columns[1] <= extent
+        ):
+            raise NeutralizeError(
+                f"Fold: expected columns inside 0:{extent} for {self.parameter!r}, got "
+                f"{':'.join(map(str, self.columns))}; give a range that is not empty"
+            )
 
     @property
     def numel(self) -> int:
         """How many elements are written, the bias included."""
-        return math.prod(self.shape) + self.bias_numel
+        rows, columns = matrix_extent(self.shape)
+        if self.columns is None:
+            return rows * columns + self.bias_numel
+        return (self.columns[1] - self.columns[0]) * (columns if self.transposed else rows) + self.bias_numel
 
     @property
     def bias_numel(self) -> int:
         """How many elements the bias has."""
-        return self.shape[-1] if self.transposed else self.shape[0]
+        return self.shape[1] if self.transposed else self.shape[0]
 
     @property
     def written_bytes(self) -> int:
@@ -168,9 +183,18 @@ class Fold:
         """The names that are written."""
         return (self.parameter, self.bias)
 
+    def block(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the view (out, ...) of ``tensor`` (shape ``self.shape``) that is summed over and scaled."""
+        if self.transposed:
+            return tensor[slice(*(self.columns or (None,)))].transpose(0, 1)
+        if self.columns is None:
+            return tensor
+        return tensor.view(matrix_extent(self.shape))[:, slice(*self.columns)]
+
     def describe(self) -> str:
         """Say in a few characters what is written."""
-        return f"{self.bias} += {self.shift:.6g} ({self.parameter} 1), {self.parameter} <- {self.scale:.6g} W"
+        weight = self.parameter + (f"[columns {self.columns[0]}:{self.columns[1]}]" if self.columns else "")
+        return f"{self.bias} += {self.shift:.6g} ({weight} 1), {weight} <- {self.scale:.6g} W"
 
 
 @dataclass(frozen=True)
