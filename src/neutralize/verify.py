@@ -121,10 +121,13 @@ def _cut_out(layers: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def _cut(name: str, module: nn.Module, mode: _SkipFollowers) -> Callable[..., Any]:
-    is_leaf = next(module.children(), None) is None
+    # A recurrent layer is complete: what follows it is not skipped with it.
+    is_leaf = next(module.children(), None) is None and not isinstance(module, nn.RNNBase)
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+        if isinstance(module, nn.RNNBase) and module.bidirectional and entering is not None and leaving is not None:
+            entering = _per_direction(entering, leaving)
         if entering is None or leaving is None or entering.shape != leaving.shape:
             shapes = [None if tensor is None else list(tensor.shape) for tensor in (entering, leaving)]
             raise NeutralizeError(
@@ -135,6 +138,12 @@ def _cut(name: str, module: nn.Module, mode: _SkipFollowers) -> Callable[..., An
         return replace_first_tensor(output, mode.hand_on(entering) if is_leaf else entering)
 
     return hook
+
+
+def _per_direction(entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+    """What the directions of a recurrent layer hand on: an input as wide as one of two is handed on by each."""
+    is_twice = leaving.dim() == entering.dim() and leaving.shape[-1] == 2 * entering.shape[-1]
+    return torch.cat([entering, entering], -1) if is_twice else entering
 
 
 def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verification:
@@ -334,7 +343,10 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
         place = places[0] if places else entry.layer
         return _largest(got.leaving[place], wanted.leaving[place], wanted.leaving[place]), True
     entering = _decoded(entry.layer, plan, got.entering[entry.layer].double())
-    if entry.consumers:
+    if entry.activation in ("lstm", "gru", "rnn"):  # complete in itself; its consumers may read a part of it only
+        handed_on = _decode(entry, got.leaving[entry.layer].double())
+        entering = _per_direction(entering, handed_on)
+    elif entry.consumers:
         handed_on = _decode(entry, got.entering[entry.consumers[0]].double())
     else:
         handed_on = _decoded(entry.layer, plan, got.leaving[entry.layer].double())

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from neutralize.activations import is_activation
 from neutralize.certify import Interpretation
@@ -17,6 +18,7 @@ from neutralize.regime import Regime, choose
 from neutralize.rules import non_negative
 from neutralize.search import IDENTITY, Assignment, Preference, union
 from neutralize.sites import Affine, AffineSite, affine_site, describe, widths
+from neutralize.strategies.recurrent import draft_recurrent
 from neutralize.strategies.sides import check_shared, unique
 
 
@@ -36,7 +38,7 @@ class Passthrough:
         edit: for blocks, which parameters to write: ``cheapest`` (the fewest bytes), ``outgoing`` (the last affine
             parameters: gradients still reach them), ``incoming`` (the entry norm or the first projections).
 
-    Source: MATH §2 (plain layers), §4 (blocks).
+    Source: MATH §2 (plain layers), §4 (blocks), §6 (recurrent layers).
     """
 
     gain: float = 1.0
@@ -69,7 +71,9 @@ class Passthrough:
         """Draft the pass-through of one layer."""
         calls = request.calls(layer)
         sites = [affine_site(request.flow, call) for call in calls]
-        if all(site is not None for site in sites):
+        if isinstance(request.layers[layer], nn.RNNBase):
+            draft = draft_recurrent(request, layer, self.input_bound, self.gain)
+        elif all(site is not None for site in sites):
             draft = self._plain(request, layer, [site for site in sites if site is not None])
         else:
             draft = self._block(request, layer)
