@@ -233,6 +233,15 @@ def test_a_projection_is_refused():
         nz.plan(Projected(), "rnn", example_inputs=unit(3, 5, 4))
 
 
+def test_one_sequence_without_a_batch():
+    model, x = perturbed(Tagger(nn.LSTM, num_layers=2)), unit(5, 8)
+    plan = nz.plan(model, "rnn", example_inputs=x)
+    with torch.no_grad():
+        wanted = model.without(x)
+        with plan.applied(model):
+            assert relative(model(x), wanted) <= 1e-5
+
+
 def test_gain_is_refused():
     with pytest.raises(nz.NeutralizeError, match=r"expected gain=1 for the recurrent layer 'rnn', got 2\.0"):
         nz.plan(Tagger(nn.LSTM), "rnn", "passthrough", gain=2.0, example_inputs=unit(3, 5, 8))

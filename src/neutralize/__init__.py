@@ -9,6 +9,7 @@ from torch import nn
 from neutralize import ops
 from neutralize.dataflow import Inputs
 from neutralize.errors import NeutralizeError
+from neutralize.guard import Guard, guard
 from neutralize.plan import Assign, Certificate, Fold, LayerPlan, Plan, Rewrite
 from neutralize.planner import Strategy, plan
 from neutralize.select import Layers, select
@@ -21,6 +22,7 @@ __all__ = [
     "Assign",
     "Certificate",
     "Fold",
+    "Guard",
     "LayerPlan",
     "NeutralizeError",
     "Plan",
@@ -29,6 +31,7 @@ __all__ = [
     "Undo",
     "Verification",
     "excised",
+    "guard",
     "neutralize",
     "ops",
     "plan",

@@ -248,7 +248,7 @@ def _check(request: Request, layer: str, site: RecurrentSite) -> None:
             f"dropout={dropout:g} in training mode; call model.eval(), or set its dropout to 0"
         )
     states = [user for user in site.node.users if op_name(user) == "getitem" and user.args[1] != 0]
-    readers = [reader for state in states for reader in state.users]
+    readers = [reader for state in states for reader in state.users if _is_read(reader)]
     if readers:
         raise NeutralizeError(
             f"plan: expected nothing to read the final states of {layer!r}, got "
@@ -298,7 +298,7 @@ def _consumers(request: Request, layer: str, sites: list[RecurrentSite]) -> list
         scaled = {user for user in site.node.users if op_name(user) == "getitem" and user.args[1] == 0}
         for node in flow.graph.nodes:
             read = [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if leaf in scaled]
-            if not read or node in scaled:
+            if not read or node in scaled or not _is_read(node):
                 continue
             weights = list(_reading_weights(node, flow, read))
             if weights:
@@ -315,6 +315,19 @@ def _consumers(request: Request, layer: str, sites: list[RecurrentSite]) -> list
         )
     check_shared(request, layer, consumers)
     return consumers
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether the model's output depends on a node: what is computed and dropped is left in the graph."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "output":
+            return True
+        new = [user for user in current.users if user not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return False
 
 
 def _reading_weights(node: fx.Node, flow: Dataflow, read: list[fx.Node]) -> Iterator[Affine]:
