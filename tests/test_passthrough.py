@@ -253,9 +253,9 @@ REFUSALS = {
         r"expected a bias in '0' to reach the linear side of relu",
     ),
     "unknown activation": (
-        lambda: nn.Sequential(nn.Linear(8, 8), nn.Softplus(), nn.Linear(8, 2)),
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Hardshrink(), nn.Linear(8, 2)),
         {},
-        r"expected a known activation.*after '0', got softplus",
+        r"expected a known activation.*after '0', got hardshrink",
     ),
     "batch norm": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)),

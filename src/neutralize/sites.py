@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from neutralize.activations import Activation, activation_of
+from neutralize.activations import Activation, activation_after
 from neutralize.dataflow import Call, Dataflow, argument, op_name
 from neutralize.rules import DROPOUT, affine_operands, is_transparent, norm_operands
 
@@ -121,16 +121,16 @@ def _follow(flow: Dataflow, site: AffineSite) -> bool:
     node = site.affine.node
     passed_exit = False
     while True:
+        if site.activation is None and (found := activation_after(node)) is not None:
+            site.activation, node = found
+            site.inside = not passed_exit
+            continue
         readers = list(node.users)
         if len(readers) != 1:
             break
         reader = readers[0]
         if is_transparent(reader):
             passed_exit = passed_exit or reader is site.call.exit
-            node = reader
-        elif site.activation is None and (activation := activation_of(reader)) is not None and reader.args[0] is node:
-            site.activation = activation
-            site.inside = not passed_exit
             node = reader
         else:
             break

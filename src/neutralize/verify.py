@@ -17,14 +17,20 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from neutralize.activations import FUNCTION_NAMES
+from neutralize.activations import FUNCTION_NAMES, GRID, identify
 from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tensors_in
 from neutralize.errors import NeutralizeError
 from neutralize.plan import LayerPlan, Plan
 from neutralize.select import Layers, select, unwrap
 from neutralize.undo import untouched
 
-_FOLLOWERS = FUNCTION_NAMES | {"batch_norm"}
+# Functions that work element by element; ``x * y`` comes as ``mul``, ``2 - x`` as ``__rsub__``.
+_POINTWISE = FUNCTION_NAMES | frozenset(
+    """abs add addcmul atan ceil clamp clamp_max clamp_min clip cos cosh div divide erf erfc exp exp2 expm1 floor
+    log log10 log1p log2 logaddexp max maximum min minimum mul multiply neg negative pow radd rdiv reciprocal rmul rpow
+    rsqrt rsub rtruediv sign sinh sqrt square sub subtract true_divide truediv where float_power
+    hypot gt ge lt le eq ne logical_not""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -63,27 +69,63 @@ class Verification:
 
 
 class _SkipFollowers(TorchFunctionMode):
-    """Hand a cut layer's input past the norm and activation that belong to the layer, functions and modules alike."""
+    """Hand a cut layer's input past the norm and activation that belong to the layer, functions and modules alike.
+
+    An activation that several functions compute is known by its values only when the last of them has run. So a second
+    computation runs beside the real one, on ``activations.GRID``: the steps from a cut layer on, as if nothing had been
+    skipped. When it has the values of an activation, what has been computed for real gives way to the layer's input.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._handed_on: list[torch.Tensor] = []
+        # Address of a tensor that was computed from a cut layer's input to that tensor, the input, and the values.
+        self._followed: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def hand_on(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return an alias of the tensor that the mode recognises."""
         alias = tensor.view_as(tensor)
-        self._handed_on.append(alias)
+        self._followed[id(alias)] = alias, alias, GRID
         return alias
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _FOLLOWERS:
-            subject = args[0] if args else kwargs.get("input")
-            if any(subject is tensor for tensor in self._handed_on):
-                return subject
-        return func(*args, **kwargs)
+        name = getattr(func, "__name__", "").strip("_")
+        tensors = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor)]
+        followed = [self._followed[id(part)] for part in tensors if id(part) in self._followed]
+        if not followed:
+            return func(*args, **kwargs)
+        _, start, values = followed[0]
+        subject = args[0] if args else kwargs.get("input")
+        if name == "batch_norm" and subject is start:
+            return subject
+        same_start = len(followed) == len(tensors) and all(other[1] is start for other in followed)
+        tried = self._tried(func, args, kwargs) if same_start and name in _POINTWISE else None
+        is_known = name in FUNCTION_NAMES and subject is start and values is GRID
+        if is_known or (tried is not None and identify(tried) is not None):
+            # Another alias: what is computed from it may be a longer activation still.
+            result = start.view_as(start)
+            if tried is not None:
+                self._followed[id(result)] = result, start, tried
+            return result
+        result = func(*args, **kwargs)
+        if tried is not None and isinstance(result, torch.Tensor):
+            self._followed[id(result)] = result, start, tried
+        return result
+
+    def _tried(self, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor | None:
+        """What the function makes of the values on the grid, or ``None``."""
+
+        def values(part: Any) -> Any:
+            return self._followed[id(part)][2].clone() if isinstance(part, torch.Tensor) else part
+
+        try:
+            with torch.no_grad():
+                result = func(*[values(part) for part in args], **{key: values(part) for key, part in kwargs.items()})
+        except Exception:  # it does not do with float64 on the CPU: then it is no activation that is known
+            return None
+        return result if isinstance(result, torch.Tensor) else None
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class Passthrough:
             bound,
             consumer_peak=0.0 if trivial else _peak(request, consumers),
             has_bias=site.affine.bias is not None,
-            non_negative=trivial,
+            non_negative=entering_non_negative and self.gain > 0,
         )
         if regime is None:
             raise NeutralizeError(_why_no_regime(site, layer, dtype))
