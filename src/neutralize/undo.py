@@ -109,7 +109,7 @@ class Undo:
             NeutralizeError: a tensor was replaced, or its dtype or shape changed; nothing was put back.
         """
         self._check()
-        for entry in reversed(self._saved):
+        for entry in self._saved:  # in any order: all were taken before the first write
             overwrite_(entry.block(entry.tensor.detach()), entry.values)
             if entry.tensor.requires_grad != entry.requires_grad and entry.tensor.is_leaf:
                 entry.tensor.requires_grad_(entry.requires_grad)
@@ -152,7 +152,7 @@ class Undo:
                 continue
             whole = torch.empty_like(tensor)
             overwrite_(entry.block(whole), entry.values)
-            for earlier in reversed(undone):
+            for earlier in undone:
                 if earlier.tensor is tensor:
                     overwrite_(earlier.block(whole), earlier.values)
                     entry.requires_grad = earlier.requires_grad
