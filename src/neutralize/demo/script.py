@@ -173,6 +173,7 @@ def _time(subject: Subject, script: Script, plans: Mapping[str, Plan], stage: St
         timed.append((f"all blocks, {edit}", speed(subject.model, plan)))
     stage.speeds(timed)
     stage.say("rewrite: the writes alone. apply: checks, a copy for the undo, the writes. Medians.")
+    stage.say("What fits the cache is written faster than memory; of a few kB the time is the call.")
 
 
 def _meet(script: Script, block: int | None, loss: float, stage: Stage) -> None:

@@ -57,7 +57,9 @@ class Stage:
         """
         started = time.perf_counter()
         columns = (TextColumn("  {task.description}"), BarColumn(24), _Rate(unit), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        silent = not self.console.is_terminal
+        # The rate is that of the last ten minutes: a step may take longer than rich's half a minute.
+        with Progress(*columns, console=self.console, transient=True, disable=silent, speed_estimate_period=600) as bar:
             task = bar.add_task(what, total=total)
             yield lambda units: bar.advance(task, units)
         seconds = time.perf_counter() - started
