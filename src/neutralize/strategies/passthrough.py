@@ -18,6 +18,7 @@ from neutralize.regime import Regime, choose
 from neutralize.rules import non_negative
 from neutralize.search import IDENTITY, Assignment, Preference, union
 from neutralize.sites import Affine, AffineSite, affine_site, describe, widths
+from neutralize.strategies.pairs import draft_pair
 from neutralize.strategies.recurrent import draft_recurrent
 from neutralize.strategies.sides import check_shared, unique
 
@@ -90,6 +91,9 @@ class Passthrough:
     def _block(self, request: Request, layer: str) -> Draft:
         assignment = identity_assignment(request, layer, self.edit)
         if assignment is None:
+            pair = draft_pair(request, layer, self.gain, self.input_bound)
+            if pair is not None:
+                return pair
             raise NeutralizeError(_why_no_identity(request, layer, self.edit))
         if self.gain != 1.0:
             raise NeutralizeError(
