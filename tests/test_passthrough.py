@@ -257,10 +257,10 @@ REFUSALS = {
         {},
         r"expected a known activation.*after '0', got hardshrink",
     ),
-    "batch norm": (
-        lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2)),
         {},
-        r"after '0', got a norm",
+        r"expected a batch norm or nothing between '0' and its activation, got a norm \(layer_norm",
     ),
     "nothing reads it": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh()), {}, r"got the model's output"),
     "active dropout": (
@@ -295,7 +295,7 @@ def test_a_strided_convolution_is_refused_by_name_of_the_cause():
 
 def test_padding_after_a_shifted_operating_point_is_refused():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1)).eval()
-    with pytest.raises(nz.NeutralizeError, match=r"no zero padding in '2'.*borders would be wrong"):
+    with pytest.raises(nz.NeutralizeError, match=r"beside what '0'.*padding of '2': its borders would be wrong"):
         nz.plan(model, "0", example_inputs=unit(1, 4, 8, 8))
 
 

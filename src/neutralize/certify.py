@@ -170,7 +170,7 @@ class Interpretation:
             return self._join(node)
         if op in REARRANGE or op in SPLIT:
             try:
-                moved = node.target(carried.indices.clone(), *node.args[1:], **_without_dtype(node.kwargs))  # type: ignore[operator]
+                moved = node.target(carried.indices.clone(), *node.args[1:], **without_dtype(node.kwargs))  # type: ignore[operator]
             except (RuntimeError, TypeError):  # an operand that only the real model has
                 return None
             return Rearranged(moved) if isinstance(moved, torch.Tensor) else tuple(Rearranged(part) for part in moved)
@@ -202,7 +202,8 @@ class Interpretation:
         return Rearranged(node.target(parts, *node.args[1:], **node.kwargs))  # type: ignore[operator]
 
 
-def _without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a view without those about its dtype and device: it runs on indices."""
     return {
         key: value
         for key, value in kwargs.items()

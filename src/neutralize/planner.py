@@ -127,12 +127,21 @@ class Request:
         tensor, name = self.writable(name), self.canonical(name)
         return Rewrite(name, tuple(tensor.shape), dtype_name(tensor.dtype), **coefficients)
 
-    def fold(self, weight: str, bias: str, *, scale: float, shift: float, transposed: bool) -> Fold:
+    def fold(
+        self,
+        weight: str,
+        bias: str,
+        *,
+        scale: float,
+        shift: float,
+        transposed: bool = False,
+        columns: tuple[int, int] | None = None,
+    ) -> Fold:
         """A fold of a weight into a bias, with shape and dtype filled in."""
         tensor = self.writable(weight)
         self.writable(bias)
         weight, bias = self.canonical(weight), self.canonical(bias)
-        return Fold(weight, bias, tuple(tensor.shape), dtype_name(tensor.dtype), scale, shift, transposed)
+        return Fold(weight, bias, tuple(tensor.shape), dtype_name(tensor.dtype), scale, shift, transposed, columns)
 
     def writable(self, name: str) -> torch.Tensor:
         """The tensor of that name if it can be rewritten.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from neutralize.activations import Activation, activation_after
-from neutralize.dataflow import Call, Dataflow, argument, op_name
-from neutralize.rules import DROPOUT, affine_operands, is_transparent, norm_operands
+from neutralize.certify import without_dtype
+from neutralize.dataflow import Call, Dataflow, argument, is_mark, op_name, shape_of
+from neutralize.rules import DROPOUT, REARRANGE, affine_operands, is_number, is_transparent, norm_operands
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Affine:
         node: the op.
         data: what it reads.
         weight, bias: qualified names.
-        transposed: the weight is stored (in, out), as in the ``Conv1D`` of GPT-2.
+        transposed: the weight is stored (in, out, ...), as in the ``Conv1D`` of GPT-2 and in transposed convolutions.
+        added: the sum that adds the bias, where that is an op of its own (``x @ W + b``).
     """
 
     node: fx.Node
@@ -27,11 +31,22 @@ class Affine:
     weight: str
     bias: str | None
     transposed: bool
+    added: fx.Node | None = None
+
+    @property
+    def result(self) -> fx.Node:
+        """The op's value with its bias."""
+        return self.node if self.added is None else self.added
 
     @property
     def is_convolution(self) -> bool:
-        """Whether it is a convolution."""
+        """Whether it is a convolution, transposed or not."""
         return "conv" in op_name(self.node)
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups its features are divided; 1 if it is no convolution."""
+        return int(argument(self.node, "groups", 1)) if self.is_convolution else 1
 
     @property
     def module(self) -> str:
@@ -47,6 +62,49 @@ class Affine:
         return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation op with its own parameters, if it has any.
+
+    Attributes:
+        node: the op.
+        data: what it reads.
+        result: its value: the op, or the first of what it returns.
+        weight, bias, mean, variance: qualified names, of a batch norm's running statistics too.
+        eps: what is added to the variance.
+        own_statistics: it normalises by the mean and variance of what it reads, not by stored ones.
+    """
+
+    node: fx.Node
+    data: fx.Node
+    result: fx.Node
+    weight: str | None
+    bias: str | None
+    mean: str | None
+    variance: str | None
+    eps: float
+    own_statistics: bool
+
+    @property
+    def kind(self) -> str:
+        """``batch_norm``, ``layer_norm``, ``group_norm``, ``instance_norm`` or ``rms_norm``."""
+        name = op_name(self.node)
+        return next(kind for kind in _NORM_KINDS if kind in name)
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that owns the parameters, or ``""``."""
+        return next((name.rpartition(".")[0] for name in self.parameters), "")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of its parameters and statistics."""
+        return tuple(name for name in (self.weight, self.bias, self.mean, self.variance) if name is not None)
+
+
+_NORM_KINDS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+
+
 @dataclass
 class AffineSite:
     """An affine layer in its surroundings.
@@ -55,6 +113,7 @@ class AffineSite:
         layer: qualified name of the selected layer.
         call: its call.
         affine: its op.
+        norm: the batch norm between it and its activation, or ``None``.
         activation: the activation that follows, or ``None``.
         result: the node whose value the consumers read.
         consumers: the affine ops that read it.
@@ -70,6 +129,7 @@ class AffineSite:
     consumers: list[Affine] = field(default_factory=list)
     other_readers: list[fx.Node] = field(default_factory=list)
     inside: bool = False
+    norm: Norm | None = None
 
 
 def affine_of(node: fx.Node, flow: Dataflow) -> Affine | None:
@@ -89,7 +149,60 @@ def affine_of(node: fx.Node, flow: Dataflow) -> Affine | None:
         weight = weight.args[0]
     if bias is not None and bias not in flow.names:
         return None
+    size = flow.shapes[flow.names[weight]]
+    if "conv" in op_name(node):
+        if transposed:
+            return None
+        transposed = "transpose" in op_name(node) or bool(argument(node, "transposed", False))
+    elif len(size) != 2:
+        return None
+    added = _added_bias(node, flow, size[1] if transposed else size[0]) if bias is None else None
+    if added is not None:
+        return Affine(node, data, flow.names[weight], added[1], transposed, added[0])
     return Affine(node, data, flow.names[weight], None if bias is None else flow.names[bias], transposed)
+
+
+def _added_bias(node: fx.Node, flow: Dataflow, width: int) -> tuple[fx.Node, str] | None:
+    """The sum that adds a parameter of ``width`` elements to a matrix product, with the parameter's name."""
+    readers = list(node.users)
+    if op_name(node) not in ("aten::mm", "aten::matmul", "aten::linear") or len(readers) != 1:
+        return None
+    total = readers[0]
+    if op_name(total) != "aten::add" or not is_number(argument(total, "alpha", 1), 1):
+        return None
+    others = [part for part in total.args[:2] if part is not node]
+    if len(others) != 1 or others[0] not in flow.names or shape_of(total) != shape_of(node):
+        return None
+    name = flow.names[others[0]]  # type: ignore[index]
+    return (total, name) if flow.shapes[name] == (width,) else None
+
+
+def norm_of(node: fx.Node, flow: Dataflow) -> Norm | None:
+    """The norm at ``node`` if its gain, bias and statistics are parameters and buffers, else ``None``."""
+    if norm_operands(node) is None or not isinstance(node.args[0], fx.Node):
+        return None
+    names: list[str | None] = []
+    for what in ("weight", "bias", "running_mean", "running_var"):
+        operand = argument(node, what)
+        if isinstance(operand, fx.Node) and operand not in flow.names:
+            return None
+        names.append(flow.names[operand] if isinstance(operand, fx.Node) else None)
+    weight, bias, mean, variance = names
+    op = op_name(node)
+    training = argument(node, "training", argument(node, "train", argument(node, "use_input_stats")))
+    if training is None:
+        training = not op.endswith("no_training")
+    result: fx.Node | None = node
+    if shape_of(node) is None:  # several outputs: the value, then statistics
+        picked = [reader for reader in node.users if op_name(reader) == "getitem" and reader.args[1] == 0]
+        result = picked[0] if len(picked) == 1 else None
+    if result is None:
+        return None
+    stored = mean is not None and variance is not None and not training
+    eps = argument(node, "eps")
+    return Norm(
+        node, node.args[0], result, weight, bias, mean, variance, float(eps) if is_number(eps) else 0.0, not stored
+    )
 
 
 def affine_site(flow: Dataflow, call: Call) -> AffineSite | None:
@@ -117,10 +230,15 @@ def _leads_back(node: fx.Node, entry: fx.Node) -> bool:
 
 
 def _follow(flow: Dataflow, site: AffineSite) -> bool:
-    """Walk on from the affine op to its activation and its readers; whether the selected module ends on that way."""
-    node = site.affine.node
+    """Walk on from the affine op to its norm, activation and readers; whether the selected module ends on that way.
+
+    A batch norm and an activation behind the module belong to the site if the module is the affine layer itself; a
+    container ends where it ends.
+    """
+    node = site.affine.result
+    owned = is_own_layer(site, flow)
     passed_exit = False
-    while True:
+    while owned or not passed_exit:
         if site.activation is None and (found := activation_after(node)) is not None:
             site.activation, node = found
             site.inside = not passed_exit
@@ -129,9 +247,13 @@ def _follow(flow: Dataflow, site: AffineSite) -> bool:
         if len(readers) != 1:
             break
         reader = readers[0]
+        norm = norm_of(reader, flow) if site.norm is None and site.activation is None else None
         if is_transparent(reader):
             passed_exit = passed_exit or reader is site.call.exit
             node = reader
+        elif norm is not None and norm.kind == "batch_norm" and norm.data is node:
+            site.norm = norm
+            node = norm.result
         else:
             break
     site.result = node
@@ -147,6 +269,30 @@ def _follow(flow: Dataflow, site: AffineSite) -> bool:
             else:
                 site.other_readers.append(reader)
     return passed_exit
+
+
+def is_own_layer(site: AffineSite, flow: Dataflow) -> bool:
+    """Whether the selected module holds the affine op's weight itself; else it is a container around it."""
+    weight = site.affine.weight
+    return site.layer in {name.rpartition(".")[0] for name in flow.tied.get(weight, (weight,))}
+
+
+def stays_in_place(site: AffineSite) -> bool:
+    """Whether every element leaves the selected module where it entered, if the affine op itself moves none."""
+    shape = shape_of(site.call.entry)
+    if shape is None or shape_of(site.affine.data) is None:
+        return False
+    indices = torch.arange(math.prod(shape)).reshape(shape)
+    for start, end in ((site.call.entry, site.affine.data), (site.affine.result, site.call.exit)):
+        path = []
+        node = end
+        while node is not start:
+            path.append(node)
+            node = node.args[0]  # type: ignore[assignment]
+        for step in reversed(path):
+            if op_name(step) in REARRANGE and not is_mark(step):
+                indices = step.target(indices.clone(), *step.args[1:], **without_dtype(step.kwargs))  # type: ignore[operator]
+    return torch.equal(indices, torch.arange(math.prod(shape)).reshape(shape))
 
 
 def describe(node: fx.Node, flow: Dataflow) -> str:
@@ -169,8 +315,8 @@ def widths(site: AffineSite, flow: Dataflow) -> tuple[int, int]:
     """Features (channels) that enter and leave the affine op."""
     shape = flow.shapes[site.affine.weight]
     if site.affine.is_convolution:
-        groups = int(argument(site.affine.node, "groups", 1))
-        if "transpose" in op_name(site.affine.node):
+        groups = site.affine.groups
+        if site.affine.transposed:
             return shape[0], shape[1] * groups
         return shape[1] * groups, shape[0]
     return (shape[0], shape[1]) if site.affine.transposed else (shape[1], shape[0])

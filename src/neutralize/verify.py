@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -43,7 +43,7 @@ class Verification:
         per_layer: for each layer, the largest error of what it hands on, divided by the bound on its input (a plain
             layer), by
             the largest magnitude of its input (a block), or by that of the reference's value (other targets than the
-            input).
+            input); NaN where the value cannot be seen from outside.
         gradient_gain: for each layer, the norm of the gradient that reaches its input, divided by that in the reference
             network, under the loss ``Σ mean(output²)``; NaN where there is none, or the model cannot be differentiated.
         exact: every output equals the reference's as a number, element by element (-0 equals 0, NaN equals NaN).
@@ -68,8 +68,26 @@ class Verification:
         return verification_table(self)
 
 
-class _SkipFollowers(TorchFunctionMode):
-    """Hand a cut layer's input past the norm and activation that belong to the layer, functions and modules alike.
+# Views between a layer and its activation: followed as long as they keep every element.
+_VIEWS = frozenset(
+    """view view_as reshape reshape_as flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis squeeze
+    unsqueeze contiguous clone""".split()
+)
+
+
+@dataclass
+class _HandedOn:
+    """What a layer handed on in its first call, and what had entered it, in the same arrangement."""
+
+    value: torch.Tensor
+    entered: torch.Tensor
+    activated: bool = False
+
+
+class _Followers(TorchFunctionMode):
+    """Follow layers' outputs through the norm and activation that belong to them, functions and modules alike.
+
+    Cut layers' inputs are handed past both; of watched layers it is noted what comes out behind both.
 
     An activation that several functions compute is known by its values only when the last of them has run. So a second
     computation runs beside the real one, on ``activations.GRID``: the steps from a cut layer on, as if nothing had been
@@ -78,6 +96,9 @@ class _SkipFollowers(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.handed_on: dict[str, _HandedOn] = {}
+        # Address of a tensor where following starts, to the watched layer and what entered it, arranged like it.
+        self._watched: dict[int, tuple[str, torch.Tensor]] = {}
         # Address of a tensor that was computed from a cut layer's input to that tensor, the input, and the values.
         self._followed: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
@@ -86,6 +107,19 @@ class _SkipFollowers(TorchFunctionMode):
         alias = tensor.view_as(tensor)
         self._followed[id(alias)] = alias, alias, GRID
         return alias
+
+    def watch(self, layer: str, leaving: torch.Tensor, entered: torch.Tensor) -> None:
+        """Note what a layer hands on in its first call."""
+        if layer not in self.handed_on:
+            self.handed_on[layer] = _HandedOn(leaving.detach().clone(), entered)
+            self._followed[id(leaving)] = leaving, leaving, GRID
+            self._watched[id(leaving)] = layer, entered
+
+    def _follow_on(self, result: torch.Tensor, watched: tuple[str, torch.Tensor] | None) -> None:
+        """Start anew at a tensor."""
+        self._followed[id(result)] = result, result, GRID
+        if watched is not None:
+            self._watched[id(result)] = watched
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -98,14 +132,30 @@ class _SkipFollowers(TorchFunctionMode):
             return func(*args, **kwargs)
         _, start, values = followed[0]
         subject = args[0] if args else kwargs.get("input")
+        watched = self._watched.get(id(start))
         if name == "batch_norm" and subject is start:
-            return subject
+            if watched is None:
+                return subject
+            result = func(*args, **kwargs)
+            self._follow_on(result, watched)
+            self.handed_on[watched[0]] = _HandedOn(result.detach().clone(), watched[1])
+            return result
+        if name in _VIEWS and subject is start:
+            result = func(*args, **kwargs)
+            if isinstance(result, torch.Tensor) and result is not subject and result.numel() == start.numel():
+                if watched is not None and watched[1].shape == start.shape:
+                    others = {key: value for key, value in kwargs.items() if key != "input"}
+                    watched = watched[0], func(watched[1], *args[1:], **others)
+                self._follow_on(result, watched)
+            return result
         same_start = len(followed) == len(tensors) and all(other[1] is start for other in followed)
         tried = self._tried(func, args, kwargs) if same_start and name in _POINTWISE else None
         is_known = name in FUNCTION_NAMES and subject is start and values is GRID
         if is_known or (tried is not None and identify(tried) is not None):
             # Another alias: what is computed from it may be a longer activation still.
-            result = start.view_as(start)
+            result = start.view_as(start) if watched is None else func(*args, **kwargs)
+            if watched is not None:
+                self.handed_on[watched[0]] = _HandedOn(result.detach().clone(), watched[1], activated=True)
             if tried is not None:
                 self._followed[id(result)] = result, start, tried
             return result
@@ -149,10 +199,11 @@ def excised(model: nn.Module, layers: Layers) -> Iterator[None]:
 
 
 @contextmanager
-def _cut_out(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    mode = _SkipFollowers()
+def _cut_out(layers: Mapping[str, nn.Module], gain: float = 1.0) -> Iterator[None]:
+    mode = _Followers()
     handles = [
-        module.register_forward_hook(_cut(name, module, mode), with_kwargs=True) for name, module in layers.items()
+        module.register_forward_hook(_cut(name, module, mode, gain), with_kwargs=True)
+        for name, module in layers.items()
     ]
     try:
         with mode:
@@ -162,9 +213,13 @@ def _cut_out(layers: Mapping[str, nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def _cut(name: str, module: nn.Module, mode: _SkipFollowers) -> Callable[..., Any]:
-    # A recurrent layer is complete: what follows it is not skipped with it.
-    is_leaf = next(module.children(), None) is None and not isinstance(module, nn.RNNBase)
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether what follows a module belongs to it; a recurrent layer is complete, and a container is what it holds."""
+    return next(module.children(), None) is None and not isinstance(module, nn.RNNBase)
+
+
+def _cut(name: str, module: nn.Module, mode: _Followers, gain: float) -> Callable[..., Any]:
+    is_leaf = _is_leaf(module)
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
@@ -177,6 +232,7 @@ def _cut(name: str, module: nn.Module, mode: _SkipFollowers) -> Callable[..., An
                 "out; "
                 "only a layer that keeps the shape can be cut out"
             )
+        entering = entering if gain == 1.0 else entering * gain
         return replace_first_tensor(output, mode.hand_on(entering) if is_leaf else entering)
 
     return hook
@@ -219,12 +275,16 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
             f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it"
         )
     with _reference(modules, plan), untouched(model):
-        wanted, wanted_probe = _run(model, modules, plan, (inputs, kwargs))
+        wanted, wanted_probe = _run(model, modules, plan, (inputs, kwargs), watch=False)
     with plan.applied(model), untouched(model):
-        got, probe = _run(model, modules, plan, (inputs, kwargs))
+        got, probe = _run(model, modules, plan, (inputs, kwargs), watch=True)
     per_layer, within = {}, {}
+    unmeasured: set[str] = set()
     for entry in plan.layers:
-        per_layer[entry.layer], within[entry.layer] = _layer_error(entry, plan, probe, wanted_probe)
+        measured = _layer_error(entry, plan, probe, wanted_probe)
+        per_layer[entry.layer], within[entry.layer] = measured or (math.nan, True)
+        if measured is None:
+            unmeasured.add(entry.layer)
     bounds = {entry.layer: entry.certificate.bound for entry in plan.layers if entry.certificate.bound is not None}
     return Verification(
         relative_error=_relative_error(got, wanted),
@@ -234,7 +294,9 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
             for name in probe.gradients
         },
         exact=len(got) == len(wanted) and all(_equal(one, other) for one, other in zip(got, wanted, strict=True)),
-        bound_holds=all(per_layer[name] <= bound for name, bound in bounds.items() if within[name]),
+        bound_holds=all(
+            per_layer[name] <= bound for name, bound in bounds.items() if within[name] and name not in unmeasured
+        ),
         assumptions_hold=all(within.values()),
         bounds=bounds,
     )
@@ -252,21 +314,22 @@ class _Probe:
 
     entering: dict[str, torch.Tensor] = field(default_factory=dict)
     leaving: dict[str, torch.Tensor] = field(default_factory=dict)
+    handed_on: dict[str, _HandedOn] = field(default_factory=dict)
     gradients: dict[str, float] = field(default_factory=dict)
 
 
 def _run(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call, *, watch: bool
 ) -> tuple[list[torch.Tensor], _Probe]:
     """Run the model once, in the same random state each time, and differentiate the loss where the model allows it."""
     try:
-        return _run_once(model, modules, plan, inputs, differentiate=True)
+        return _run_once(model, modules, plan, inputs, watch=watch, differentiate=True)
     except RuntimeError:  # an op without a derivative, or one that overwrites what its derivative needs
-        return _run_once(model, modules, plan, inputs, differentiate=False)
+        return _run_once(model, modules, plan, inputs, watch=watch, differentiate=False)
 
 
 def _run_once(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call, *, differentiate: bool
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call, *, watch: bool, differentiate: bool
 ) -> tuple[list[torch.Tensor], _Probe]:
     probe = _Probe()
     nudges: dict[str, torch.Tensor] = {}
@@ -291,10 +354,13 @@ def _run_once(
             tensor = first_tensor(output)
             if tensor is not None and name not in probe.leaving:
                 probe.leaving[name] = tensor.detach().clone()
+                if name in layers and name in probe.entering and _is_leaf(module):
+                    followers.watch(name, tensor, probe.entering[name])
 
         return hook
 
     layers = {entry.layer for entry in plan.layers}
+    followers = _Followers()
     with ExitStack() as stack, torch.random.fork_rng(), torch.set_grad_enabled(differentiate):
         torch.manual_seed(0)
         for name in watched:
@@ -302,7 +368,9 @@ def _run_once(
             stack.callback(modules[name].register_forward_hook(leave(name)).remove)
         # The caller's inputs are kept from in-place ops of the model.
         args, kwargs = pytree.tree_map(copied, inputs)
-        outputs = list(tensors_in(model(*args, **kwargs)))
+        with followers if watch else nullcontext():
+            outputs = list(tensors_in(model(*args, **kwargs)))
+        probe.handed_on = followers.handed_on
         probe.gradients = _gradients(outputs, nudges) if differentiate else dict.fromkeys(layers, math.nan)
     return [output.detach() for output in outputs], probe
 
@@ -331,10 +399,11 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
         for entry in plan.layers:
             if entry.layer in cut:
                 continue
-            factor = {"input": entry.gain, "null": 0.0, "fill": 0.0}.get(entry.target, entry.gain)
             if entry.target == "input":
-                stack.enter_context(_cut_out({entry.layer: modules[entry.layer]}))
-            if entry.consumers and (entry.target == "input" or entry.sides in ("out", "both")):
+                stack.enter_context(_cut_out({entry.layer: modules[entry.layer]}, entry.gain))
+                continue
+            factor = {"null": 0.0, "fill": 0.0}.get(entry.target, entry.gain)
+            if entry.consumers and entry.sides in ("out", "both"):
                 for name in entry.consumers:
                     stack.callback(modules[name].register_forward_pre_hook(_times_in(factor), with_kwargs=True).remove)
             else:
@@ -373,8 +442,11 @@ def _times_out(factor: float, *, residual: bool) -> Callable[..., Any]:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> tuple[float, bool]:
-    """The largest error of what a layer hands on, and whether its input stayed within the assumed bound."""
+def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> tuple[float, bool] | None:
+    """The largest error of what a layer hands on, and whether its input stayed within the assumed bound.
+
+    ``None`` where the value cannot be seen: no number is better than a wrong one.
+    """
     if entry.target == "null" and entry.sides != "out":
         leaving = got.leaving[entry.layer]
         return float(leaving.double().abs().max()) if leaving.numel() else 0.0, True
@@ -384,16 +456,20 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
         places = [name for name in entry.consumers if name not in planned] if entry.sides in ("out", "both") else []
         place = places[0] if places else entry.layer
         return _largest(got.leaving[place], wanted.leaving[place], wanted.leaving[place]), True
-    entering = _decoded(entry.layer, plan, got.entering[entry.layer].double())
-    if entry.activation in ("lstm", "gru", "rnn"):  # complete in itself; its consumers may read a part of it only
-        handed_on = _decode(entry, got.leaving[entry.layer].double())
+    seen = got.handed_on.get(entry.layer)
+    if seen is None:  # a container, which ends where it ends, or a recurrent layer, which is complete in itself
+        seen = _HandedOn(got.leaving[entry.layer], got.entering[entry.layer], activated=True)
+    if entry.activation and not seen.activated:  # by no function that could be seen: then its reader shows the value
+        read = [got.entering[name] for name in entry.consumers if name in got.entering]
+        if not read or read[0].numel() != seen.entered.numel():
+            return None
+        seen = _HandedOn(read[0], got.entering[entry.layer])
+    entering = _decoded(entry.layer, plan, seen.entered.double())
+    handed_on = seen.value.double() if entry.epsilon is None else _decode(entry, seen.value.double())
+    if entry.activation in ("lstm", "gru", "rnn"):
         entering = _per_direction(entering, handed_on)
-    elif entry.consumers:
-        handed_on = _decode(entry, got.entering[entry.consumers[0]].double())
-    else:
-        handed_on = _decoded(entry.layer, plan, got.leaving[entry.layer].double())
     if handed_on.numel() != entering.numel():
-        return math.nan, True
+        return None
     expected = entry.gain * entering.reshape(handed_on.shape)
     if entry.input_bound is None:
         return _largest(handed_on, expected, expected), True
@@ -417,7 +493,8 @@ def _encoding(layer: str, plan: Plan) -> float:
 def _decoded(layer: str, plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
     """What enters a layer, decoded if the layer that it reads is a pass-through itself."""
     for entry in plan.layers:
-        if layer in entry.consumers and entry.target == "input":
+        reads = any(name == layer or name.startswith(f"{layer}.") for name in entry.consumers)
+        if reads and entry.target == "input" and entry.layer != layer:
             return _decode(entry, tensor)
     return tensor
 

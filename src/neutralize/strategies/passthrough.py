@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from neutralize.activations import is_activation
 from neutralize.certify import Interpretation
@@ -14,13 +15,24 @@ from neutralize.dataflow import argument, op_name, shape_of
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
+from neutralize.readers import Read, reads_of
 from neutralize.regime import Regime, choose
 from neutralize.rules import non_negative
 from neutralize.search import IDENTITY, Assignment, Preference, union
-from neutralize.sites import Affine, AffineSite, affine_site, describe, widths
+from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
+from neutralize.strategies.consumers import (
+    absorbs,
+    check_readers,
+    identity_norm_edits,
+    norm_error,
+    peak,
+    rewritten_modules,
+    undoing_edits,
+    unique_norms,
+    zeros_beside,
+)
 from neutralize.strategies.pairs import draft_pair
 from neutralize.strategies.recurrent import draft_recurrent
-from neutralize.strategies.sides import check_shared, unique
 
 
 @dataclass(frozen=True)
@@ -110,36 +122,54 @@ class Passthrough:
     def _plain(self, request: Request, layer: str, sites: list[AffineSite]) -> Draft:
         site = sites[0]
         incoming = _identity_edit(request, layer, site)
-        consumers = unique(consumer for one in sites for consumer in one.consumers)
-        readers = [describe(reader, request.flow) for one in sites for reader in one.other_readers]
+        if not all(stays_in_place(one) for one in sites):
+            raise NeutralizeError(
+                f"plan: expected a layer that leaves every feature in its place, got {layer!r}, which rearranges its "
+                "input; select the affine layer inside it"
+            )
+        reads, readers = _reads(request, sites)
         activation = site.activation
         dtype = request.tensors[site.affine.weight].dtype
         entering_non_negative = all(non_negative(one.call.entry, request.cut) for one in sites)
-        if activation is None:
+        if activation is None and is_own_layer(site, request.flow):
             _check_follower(request, layer, site)
         trivial = activation is None or (entering_non_negative and activation.identity_from == 0.0 and self.gain > 0)
         bound = 0.0
         if not trivial:
-            _check_consumers(request, layer, site, consumers, readers)
+            _check_readers(request, layer, site, reads, readers)
             bound = abs(self.gain) * (self.input_bound if self.input_bound is not None else request.input_bound(layer))
-        regime = choose(
+        chosen = partial(
+            choose,
             activation,
             dtype,
             bound,
-            consumer_peak=0.0 if trivial else _peak(request, consumers),
-            has_bias=site.affine.bias is not None,
+            consumer_peak=0.0 if trivial else peak(request, reads),
             non_negative=entering_non_negative and self.gain > 0,
         )
+        regime: Regime | None = chosen(has_bias=site.affine.bias is not None or site.norm is not None)
+        if regime is not None and regime.value != 0.0 and not trivial and (zeros_beside(reads) or not absorbs(reads)):
+            at_zero = chosen(has_bias=False)
+            regime = at_zero if at_zero is not None and at_zero.value == 0.0 else regime
         if regime is None:
             raise NeutralizeError(_why_no_regime(site, layer, dtype))
         edits: list[Edit] = list(_incoming_edits(request, site, incoming, regime.epsilon * self.gain, regime.point))
+        edits.extend(identity_norm_edits(request, layer, sites, regime.point))
+        zeros: list[str] = []
         if not trivial:
-            edits.extend(_outgoing_edits(request, layer, consumers, regime))
-        certificate = self._certificate(layer, site, regime, bound, dtype, measured=self.input_bound is None)
+            edits.extend(undoing_edits(request, layer, reads, regime))
+            zeros = zeros_beside(reads) if regime.value != 0.0 else []
+        certificate = self._certificate(request, layer, sites, regime, bound, measured=self.input_bound is None)
+        if zeros:
+            certificate = self._at_borders(certificate, zeros, abs(regime.value * regime.rescale * self.gain) / bound)
         stored = _stored(regime.epsilon * self.gain, dtype)
         note = ""
         if abs(stored / (regime.epsilon * self.gain) - 1.0) > 1e-4:
             note = f"the diagonal {regime.epsilon * self.gain:.6g} is stored as {stored:.6g} in {dtype_name(dtype)}"
+        for remark in (
+            f"not exact beside {' and '.join(zeros)}: zeros stand there, not φ(a)" if zeros else "",
+            f"holds in eval mode: the batch norm {site.norm.module!r} is the identity there" if site.norm else "",
+        ):
+            note = "; ".join(filter(None, (note, remark)))
         entry = LayerPlan(
             layer,
             "input",
@@ -152,23 +182,62 @@ class Passthrough:
             slope=regime.slope,
             epsilon=regime.epsilon,
             input_bound=bound / abs(self.gain) if bound else None,
-            consumers=() if trivial else tuple(dict.fromkeys(consumer.module for consumer in consumers)),
+            consumers=() if trivial else rewritten_modules(reads),
             note=note,
         )
         return Draft(tuple(edits), entry)
 
+    def _at_borders(self, certificate: Certificate, zeros: list[str], error: float) -> Certificate:
+        """The certificate of a layer that is read beside zeros: an error of φ(a) / (ε φ'(a)) per zero.
+
+        Raises:
+            NeutralizeError: nothing was said to allow an error of that size.
+        """
+        if self.tolerance is None or error > self.tolerance:
+            raise NeutralizeError(
+                f"plan: expected no zero padding beside what {certificate.layer!r} hands on at an operating point "
+                f"other than 0, got {' and '.join(zeros)}: its borders would be wrong, by up to {error:.3g} of the "
+                f"input bound per zero; give tolerance={math.ceil(error * 100) / 100:g} to accept that, or use "
+                "strategy='zero'"
+            )
+        assert certificate.bound is not None
+        return replace(
+            certificate,
+            kind="bounded",
+            bound=max(error, certificate.bound),
+            reason=f"{certificate.reason}; beside {' and '.join(zeros)} {error:.2g}, elsewhere {certificate.bound:.2g}",
+        )
+
     def _certificate(
-        self, layer: str, site: AffineSite, regime: Regime, bound: float, dtype: torch.dtype, *, measured: bool
+        self,
+        request: Request,
+        layer: str,
+        sites: list[AffineSite],
+        regime: Regime,
+        bound: float,
+        *,
+        measured: bool,
     ) -> Certificate:
+        site = sites[0]
+        dtype = request.tensors[site.affine.weight].dtype
+        through_norm = max((norm_error(request, norm) for norm in unique_norms(sites)), default=0.0)
         off_gain = abs(_stored(regime.epsilon * self.gain, dtype) / regime.epsilon - 1.0)
         if site.activation is None or bound == 0.0:
             reason = "the weight is the identity"
             if site.activation is not None:
                 reason += f" and {site.activation.name} is one on what enters, which is never negative"
+            if site.norm is not None:
+                reason += ", and the batch norm's statistics make it one in eval mode"
             if self.gain != 1.0:
-                return Certificate(layer, "bounded", off_gain, "finite activations", f"{reason} times {self.gain:g}")
+                error = off_gain + abs(self.gain) * through_norm
+                return Certificate(layer, "bounded", error, "finite activations", f"{reason} times {self.gain:g}")
+            if site.norm is not None:
+                return Certificate(layer, "rounding", through_norm, "finite activations, eval mode", reason)
             return Certificate(layer, "exact", 0.0, "finite activations, matrix products in full precision", reason)
         relative = regime.error / bound * abs(self.gain) + off_gain
+        # A batch norm without a bias of its own adds the operating point through its mean, and rounds it.
+        reach = 1.0 + abs(regime.point) / (regime.epsilon * bound)
+        relative += through_norm * abs(self.gain) * reach
         source = f"measured on the example inputs, with a margin of {BOUND_MARGIN:g}" if measured else "given"
         limit = bound / abs(self.gain)
         kind = "rounding" if regime.nonlinearity == 0.0 and self.gain == 1.0 else "bounded"
@@ -247,11 +316,6 @@ def _identity_edit(request: Request, layer: str, site: AffineSite) -> tuple[int,
         )
     if not affine.is_convolution:
         return 0, 1
-    name = op_name(node).removeprefix("aten::")
-    if "transpose" in name or name == "convolution":
-        raise NeutralizeError(
-            f"plan: expected a convolution that is not transposed for {layer!r}, got {name}; use 'zero'"
-        )
     if any(stride != 1 for stride in argument(node, "stride", [1])):
         raise NeutralizeError(
             f"plan: expected stride 1 for {layer!r}, got stride {list(argument(node, 'stride'))}; a strided "
@@ -259,7 +323,7 @@ def _identity_edit(request: Request, layer: str, site: AffineSite) -> tuple[int,
             "samples: use strategy='zero', or select the block that contains it"
         )
     kernel = request.flow.shapes[affine.weight][2:]
-    if shape_of(node) != shape_of(affine.data) or any(size % 2 == 0 for size in kernel):
+    if shape_of(node) != shape_of(affine.data) or any(size % 2 == 0 for size in kernel) or _extra(node):
         raise NeutralizeError(
             f"plan: expected a convolution that keeps its input's shape for {layer!r}, got "
             f"{list(shape_of(affine.data) or ())} to "
@@ -269,11 +333,17 @@ def _identity_edit(request: Request, layer: str, site: AffineSite) -> tuple[int,
     return volume // 2, volume
 
 
+def _extra(node: fx.Node) -> bool:
+    """Whether a transposed convolution appends samples."""
+    extra = argument(node, "output_padding", 0)
+    return any(extra) if isinstance(extra, list | tuple) else bool(extra)
+
+
 def _incoming_edits(
     request: Request, site: AffineSite, diagonal: tuple[int, int], value: float, point: float
 ) -> tuple[Rewrite, ...]:
     affine = site.affine
-    groups = int(argument(affine.node, "groups", 1)) if affine.is_convolution else 1
+    groups = affine.groups
     start, step = diagonal
     edits: list[Rewrite] = []
     if groups == 1:
@@ -289,68 +359,42 @@ def _incoming_edits(
                 block = (group * per_group, (group + 1) * per_group)
                 edits.append(request.rewrite(affine.weight, diagonal=value, start=start, step=step, rows=block))
     if affine.bias is not None:
-        edits.append(request.rewrite(affine.bias, fill=point))
+        # A batch norm behind it adds the operating point instead.
+        edits.append(request.rewrite(affine.bias, fill=0.0 if site.norm is not None else point))
     return tuple(edits)
 
 
-def _outgoing_edits(request: Request, layer: str, consumers: list[Affine], regime: Regime) -> list[Edit]:
-    edits: list[Edit] = []
-    for consumer in consumers:
-        if regime.value == 0.0:
-            edits.append(request.rewrite(consumer.weight, scale=regime.rescale))
-            continue
-        if consumer.bias is None:
-            raise NeutralizeError(
-                f"plan: expected a bias in {consumer.module!r} to absorb the operating point of {layer!r}, got none; "
-                "add a "
-                "zero bias to that layer, or use strategy='zero'"
-            )
-        if consumer.is_convolution and consumer.has_padding:
-            raise NeutralizeError(
-                f"plan: expected no zero padding in {consumer.module!r}, which reads {layer!r} at an operating point "
-                "other "
-                "than 0, got a padded convolution: its borders would be wrong; use strategy='zero'"
-            )
-        edits.append(
-            request.fold(
-                consumer.weight,
-                consumer.bias,
-                scale=regime.rescale,
-                shift=-regime.value * regime.rescale,
-                transposed=consumer.transposed,
-            )
-        )
-    return edits
+def _reads(request: Request, sites: list[AffineSite]) -> tuple[list[Read], list[str]]:
+    """What reads a layer in any of its calls: each op (and range of features) once; and other readers, in words."""
+    found: dict[tuple[fx.Node, tuple[int, int] | None], Read] = {}
+    others: list[str] = []
+    for site in sites:
+        reads, rest = reads_of(request.flow, site.result)
+        others.extend(describe(node, request.flow) for node in rest)
+        for read in reads:
+            found.setdefault((read.reader.node, read.features), read)
+    return list(found.values()), others
 
 
-def _check_consumers(
-    request: Request, layer: str, site: AffineSite, consumers: list[Affine], readers: list[str]
-) -> None:
-    """Check that everything that reads the layer can be rescaled, and that nothing else is rescaled with it.
+def _check_readers(request: Request, layer: str, site: AffineSite, reads: list[Read], others: list[str]) -> None:
+    """Check that everything that reads the layer can undo its scale, and that nothing else is rescaled with it.
 
     Raises:
         NeutralizeError: naming the reader in the way.
     """
     assert site.activation is not None
-    if readers:
+    if others:
         raise NeutralizeError(
             f"plan: expected only affine layers to read {layer!r} ({site.activation.name}), got "
-            f"{', '.join(sorted(set(readers)))}; "
-            "its scale can be undone in a weight only: use strategy='zero', or select the block that contains it"
+            f"{', '.join(sorted(set(others)))}; its scale can be undone in a weight only: use strategy='zero', or "
+            "select the block that contains it"
         )
-    if not consumers:
+    if not reads:
         raise NeutralizeError(
             f"plan: expected an affine layer that reads {layer!r} ({site.activation.name}), got none; use "
             "strategy='zero'"
         )
-    for consumer in consumers:
-        if "transpose" in op_name(consumer.node) or op_name(consumer.node) == "aten::convolution":
-            raise NeutralizeError(
-                f"plan: expected a linear layer or a plain convolution to read {layer!r}, got "
-                f"{op_name(consumer.node)}; "
-                "use strategy='zero'"
-            )
-    check_shared(request, layer, consumers)
+    check_readers(request, layer, reads)
 
 
 def _check_follower(request: Request, layer: str, site: AffineSite) -> None:
@@ -360,23 +404,18 @@ def _check_follower(request: Request, layer: str, site: AffineSite) -> None:
         NeutralizeError: naming what follows.
     """
     for reader in site.other_readers:
+        norm = norm_of(reader, request.flow)
+        if norm is not None and norm.own_statistics and any(map(is_activation, norm.result.users)):
+            raise NeutralizeError(
+                f"plan: expected a batch norm or nothing between {layer!r} and its activation, got "
+                f"{describe(reader, request.flow)}: it normalises by what it reads, and no parameters make it the "
+                "identity; use strategy='zero' or 'damp', or select the block that contains it"
+            )
         if "batch_norm" in op_name(reader) or is_activation(reader):
             raise NeutralizeError(
                 f"plan: expected a known activation, an affine layer or a sum after {layer!r}, got "
                 f"{describe(reader, request.flow)}; use strategy='zero' or 'damp', or select the block that contains it"
             )
-
-
-def _peak(request: Request, consumers: list[Affine]) -> float:
-    """Largest magnitude among the consumers' weights and row sums; 1 where there is no data to look at."""
-    peaks = [1.0]
-    for consumer in consumers:
-        tensor = request.tensors[consumer.weight].detach()
-        if tensor.is_meta or not tensor.numel():
-            continue
-        sums = tensor.sum(0 if consumer.transposed else tuple(range(1, tensor.dim())), dtype=torch.float32)
-        peaks.extend((float(tensor.abs().max()), float(sums.abs().max())))
-    return max(peaks)
 
 
 def _why_no_regime(site: AffineSite, layer: str, dtype: torch.dtype) -> str:

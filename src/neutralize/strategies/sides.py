@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 
@@ -86,21 +86,36 @@ def check_shared(request: Request, layer: str, consumers: list[Affine]) -> None:
     Raises:
         NeutralizeError: one is, perhaps because it is tied to another parameter; both are named.
     """
-    ours = {consumer.node for consumer in consumers}
+    nodes: dict[fx.Node, tuple[str, ...]] = {}
     for consumer in consumers:
-        for name in (consumer.weight, consumer.bias):
-            if name is None:
-                continue
-            foreign = [user for user in request.flow.users(name) if not _read_by(user, ours)]
-            if foreign:
-                also = [alias for alias in request.flow.tied[name] if alias != name]
-                tied = f" (it is tied to {', '.join(map(repr, also))})" if also else ""
-                raise NeutralizeError(
-                    f"plan: expected {name!r}, which reads {layer!r}, to read nothing else, got a consumer that is "
-                    f"shared{tied}; "
-                    "rewriting it would change the other path: untie or copy it first, or use strategy='zero' with "
-                    "sides='in'"
-                )
+        nodes[consumer.node] = tuple(name for name in (consumer.weight, consumer.bias) if name is not None)
+        if consumer.added is not None:
+            nodes[consumer.added] = ()
+    check_own(request, layer, nodes)
+
+
+def check_own(request: Request, layer: str, nodes: Mapping[fx.Node, tuple[str, ...]]) -> None:
+    """Check that the parameters of ops are read by these ops alone.
+
+    Args:
+        request: the request.
+        layer: qualified name of the layer that the ops read.
+        nodes: each op with its parameters.
+
+    Raises:
+        NeutralizeError: one is read elsewhere, perhaps because it is tied to another parameter; both are named.
+    """
+    ours = set(nodes)
+    for name in (name for names in nodes.values() for name in names):
+        foreign = [user for user in request.flow.users(name) if not _read_by(user, ours)]
+        if foreign:
+            also = [alias for alias in request.flow.tied[name] if alias != name]
+            tied = f" (it is tied to {', '.join(map(repr, also))})" if also else ""
+            raise NeutralizeError(
+                f"plan: expected {name!r}, which reads {layer!r}, to read nothing else, got a consumer that is "
+                f"shared{tied}; rewriting it would change the other path: untie or copy it first, or use "
+                "strategy='zero' with sides='in'"
+            )
 
 
 def _read_by(node: fx.Node, ours: set[fx.Node]) -> bool:
