@@ -59,7 +59,7 @@ def test_json_is_canonical():
 def test_digest_is_that_of_the_canonical_json():
     # A change of this figure is a change of the format: raise FORMAT_VERSION, ranks of two versions must not agree.
     plan = Plan("zero", (Rewrite("w", (2, 3), "float32", fill=0.5),), (LayerPlan("l", "null", EXACT, (0,)),))
-    assert plan.digest == "c8b244ae1dc42028ae3165a71c82706b796ff540d7c057b5a99d628816223a84"
+    assert plan.digest == "9a72e8f1ee2d3669d7f395d1bfd8546c85c6f87a081b19371629dc9fa1ffdbc5"
 
 
 def test_digest_tells_order_and_every_field():
@@ -144,11 +144,11 @@ REWRITE, FOLD, ASSIGN = ("edits", 0), ("edits", 1), ("edits", 2)
 CERTIFICATE = ("layers", 0, "certificate")
 HUGE = 10**400
 WRONG = [
-    (("format",), 2, "expected format 1, got 2; plan again with this version"),
-    (("format",), True, "expected format 1, got True"),
-    (("format",), 1.0, "expected format 1, got 1.0"),
-    (("format",), "1", "expected format 1, got '1'"),
-    (("format",), [], "expected format 1, got []"),
+    (("format",), 1, "expected format 2, got 1; plan again with this version"),
+    (("format",), True, "expected format 2, got True"),
+    (("format",), 2.0, "expected format 2, got 2.0"),
+    (("format",), "2", "expected format 2, got '2'"),
+    (("format",), [], "expected format 2, got []"),
     (("strategy",), 3, "expected str for strategy, got int"),
     (("edits",), {}, "expected list for edits, got dict"),
     (("edits",), None, "expected list for edits, got NoneType"),
@@ -202,7 +202,7 @@ WRONG = [
     (
         ("layers", 0, "target"),
         "off",
-        "expected one of input, null, scaled, damped, fill for target of 'layer', got 'off'",
+        "expected one of input, null, scaled, damped, fill, mean, offset for target of 'layer', got 'off'",
     ),
     (("layers", 0, "gain"), HUGE, "expected a number that a float holds for LayerPlan.gain, got a larger one"),
     (("layers", 0, "gain"), None, "expected a number for LayerPlan.gain, got NoneType"),
@@ -240,7 +240,7 @@ def paths(content, path=()):
 def test_refuses_a_plan_that_lacks_any_key():
     content = json.loads(SOUND.to_json())
     every = list(paths(content))
-    assert len(every) == 49
+    assert len(every) == 51
     for path in every:
         shortened = copy.deepcopy(content)
         place = shortened

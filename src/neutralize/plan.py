@@ -22,9 +22,9 @@ from neutralize.errors import NeutralizeError, require_finite
 if TYPE_CHECKING:
     from neutralize.undo import Undo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
-TARGETS = ("input", "null", "scaled", "damped", "fill")
+TARGETS = ("input", "null", "scaled", "damped", "fill", "mean", "offset")
 _COLUMN_LIMIT = 1 << 62
 
 
@@ -295,7 +295,8 @@ class LayerPlan:
         layer: qualified name of the layer.
         target: what the layer becomes: ``input`` (its output is its input), ``null`` (its output is zero, or nothing
             reads it), ``scaled`` (its output times ``gain``), ``damped`` (a residual block: what it adds times
-            ``gain``) or ``fill`` (constant weights).
+            ``gain``), ``fill`` (constant weights), ``mean`` (its output, or with ``sides`` ``out`` what its consumers
+            read, is ``values``) or ``offset`` (a residual block: what it adds is ``values``).
         certificate: how exactly.
         edits: indices into the plan's edits.
         activation: name of the activation that belongs to the layer, or ``""``.
@@ -307,6 +308,8 @@ class LayerPlan:
         consumers: qualified names of the modules that read the layer and were rewritten for it.
         sides: which sides of the layer are rewritten, for strategies that have sides.
         note: one remark for the reader, or ``""``.
+        values: for ``mean`` and ``offset``, one number per feature.
+        axis: the dimension of the features in what carries them, counted from the end.
     """
 
     layer: str
@@ -323,6 +326,8 @@ class LayerPlan:
     consumers: tuple[str, ...] = ()
     sides: str = ""
     note: str = ""
+    values: tuple[float, ...] = ()
+    axis: int = -1
 
     def __post_init__(self) -> None:
         """Check the target and the numbers."""
@@ -333,6 +338,11 @@ class LayerPlan:
             )
         numbers = ("gain", "operating_point", "value", "slope", "epsilon", "input_bound")
         _settle_floats(self, *(name for name in numbers if getattr(self, name) is not None))
+        if not all(map(math.isfinite, self.values)):
+            raise NeutralizeError(
+                f"LayerPlan: expected finite values for {self.layer!r}, got NaN or Inf; check their source"
+            )
+        object.__setattr__(self, "values", tuple(map(float, self.values)))
 
 
 @dataclass(frozen=True)

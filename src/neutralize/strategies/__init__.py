@@ -10,6 +10,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.planner import Strategy
 from neutralize.strategies.constant import Constant
 from neutralize.strategies.damp import Damp
+from neutralize.strategies.mean import Mean
 from neutralize.strategies.passthrough import Auto, Passthrough
 from neutralize.strategies.zero import Zero
 
@@ -19,9 +20,10 @@ STRATEGIES: dict[str, type] = {
     "constant": Constant,
     "zero": Zero,
     "damp": Damp,
+    "mean": Mean,
 }
 
-__all__ = ["STRATEGIES", "Auto", "Constant", "Damp", "Passthrough", "Zero", "resolve"]
+__all__ = ["STRATEGIES", "Auto", "Constant", "Damp", "Mean", "Passthrough", "Zero", "resolve"]
 
 
 def resolve(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
