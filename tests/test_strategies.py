@@ -304,3 +304,12 @@ def test_damp_of_a_block_with_a_trailing_activation_is_measured():
 def test_options_are_checked(strategy, options, message):
     with pytest.raises(nz.NeutralizeError, match=message):
         nz.plan(nn.Sequential(nn.Linear(2, 2)), "0", strategy, **options)
+
+
+def test_tied_layers_are_not_damped_twice():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(
+        nz.NeutralizeError, match=r"weights of their own, got '0\.weight', which is tied to '1\.weight'"
+    ):
+        nz.plan(model, ["0", "1"], "damp", example_inputs=unit(3, 8), factor=0.5)

@@ -209,3 +209,22 @@ def without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
         for key, value in kwargs.items()
         if key not in ("dtype", "layout", "device", "pin_memory", "memory_format")
     }
+
+
+def side_readers(flow: Dataflow, call: Call, assignment: Assignment) -> list[fx.Node]:
+    """What reads, outside the block, a value of it that the edits change, other than its first output.
+
+    The excised network hands the first input on and leaves such a value as it was; the rewritten one does not. Values
+    that are only returned by the model are not counted: no layer depends on them.
+    """
+    edited = {alias for name in assignment for alias in flow.tied.get(name, (name,))}
+    changed: set[fx.Node] = set()
+    readers: list[fx.Node] = []
+    node = call.entry
+    while node is not call.exit:
+        node = node.next
+        if any(operand in changed or flow.names.get(operand) in edited for operand in node.all_input_nodes):
+            changed.add(node)
+    for node in changed - {call.exit}:
+        readers += [user for user in node.users if flow.position[user] > call.last and user.op != "output"]
+    return readers

@@ -291,7 +291,7 @@ def _merge(request: Request, strategy: str, drafts: list[Draft]) -> Plan:
         kept = []
         for edit in drafts[place].edits:
             if edit not in edits or not _is_idempotent(edit):
-                _check_conflict(edits, edit)
+                _check_conflict(request, edits, edit)
                 edits.append(edit)
                 kept.append(len(edits) - 1)
             else:
@@ -313,8 +313,16 @@ def _is_idempotent(edit: Edit) -> bool:
     return isinstance(edit, Assign) or (isinstance(edit, Rewrite) and edit.scale == 0)
 
 
-def _check_conflict(edits: list[Edit], edit: Edit) -> None:
+def _check_conflict(request: Request, edits: list[Edit], edit: Edit) -> None:
     if not _is_idempotent(edit):
+        written = {name for earlier in edits for name in earlier.parameters}
+        twice = [name for name in edit.parameters if name in written and len(request.aliases[name]) > 1]
+        if twice:
+            also = ", ".join(repr(alias) for alias in request.aliases[twice[0]] if alias != twice[0])
+            raise NeutralizeError(
+                f"plan: expected layers with weights of their own, got {twice[0]!r}, which is tied to {also} and would "
+                "be rescaled once for each; untie them first (clone the parameter)"
+            )
         return
     for earlier in edits:
         if edit.parameters[0] in earlier.parameters and not _disjoint(earlier, edit):

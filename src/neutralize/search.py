@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal, TypeAlias
 
+import torch
 from torch import fx
 
 from neutralize import ops
@@ -144,7 +145,8 @@ class Search:
         if name in self.refused:
             return False
         if self.flow.dtypes[name] not in ops.DTYPES:
-            self.refused[name] = f"{name!r} is {self.flow.dtypes[name]}, which is not rewritten"
+            if torch.Size(self.flow.shapes[name]).numel() > 1:  # a counter is no weight
+                self.refused[name] = f"{name!r} is {self.flow.dtypes[name]}, which is not rewritten"
             return False
         for user in self.flow.users(name):
             place = self.flow.position[user]
