@@ -106,3 +106,145 @@ def test_every_activation_reaches_its_figure(name, dtype):
 def test_what_several_ops_compute_is_known_by_its_values(name, dtype):
     entry = check(COMPOSITE[name], dtype, GOALS[dtype][name == "logsigmoid"])
     assert entry.activation == name
+
+
+def test_parameters_are_read_from_the_graph():
+    def row(function):
+        model, x = perturbed(Net(function)), unit(8, 8)
+        return nz.plan(model, "middle", example_inputs=x, strategy="passthrough", input_bound=1.0).layers[0]
+
+    assert row(lambda x: F.hardtanh(x, -8.0, 8.0)).epsilon == 8 * row(F.hardtanh).epsilon
+    assert row(lambda x: F.hardtanh(x, 2.0, 4.0)).operating_point == 3.0
+    assert row(F.selu).slope == pytest.approx(1.0507, rel=1e-4)
+    assert row(F.elu).operating_point == 0.0
+    assert row(lambda x: F.elu(x, 2.0)).operating_point >= 1.0
+    assert row(F.logsigmoid).operating_point < -1.0
+
+
+class Sliced(nn.Module):
+    """What reads the layer is no activation, though part of it looks like one."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.function = function
+
+    def forward(self, x):
+        return self.last(self.function(self.middle(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: torch.tanh(h) + h,
+        lambda h: torch.sigmoid(h) * torch.tanh(h),
+        lambda h: h * torch.sigmoid(1.702 * h) * 2,
+        lambda h: h.softmax(-1),
+    ],
+    ids=["skip", "product", "scaled", "softmax"],
+)
+def test_what_only_looks_like_an_activation_is_not_cut_out(function):
+    model, x = perturbed(Sliced(function)), unit(16, 8)
+    try:
+        plan = nz.plan(model, "middle", example_inputs=x)
+    except nz.NeutralizeError:
+        return
+    with torch.no_grad():
+        h = model.first(x)
+        wanted = [model.last(h), model.last(function(h))]
+        with plan.applied(model):
+            assert min(relative(model(x), one) for one in wanted) <= 1e-4
+    assert nz.verify(model, plan, x).relative_error <= 1e-4
+
+
+def test_relu_squared_has_a_window_and_its_bound_holds():
+    for dtype, goal in ((torch.float64, 1e-7), (torch.float32, 5e-3), (torch.bfloat16, 0.5)):
+        assert check(lambda x: F.relu(x) ** 2, dtype, goal).activation == "relu_squared"
+
+
+def test_prelu_is_the_identity_after_relu():
+    model = perturbed(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 3)))
+    assert nz.plan(model, "2", example_inputs=unit(4, 8)).certificates[0].kind == "exact"
+
+
+# ---- registered activations ------------------------------------------------------------------------------------------
+
+
+def snake(x):
+    return x + torch.sin(x) ** 2
+
+
+@pytest.fixture
+def forgetful():
+    names = []
+    yield names.append
+    for name in names:
+        nz.forget_activation(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_registered_activation_is_bounded_by_interval_arithmetic(forgetful, dtype):
+    with pytest.raises(nz.NeutralizeError):
+        nz.plan(perturbed(Net(snake)), "middle", example_inputs=unit(4, 8))
+    row = nz.register_activation("snake", snake)
+    forgetful("snake")
+    assert row.proven
+    assert row.parts[0].slope == 1.0
+    assert row.parts[0].quadratic == pytest.approx(1.0, rel=1e-2)  # φ'' = 2 cos 2z
+    assert check(snake, dtype, GOALS[dtype][0]).activation == "snake"
+
+
+class Snake(nn.Module):
+    def forward(self, x):
+        return x + x.sin().square()
+
+
+def test_a_module_will_do_and_other_spellings_are_recognised(forgetful):
+    nz.register_activation("snake", Snake())
+    forgetful("snake")
+    assert check(lambda x: torch.square(torch.sin(x)).add(x), torch.float32, 2e-5).activation == "snake"
+    assert check(Snake(), torch.float32, 2e-5).activation == "snake"
+
+
+def bent(x):
+    return 2 * x / (1 + (0.25 * x * x).abs())
+
+
+def test_what_is_only_sampled_says_measured(forgetful):
+    row = nz.register_activation("bent", bent)
+    forgetful("bent")
+    assert not row.proven
+    assert row.source == "sampled"
+    model, x = perturbed(Net(bent)), unit(64, 8)
+    plan = nz.plan(model, "middle", example_inputs=x)
+    assert plan.certificates[0].kind == "measured"
+    assert plan.certificates[0].bound is None
+    assert "sampled" in plan.certificates[0].reason
+    assert nz.verify(model, plan, x).relative_error <= 1e-5
+    with pytest.raises(nz.NeutralizeError, match="tolerance"):
+        nz.plan(model, "middle", "passthrough", example_inputs=x, tolerance=1e-3)
+
+
+def test_a_given_curvature_is_taken_at_its_word(forgetful):
+    row = nz.register_activation("bent", bent, curvature=6.0, reach=0.5, source="by hand")
+    forgetful("bent")
+    assert (row.proven, row.parts[0].quadratic, row.parts[0].above, row.source) == (True, 1.5, 0.5, "by hand")
+    assert check(bent, torch.float32, 2e-5).activation == "bent"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tanh", torch.tanh), "expected a new name, got 'tanh'"),
+        (("flat", torch.cos), r"expected a slope other than 0 at 0, got -?0"),
+        (("steps", torch.floor), r"expected a slope other than 0"),
+        (("broken", lambda x: x.nonsense()), r"that autograd can differentiate, got AttributeError"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(arguments, message):
+    with pytest.raises(nz.NeutralizeError, match=message):
+        nz.register_activation(*arguments)
+    with pytest.raises(nz.NeutralizeError, match=r"positive reach"):
+        nz.register_activation("ok", torch.sin, reach=0.0)
+    with pytest.raises(nz.NeutralizeError, match=r"expected a registered name \(none\), got 'tanh'"):
+        nz.forget_activation("tanh")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from neutralize import ops
+from neutralize.activations import forget_activation, register_activation
 from neutralize.dataflow import Inputs
 from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
@@ -31,10 +32,12 @@ __all__ = [
     "Undo",
     "Verification",
     "excised",
+    "forget_activation",
     "guard",
     "neutralize",
     "ops",
     "plan",
+    "register_activation",
     "select",
     "verify",
 ]

@@ -19,13 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import fx
 from torch.nn import functional
 
 from neutralize.dataflow import argument, op_name
+from neutralize.errors import NeutralizeError, require_finite
+from neutralize.intervals import coefficients
 
 Function: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -245,6 +247,11 @@ FUNCTION_NAMES = frozenset(
 # ---- recognition -----------------------------------------------------------------------------------------------------
 
 
+def is_proven(name: str) -> bool:
+    """Whether the error coefficients of the activation of that name are proven; a name without a row has none."""
+    return name not in _REGISTERED or _REGISTERED[name].proven
+
+
 def is_activation(node: fx.Node) -> bool:
     """Whether the node is an activation, known in full (``activation_of``) or by name only."""
     return op_name(node).removeprefix("aten::") in FUNCTION_NAMES
@@ -360,16 +367,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 def _is_pointwise(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or op_name(node) in _BY_OP or is_activation(node) or _has_one_operand(node)
-
-
-def _has_one_operand(node: fx.Node) -> bool:
-    """Whether a custom op may be a registered activation: it reads one tensor and keeps its shape."""
-    before = node.all_input_nodes
-    if not _REGISTERED or len(before) != 1 or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    shapes = [getattr(part.meta.get("val"), "shape", None) for part in (before[0], node)]
-    return shapes[0] is not None and shapes[0] == shapes[1] and node.target.namespace not in ("aten", "neutralize")
+    return torch.Tag.pointwise in tags or op_name(node) in _BY_OP or is_activation(node)
 
 
 def _is_closed(node: fx.Node, result: fx.Node, inside: dict[fx.Node, torch.Tensor | None]) -> bool:
@@ -419,11 +417,95 @@ def _chain(node: fx.Node, steps: list[fx.Node], result: fx.Node) -> Function:
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
-def register(activation: Activation) -> None:
-    """Add a row that ``identify`` recognises by its values, before those of the table."""
-    _REGISTERED[activation.name] = activation
+def register_activation(
+    name: str,
+    function: Function,
+    *,
+    point: float = 0.0,
+    reach: float = 1.0,
+    curvature: float | None = None,
+    source: str = "",
+) -> Activation:
+    """Make an activation known: layers in front of it can be passed through, wherever a model computes it.
+
+    It is recognised by its values: every pointwise computation in a model that has those of ``function`` is it. Its
+    slope comes from autograd; its curvature is given, or bounded by interval arithmetic, which is a proof. Where the
+    function uses an op without an interval rule, the curvature is sampled, and certificates say ``measured``. Where a
+    model computes it by several ops, their rounding is counted, and tried on samples at the operating point.
+
+    Args:
+        name: a name that no other activation has.
+        function: elementwise and without parameters; a module will do. It must work on float64 tensors.
+        point: operating point, where the slope is not zero.
+        reach: how far from the point the curvature is bounded; inputs are scaled to stay within.
+        curvature: sup|φ''| over [point - reach, point + reach], if it is known.
+        source: where the numbers come from.
+
+    Returns:
+        The row.
+
+    Raises:
+        NeutralizeError: the name is taken, a number is out of range, or the slope at the point is zero.
+
+    Source: MATH §2.
+    """
+    where = "register_activation"
+    require_finite(where, point=point, reach=reach, **({} if curvature is None else {"curvature": curvature}))
+    if name in BY_NAME:
+        raise NeutralizeError(f"{where}: expected a new name, got {name!r}, which is in the table; take another")
+    if reach <= 0 or (curvature is not None and curvature < 0):
+        raise NeutralizeError(
+            f"{where}: expected a positive reach and a curvature of 0 or more, got {reach} and {curvature}; "
+            "correct them"
+        )
+    at = torch.tensor(point, dtype=torch.float64, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            value = function(at)
+            slope = float(torch.autograd.grad(value, at)[0])
+    except Exception as error:
+        raise NeutralizeError(
+            f"{where}: expected a function of float64 tensors that autograd can differentiate, got "
+            f"{type(error).__name__}: {error}; give one"
+        ) from error
+    require_finite(where, value=float(value.detach()), slope=slope)
+    if abs(slope) < 1e-6:
+        raise NeutralizeError(
+            f"{where}: expected a slope other than 0 at {point:g}, got {slope:.3g}; give another point"
+        )
+    errors, proven = _curvature(function, point, reach, float(value.detach()), slope, curvature)
+    if not source:
+        source = "given" if curvature is not None else "interval arithmetic" if proven else "sampled"
+    parts = tuple(
+        LinearPart("origin", point, float(value.detach()), slope, quadratic, cubic, reach, reach)
+        for quadratic, cubic in errors
+    )
+    row = Activation(name, (), function, parts, proven=proven, roundoffs=8.0, source=source)
+    _REGISTERED[name] = row
+    return row
 
 
-def forget(name: str) -> Any:
-    """Take away a registered row."""
-    return _REGISTERED.pop(name, None)
+def _curvature(
+    function: Function, point: float, reach: float, value: float, slope: float, curvature: float | None
+) -> tuple[list[tuple[float, float]], bool]:
+    """Pairs of quadratic and cubic coefficients, any of which bounds the error, and whether that is proven."""
+    if curvature is not None:
+        return [(curvature / (2 * abs(slope)), 0.0)], True
+    around, here = coefficients(function, point - reach, point + reach), coefficients(function, point, point, 1)
+    if around is not None and here is not None:
+        return [(around[2] / abs(slope), 0.0), (here[2] / abs(slope), around[3] / abs(slope))], True
+    d = reach * torch.linspace(-1, 1, 20_000, dtype=torch.float64)
+    with torch.no_grad():
+        remainder = (function(point + d) - value - slope * d).abs()
+    return [(1.5 * float((remainder / d.square()).max()) / abs(slope), 0.0)], False
+
+
+def forget_activation(name: str) -> None:
+    """Take back a registration.
+
+    Raises:
+        NeutralizeError: nothing is registered under that name.
+    """
+    if _REGISTERED.pop(name, None) is None:
+        known = ", ".join(_REGISTERED) or "none"
+        raise NeutralizeError(f"forget_activation: expected a registered name ({known}), got {name!r}; check it")

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import fx, nn
 
-from neutralize.activations import is_activation
+from neutralize.activations import is_activation, is_proven
 from neutralize.certify import Interpretation
 from neutralize.dataflow import argument, op_name, shape_of
 from neutralize.errors import NeutralizeError, require_finite
@@ -90,6 +90,8 @@ class Passthrough:
             draft = self._plain(request, layer, [site for site in sites if site is not None])
         else:
             draft = self._block(request, layer)
+        if not is_proven(draft.layer.activation):
+            draft = _measured(draft)
         bound = draft.layer.certificate.bound
         if self.tolerance is not None and (bound is None or bound > self.tolerance):
             raise NeutralizeError(
@@ -256,6 +258,17 @@ class Auto(Passthrough):
     """Pass-through with the strongest certificate there is; where there is none, an error says what would work."""
 
     name = "auto"
+
+
+def _measured(draft: Draft) -> Draft:
+    """The draft without its bound, where the activation's curvature was sampled and not proven."""
+    certificate = replace(
+        draft.layer.certificate,
+        kind="measured",
+        bound=None,
+        reason=f"{draft.layer.certificate.reason}; an estimate: the curvature of {draft.layer.activation} is sampled",
+    )
+    return Draft(draft.edits, replace(draft.layer, certificate=certificate))
 
 
 def identity_assignment(request: Request, layer: str, edit: Preference) -> Assignment | None:
