@@ -402,6 +402,9 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
             if entry.target == "input":
                 stack.enter_context(_cut_out({entry.layer: modules[entry.layer]}, entry.gain))
                 continue
+            if entry.target in ("mean", "offset"):
+                stack.enter_context(_set_to_values(modules, entry))
+                continue
             factor = {"null": 0.0, "fill": 0.0}.get(entry.target, entry.gain)
             if entry.consumers and entry.sides in ("out", "both"):
                 for name in entry.consumers:
@@ -413,6 +416,35 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
                     .register_forward_hook(_times_out(factor, residual=residual), with_kwargs=True)
                     .remove
                 )
+        yield
+
+
+@contextmanager
+def _set_to_values(modules: Mapping[str, nn.Module], entry: LayerPlan) -> Iterator[None]:
+    """Replace what a layer hands on, or adds, or what its consumers read, by the values of its entry."""
+
+    def values(tensor: torch.Tensor) -> torch.Tensor:
+        shape = [len(entry.values) if dim == entry.axis % tensor.dim() else 1 for dim in range(tensor.dim())]
+        return torch.tensor(entry.values, dtype=torch.float64).reshape(shape).to(tensor).expand_as(tensor)
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        tensor = first_tensor((args, kwargs))
+        return None if tensor is None else replace_first_tensor((args, kwargs), values(tensor))
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+        if entering is None or leaving is None:
+            return None
+        set_to = values(leaving) if entry.target == "mean" else entering + values(leaving)
+        return replace_first_tensor(output, set_to)
+
+    with ExitStack() as stack:
+        if entry.sides == "out":
+            for name in entry.consumers:
+                stack.callback(modules[name].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        else:
+            handle = modules[entry.layer].register_forward_hook(leave, with_kwargs=True)
+            stack.callback(handle.remove)
         yield
 
 

@@ -225,16 +225,16 @@ def _routes(request: Request) -> tuple[dict[str, _Route], dict[str, NeutralizeEr
 def _plain_route(request: Request, layer: str, sites: list[AffineSite]) -> _Route:
     site = sites[0]
     axis = _axis(site.affine, request)
-    if site.activation is None and site.affine.bias is not None and _norm(site) is None:
+    if site.activation is None and site.affine.bias is not None and site.norm is None:
         return _Route("bias", (layer,), axis, site=site)
     why = _why_not_consumers(request, layer, sites)
     if not why:
         consumers = tuple(unique(consumer for one in sites for consumer in one.consumers))
         watched = tuple(dict.fromkeys(consumer.module for consumer in consumers))
         return _Route("consumers", watched, _axis(consumers[0], request), site=site, consumers=consumers)
-    if site.affine.bias is not None and _norm(site) is None:
+    if site.affine.bias is not None and site.norm is None:
         return _Route("bias", (layer,), axis, site=site)
-    missing = "a batch norm behind it" if _norm(site) is not None else "no bias of its own"
+    missing = "a batch norm behind it" if site.norm is not None else "no bias of its own"
     raise NeutralizeError(
         f"plan: expected a bias that can hold the mean of {layer!r}, got {missing} and {why}; add a zero bias, select "
         "the block that contains it, or use strategy='zero'"
@@ -244,7 +244,7 @@ def _plain_route(request: Request, layer: str, sites: list[AffineSite]) -> _Rout
 def _why_not_consumers(request: Request, layer: str, sites: list[AffineSite]) -> str:
     """Why the mean cannot go into the biases of what reads a layer; empty if it can."""
     consumers = unique(consumer for site in sites for consumer in site.consumers)
-    if any(_norm(site) is not None for site in sites):
+    if any(site.norm is not None for site in sites):
         return "a batch norm before what reads it"
     if any(site.other_readers for site in sites) or not consumers:
         return "readers that are not affine"
@@ -262,11 +262,6 @@ def _why_not_consumers(request: Request, layer: str, sites: list[AffineSite]) ->
     except NeutralizeError:
         return "a reader whose weights are shared"
     return ""
-
-
-def _norm(site: AffineSite) -> object:
-    """The norm between a layer and its activation, or ``None``."""
-    return getattr(site, "norm", None)
 
 
 def _axis(affine: Affine, request: Request) -> int:
@@ -305,7 +300,7 @@ def _factor_to(affine: Affine, exit_: fx.Node) -> float | None:
 
     The views must leave the features in their place.
     """
-    node, factor = getattr(affine, "added", None) or affine.node, 1.0
+    node, factor = affine.result, 1.0
     features = -(len(shape_of(node) or ()) - 1) if affine.is_convolution else -1
     while node is not exit_:
         readers = list(node.users)
@@ -313,7 +308,7 @@ def _factor_to(affine: Affine, exit_: fx.Node) -> float | None:
         if before is None or after is None:
             return None
         reader, op = readers[0], op_name(readers[0])
-        numbers = [part for part in reader.args if is_number(part) and part != 0]
+        numbers: list[Any] = [part for part in reader.args if is_number(part) and part != 0]
         if op in ("aten::mul", "aten::div") and len(numbers) == 1:
             number = float(numbers[0])
             if op == "aten::div" and reader.args[0] is not node:
