@@ -13,6 +13,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
 from neutralize.plan import Assign, Certificate, Fold, LayerPlan, Plan, Rewrite
 from neutralize.planner import Strategy, plan
+from neutralize.ramp import Ramp, ramp
 from neutralize.select import Layers, select
 from neutralize.strategies import STRATEGIES
 from neutralize.undo import Undo
@@ -27,6 +28,7 @@ __all__ = [
     "LayerPlan",
     "NeutralizeError",
     "Plan",
+    "Ramp",
     "Rewrite",
     "Strategy",
     "Undo",
@@ -37,6 +39,7 @@ __all__ = [
     "neutralize",
     "ops",
     "plan",
+    "ramp",
     "register_activation",
     "select",
     "verify",

@@ -1,0 +1,141 @@
+"""Ramp: switch layers off gradually while training goes on."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from neutralize import ops
+from neutralize.apply import tensors_of
+from neutralize.dataflow import Inputs
+from neutralize.errors import NeutralizeError
+from neutralize.plan import Plan, Rewrite
+from neutralize.planner import plan
+from neutralize.select import Layers, unwrap
+from neutralize.strategies.damp import Damp
+from neutralize.undo import overwrite_
+
+Shape = Literal["linear", "cosine"]
+
+
+class Ramp:
+    """Takes a layer's contribution from 1 to 0 in a given number of steps, training in between.
+
+    Each step multiplies the weights that scale the contribution by the ratio of two factors, so what training did to
+    them stays; the last step writes the null, exactly, whatever they had become. Where a factor is ``1 + w`` it is that
+    sum that is multiplied.
+
+    ``restore`` puts these weights back to what they were before the ramp, bit for bit: what training did to them since
+    is lost, and what it did to all others stays. In a ``with`` block this is done if the block ends with an exception.
+    """
+
+    def __init__(self, model: nn.Module, null: Plan, steps: int, shape: Shape) -> None:
+        """Start at a factor of 1; nothing is written yet.
+
+        Args:
+            model: the model planned for.
+            null: the plan of ``damp`` by zero.
+            steps: how many steps lead to it.
+            shape: ``linear`` or ``cosine``.
+        """
+        named = tensors_of(model)
+        self._blocks: list[tuple[torch.Tensor, Rewrite]] = [
+            (named[edit.parameter], edit) for edit in null.edits if isinstance(edit, Rewrite)
+        ]
+        # The plan is written once and taken back: every check of an application is made before the first step.
+        with null.applied(model):
+            pass
+        self._saved = [edit.block(tensor.detach()).clone() for tensor, edit in self._blocks]
+        self._steps, self._shape = steps, shape
+        self.plan = null
+        self.steps_done = 0
+
+    @property
+    def factor(self) -> float:
+        """What the contribution is multiplied by at the moment: 1 at the start, 0 at the end."""
+        return _factor(self.steps_done, self._steps, self._shape)
+
+    @property
+    def done(self) -> bool:
+        """Whether the layers are off."""
+        return self.steps_done == self._steps
+
+    def step(self) -> float:
+        """Go one step on, after the optimizer's step; at the end the null is written again, as training moves it.
+
+        Returns:
+            The factor reached.
+        """
+        if not self._saved:
+            raise NeutralizeError("ramp: expected a ramp that is on, got a step after restore; make a new one")
+        before = self.factor
+        self.steps_done = min(self.steps_done + 1, self._steps)
+        ratio = self.factor / before if before else 0.0
+        # Toward the null v: w <- r w + (1 - r) v, where v is 0, or -1 for a factor of 1 + w.
+        ops.rewrite_(
+            [edit.block(tensor.detach()) for tensor, edit in self._blocks],
+            scale=ratio,
+            fill=[(1.0 - ratio) * edit.fill for _, edit in self._blocks],
+        )
+        return self.factor
+
+    def restore(self) -> None:
+        """Put back the weights from before the ramp, bit for bit; a second call does nothing."""
+        for (tensor, edit), values in zip(self._blocks, self._saved, strict=False):
+            overwrite_(edit.block(tensor.detach()), values)
+        self._saved, self.steps_done = [], 0
+
+    def __enter__(self) -> Ramp:
+        """Return the ramp."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Restore after an exception; else leave the layers where they are."""
+        if kind is not None:
+            self.restore()
+
+    def __repr__(self) -> str:
+        """Say how far it is."""
+        return f"Ramp({self.steps_done} of {self._steps} steps, factor {self.factor:.4g})"
+
+
+def ramp(
+    model: nn.Module,
+    layers: Layers,
+    *,
+    steps: int,
+    shape: Shape = "linear",
+    example_inputs: Inputs | None = None,
+) -> Ramp:
+    """Switch layers off gradually: call ``step`` on the result after each step of the optimizer.
+
+    After the last step the plan (``.plan``) is applied as if by ``plan.apply``, and ``guard`` can hold it.
+
+    Args:
+        model: a model with weights.
+        layers: see ``select``.
+        steps: how many steps lead from the whole contribution to none.
+        shape: ``linear``, or ``cosine``: half a period, flat at both ends.
+        example_inputs: see ``plan``.
+
+    Raises:
+        NeutralizeError: see ``plan`` of ``damp``; or ``steps`` or ``shape`` is none.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise NeutralizeError(f"ramp: expected a number of steps of 1 or more, got {steps!r}; give one")
+    if shape not in ("linear", "cosine"):
+        raise NeutralizeError(f"ramp: expected linear or cosine for shape, got {shape!r}; use one of these")
+    return Ramp(unwrap(model), plan(model, layers, Damp(0.0), example_inputs=example_inputs), steps, shape)
+
+
+def _factor(done: int, steps: int, shape: Shape) -> float:
+    if done >= steps:
+        return 0.0
+    part = done / steps
+    return 1.0 - part if shape == "linear" else (1.0 + math.cos(math.pi * part)) / 2
