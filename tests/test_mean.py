@@ -229,6 +229,33 @@ def test_refusals_name_the_cause(model, layer, given, message):
         nz.plan(model.eval(), layer, "mean", batches=given, example_inputs=example)
 
 
+def test_a_layer_that_moves_its_features_is_refused():
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.lin(x).transpose(1, 2)
+
+    model, x = nn.Sequential(Moving(), nn.Linear(8, 2)), unit(2, 8, 8)
+    with pytest.raises(nz.NeutralizeError, match=r"leaves its features in their dimension, got '0', which moves them"):
+        nz.plan(model, "0", "mean", batches=[x], example_inputs=x)
+
+
+def test_one_layer_before_two_activations_is_refused():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.lin(torch.relu(self.lin(x)))))
+
+    with pytest.raises(nz.NeutralizeError, match=r"the same activation behind every call of 'lin', got relu, tanh"):
+        nz.plan(Shared(), "lin", "mean", batches=batches(), example_inputs=unit(4, 8))
+
+
 def test_batches_are_needed():
     with pytest.raises(nz.NeutralizeError, match=r"expected batches for strategy 'mean', got none; give batches="):
         nz.plan(nn.Sequential(nn.Linear(8, 8)), "0", "mean")

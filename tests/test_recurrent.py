@@ -165,6 +165,16 @@ def test_a_recurrent_layer_reads_a_recurrent_layer():
         assert verification.relative_error <= 1e-5
 
 
+def test_a_reader_whose_weight_is_shared_is_refused():
+    class Shared(Tagger):
+        def forward(self, x):
+            return self.last(self.rnn(self.first(x))[0]) + self.last(self.first(x))
+
+    model = Shared(nn.GRU)
+    with pytest.raises(nz.NeutralizeError, match=r"'last\.weight', which reads 'rnn', to read nothing else"):
+        nz.plan(model, "rnn", example_inputs=unit(3, 5, 8))
+
+
 def test_the_oracle_cuts_recurrent_layers_out():
     for kind in KINDS.values():
         model, x = perturbed(Tagger(kind, num_layers=2)), unit(3, 5, 8)

@@ -225,6 +225,17 @@ def _routes(request: Request) -> tuple[dict[str, _Route], dict[str, NeutralizeEr
 def _plain_route(request: Request, layer: str, sites: list[AffineSite]) -> _Route:
     site = sites[0]
     axis = _axis(site.affine, request)
+    activations = {one.activation.name if one.activation is not None else "none" for one in sites}
+    if len(activations) > 1:
+        raise NeutralizeError(
+            f"plan: expected the same activation behind every call of {layer!r}, got {', '.join(sorted(activations))}; "
+            "use strategy='zero'"
+        )
+    if any(_moves_features(node, axis) for one in sites for node in _behind(one)):
+        raise NeutralizeError(
+            f"plan: expected a layer that leaves its features in their dimension, got {layer!r}, which moves them; "
+            "select the affine layer inside it"
+        )
     if site.activation is None and site.affine.bias is not None and site.norm is None:
         return _Route("bias", (layer,), axis, site=site)
     why = _why_not_consumers(request, layer, sites)
@@ -262,6 +273,22 @@ def _why_not_consumers(request: Request, layer: str, sites: list[AffineSite]) ->
     except NeutralizeError:
         return "a reader whose weights are shared"
     return ""
+
+
+def _behind(site: AffineSite) -> Iterator[fx.Node]:
+    """The nodes from the affine op to the end of the selected module."""
+    node = site.affine.result
+    while node is not site.call.exit:
+        node = node.next
+        yield node
+
+
+def _moves_features(node: fx.Node, axis: int) -> bool:
+    """Whether a view takes the features out of the dimension that they are in."""
+    if not is_transparent(node) or is_mark(node) or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = shape_of(node.args[0]), shape_of(node)
+    return op_name(node) in _MOVES or before is None or after is None or before[axis:] != after[axis:]
 
 
 def _axis(affine: Affine, request: Request) -> int:
@@ -316,9 +343,7 @@ def _factor_to(affine: Affine, exit_: fx.Node) -> float | None:
             factor = factor * number if op == "aten::mul" else factor / number
         elif op == "aten::add" and argument(reader, "alpha", 1) == 1 and before == after:
             pass
-        elif (
-            not is_transparent(reader) or op in _MOVES or not (is_mark(reader) or before[features:] == after[features:])
-        ):
+        elif not is_transparent(reader) or _moves_features(reader, features):
             return None
         node = reader
     return factor

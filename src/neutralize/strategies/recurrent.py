@@ -30,7 +30,7 @@ from neutralize.planner import BOUND_MARGIN, Draft, Request
 from neutralize.regime import unit_roundoff
 from neutralize.rules import CAST, is_transparent, scaled_clauses
 from neutralize.sites import Affine, affine_of, describe
-from neutralize.strategies.sides import check_shared
+from neutralize.strategies.sides import check_own
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,13 @@ def _consumers(request: Request, layer: str, sites: list[RecurrentSite]) -> list
             f"plan: expected only affine or recurrent layers to read {layer!r}, got {found or 'none'}; its scale ε can "
             "be undone in a weight only: use strategy='zero', or select the block that contains it"
         )
-    check_shared(request, layer, consumers)
+    nodes: dict[fx.Node, tuple[str, ...]] = {}
+    for consumer in consumers:
+        names = (consumer.weight, *([] if consumer.bias is None else [consumer.bias]))
+        nodes[consumer.node] = (*nodes.get(consumer.node, ()), *names)
+        if consumer.added is not None:
+            nodes[consumer.added] = ()
+    check_own(request, layer, nodes)
     return consumers
 
 
