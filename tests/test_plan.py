@@ -202,7 +202,7 @@ WRONG = [
     (
         ("layers", 0, "target"),
         "off",
-        "expected one of input, null, scaled, damped, fill, mean, offset for target of 'layer', got 'off'",
+        "expected one of input, partial, null, scaled, damped, fill, mean, offset for target of 'layer', got 'off'",
     ),
     (("layers", 0, "gain"), HUGE, "expected a number that a float holds for LayerPlan.gain, got a larger one"),
     (("layers", 0, "gain"), None, "expected a number for LayerPlan.gain, got NoneType"),

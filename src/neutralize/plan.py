@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
-TARGETS = ("input", "null", "scaled", "damped", "fill", "mean", "offset")
+TARGETS = ("input", "partial", "null", "scaled", "damped", "fill", "mean", "offset")
 _COLUMN_LIMIT = 1 << 62
 
 
@@ -293,7 +293,8 @@ class LayerPlan:
 
     Attributes:
         layer: qualified name of the layer.
-        target: what the layer becomes: ``input`` (its output is its input), ``null`` (its output is zero, or nothing
+        target: what the layer becomes: ``input`` (its output is its input), ``partial`` (its output is as many features
+            of its input as it has, and zeros for the rest), ``null`` (its output is zero, or nothing
             reads it), ``scaled`` (its output times ``gain``), ``damped`` (a residual block: what it adds times
             ``gain``), ``fill`` (constant weights), ``mean`` (its output, or with ``sides`` ``out`` what its consumers
             read, is ``values``) or ``offset`` (a residual block: what it adds is ``values``).

@@ -212,7 +212,7 @@ class Request:
         ]
         args, kwargs = placed_inputs(self.model, given)
         try:
-            with torch.no_grad(), untouched(self.model), excised(self.model, list(self.layers.values())):
+            with torch.no_grad(), untouched(self.model), excised(self.model, list(self.layers.values()), partial=True):
                 self.model(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
         except NeutralizeError:
             raise

@@ -24,6 +24,7 @@ from neutralize.plan import LayerPlan, Plan
 from neutralize.select import Layers, select, unwrap
 from neutralize.undo import untouched
 
+_HANDING_ON = ("input", "partial")
 # Functions that work element by element; ``x * y`` comes as ``mul``, ``2 - x`` as ``__rsub__``.
 _POINTWISE = FUNCTION_NAMES | frozenset(
     """abs add addcmul atan ceil clamp clamp_max clamp_min clip cos cosh div divide erf erfc exp exp2 expm1 floor
@@ -179,7 +180,7 @@ class _Followers(TorchFunctionMode):
 
 
 @contextmanager
-def excised(model: nn.Module, layers: Layers) -> Iterator[None]:
+def excised(model: nn.Module, layers: Layers, *, partial: bool = False) -> Iterator[None]:
     """Cut layers out of the forward pass for the length of a ``with`` block; the weights are not touched.
 
     A block hands its first tensor input on as its first tensor output. A plain affine layer does the same, and the
@@ -189,20 +190,22 @@ def excised(model: nn.Module, layers: Layers) -> Iterator[None]:
     Args:
         model: any module.
         layers: see ``neutralize.select``.
+        partial: a layer whose output is wider or narrower than its input hands on the features that fit, and zeros for
+            the rest; else it is an error.
 
     Raises:
         NeutralizeError: nothing is selected; or, during a forward pass, a layer's output does not have its input's
             shape.
     """
-    with _cut_out(dict(select(unwrap(model), layers))):
+    with _cut_out(dict(select(unwrap(model), layers)), partial=partial):
         yield
 
 
 @contextmanager
-def _cut_out(layers: Mapping[str, nn.Module], gain: float = 1.0) -> Iterator[None]:
+def _cut_out(layers: Mapping[str, nn.Module], gain: float = 1.0, *, partial: bool = False) -> Iterator[None]:
     mode = _Followers()
     handles = [
-        module.register_forward_hook(_cut(name, module, mode, gain), with_kwargs=True)
+        module.register_forward_hook(_cut(name, module, mode, gain, partial=partial), with_kwargs=True)
         for name, module in layers.items()
     ]
     try:
@@ -218,13 +221,15 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None and not isinstance(module, nn.RNNBase)
 
 
-def _cut(name: str, module: nn.Module, mode: _Followers, gain: float) -> Callable[..., Any]:
+def _cut(name: str, module: nn.Module, mode: _Followers, gain: float, *, partial: bool) -> Callable[..., Any]:
     is_leaf = _is_leaf(module)
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
         if isinstance(module, nn.RNNBase) and module.bidirectional and entering is not None and leaving is not None:
             entering = _per_direction(entering, leaving)
+        if partial and entering is not None and leaving is not None:
+            entering = _fitted(entering, leaving)
         if entering is None or leaving is None or entering.shape != leaving.shape:
             shapes = [None if tensor is None else list(tensor.shape) for tensor in (entering, leaving)]
             raise NeutralizeError(
@@ -236,6 +241,20 @@ def _cut(name: str, module: nn.Module, mode: _Followers, gain: float) -> Callabl
         return replace_first_tensor(output, mode.hand_on(entering) if is_leaf else entering)
 
     return hook
+
+
+def _fitted(entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+    """The first features of what enters, as many as leave, and zeros for the rest; as it is if more is different."""
+    differing = [
+        dim for dim, size in enumerate(leaving.shape) if entering.dim() == leaving.dim() and size != entering.shape[dim]
+    ]
+    if len(differing) != 1:
+        return entering
+    dim = differing[0]
+    kept = entering.narrow(dim, 0, min(entering.shape[dim], leaving.shape[dim]))
+    missing = list(leaving.shape)
+    missing[dim] -= kept.shape[dim]
+    return torch.cat([kept, kept.new_zeros(missing)], dim)
 
 
 def _per_direction(entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
@@ -399,8 +418,9 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
         for entry in plan.layers:
             if entry.layer in cut:
                 continue
-            if entry.target == "input":
-                stack.enter_context(_cut_out({entry.layer: modules[entry.layer]}, entry.gain))
+            if entry.target in _HANDING_ON:
+                partial = entry.target == "partial"
+                stack.enter_context(_cut_out({entry.layer: modules[entry.layer]}, entry.gain, partial=partial))
                 continue
             if entry.target in ("mean", "offset"):
                 stack.enter_context(_set_to_values(modules, entry))
@@ -482,7 +502,7 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
     if entry.target == "null" and entry.sides != "out":
         leaving = got.leaving[entry.layer]
         return float(leaving.double().abs().max()) if leaving.numel() else 0.0, True
-    if entry.target != "input":
+    if entry.target not in _HANDING_ON:
         # What reads a layer shows whether its contribution is as wanted, unless that is a layer of the plan itself.
         planned = {other.layer for other in plan.layers}
         places = [name for name in entry.consumers if name not in planned] if entry.sides in ("out", "both") else []
@@ -500,6 +520,8 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
     handed_on = seen.value.double() if entry.epsilon is None else _decode(entry, seen.value.double())
     if entry.activation in ("lstm", "gru", "rnn"):
         entering = _per_direction(entering, handed_on)
+    if entry.target == "partial":
+        entering = _fitted(entering, handed_on)
     if handed_on.numel() != entering.numel():
         return None
     expected = entry.gain * entering.reshape(handed_on.shape)
@@ -514,7 +536,7 @@ def _encoding(layer: str, plan: Plan) -> float:
     for entry in plan.layers:
         if (
             layer in entry.consumers
-            and entry.target == "input"
+            and entry.target in _HANDING_ON
             and entry.epsilon is not None
             and entry.slope is not None
         ):
@@ -526,7 +548,7 @@ def _decoded(layer: str, plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
     """What enters a layer, decoded if the layer that it reads is a pass-through itself."""
     for entry in plan.layers:
         reads = any(name == layer or name.startswith(f"{layer}.") for name in entry.consumers)
-        if reads and entry.target == "input" and entry.layer != layer:
+        if reads and entry.target in _HANDING_ON and entry.layer != layer:
             return _decode(entry, tensor)
     return tensor
 

@@ -50,6 +50,8 @@ class Passthrough:
         tolerance: refuse a layer whose certificate has a larger bound (relative to X).
         edit: for blocks, which parameters to write: ``cheapest`` (the fewest bytes), ``outgoing`` (the last affine
             parameters: gradients still reach them), ``incoming`` (the entry norm or the first projections).
+        partial: let a plain layer with more or fewer outputs than inputs hand on the features that fit: the first ones,
+            and zeros for the rest.
 
     Source: MATH §2 (plain layers), §4 (blocks), §6 (recurrent layers).
     """
@@ -58,6 +60,7 @@ class Passthrough:
     input_bound: float | None = None
     tolerance: float | None = None
     edit: Preference = "cheapest"
+    partial: bool = False
 
     name = "passthrough"
 
@@ -123,7 +126,8 @@ class Passthrough:
 
     def _plain(self, request: Request, layer: str, sites: list[AffineSite]) -> Draft:
         site = sites[0]
-        incoming = _identity_edit(request, layer, site)
+        incoming = _identity_edit(request, layer, site, partial=self.partial)
+        entering_width, leaving_width = widths(site, request.flow)
         if not all(stays_in_place(one) for one in sites):
             raise NeutralizeError(
                 f"plan: expected a layer that leaves every feature in its place, got {layer!r}, which rearranges its "
@@ -170,11 +174,12 @@ class Passthrough:
         for remark in (
             f"not exact beside {' and '.join(zeros)}: zeros stand there, not φ(a)" if zeros else "",
             f"holds in eval mode: the batch norm {site.norm.module!r} is the identity there" if site.norm else "",
+            _which_pass(entering_width, leaving_width),
         ):
             note = "; ".join(filter(None, (note, remark)))
         entry = LayerPlan(
             layer,
-            "input",
+            "input" if entering_width == leaving_width else "partial",
             certificate,
             (),
             activation=activation.name if activation else "",
@@ -313,7 +318,16 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
     )
 
 
-def _identity_edit(request: Request, layer: str, site: AffineSite) -> tuple[int, int]:
+def _which_pass(entering: int, leaving: int) -> str:
+    """Say which features a layer hands on whose widths differ."""
+    if entering == leaving:
+        return ""
+    passing = f"features 0:{min(entering, leaving)} of {entering} pass"
+    rest = f"{entering - leaving} are dropped" if entering > leaving else f"{leaving - entering} outputs are zero"
+    return f"{passing}, {rest}"
+
+
+def _identity_edit(request: Request, layer: str, site: AffineSite, *, partial: bool) -> tuple[int, int]:
     """Start and step of the diagonal that makes the layer the identity.
 
     Raises:
@@ -321,11 +335,12 @@ def _identity_edit(request: Request, layer: str, site: AffineSite) -> tuple[int,
     """
     affine, node = site.affine, site.affine.node
     entering, leaving = widths(site, request.flow)
-    if entering != leaving:
+    grouped = affine.is_convolution and int(argument(node, "groups", 1)) != 1
+    if entering != leaving and (not partial or grouped):
         raise NeutralizeError(
             f"plan: expected a layer with as many outputs as inputs, got {layer!r} from {entering} to {leaving} "
-            "features; "
-            "use strategy='zero' or 'damp', or select the block that contains it"
+            "features; use strategy='zero' or 'damp', select the block that contains it, or "
+            f"{'ungroup it' if grouped else 'give partial=True to hand on the features that fit'}"
         )
     if not affine.is_convolution:
         return 0, 1
@@ -336,7 +351,9 @@ def _identity_edit(request: Request, layer: str, site: AffineSite) -> tuple[int,
             "samples: use strategy='zero', or select the block that contains it"
         )
     kernel = request.flow.shapes[affine.weight][2:]
-    if shape_of(node) != shape_of(affine.data) or any(size % 2 == 0 for size in kernel) or _extra(node):
+    before, after = shape_of(affine.data) or (), shape_of(node) or ()
+    space = slice(-len(kernel), None)  # the channels are what ``widths`` has compared
+    if before[space] != after[space] or any(size % 2 == 0 for size in kernel) or _extra(node):
         raise NeutralizeError(
             f"plan: expected a convolution that keeps its input's shape for {layer!r}, got "
             f"{list(shape_of(affine.data) or ())} to "
