@@ -279,20 +279,23 @@ def is_own_layer(site: AffineSite, flow: Dataflow) -> bool:
 
 def stays_in_place(site: AffineSite) -> bool:
     """Whether every element leaves the selected module where it entered, if the affine op itself moves none."""
-    shape = shape_of(site.call.entry)
-    if shape is None or shape_of(site.affine.data) is None:
-        return False
-    indices = torch.arange(math.prod(shape)).reshape(shape)
+    moves: list[fx.Node] = []
     for start, end in ((site.call.entry, site.affine.data), (site.affine.result, site.call.exit)):
-        path = []
-        node = end
+        path, node = [], end
         while node is not start:
             path.append(node)
             node = node.args[0]  # type: ignore[assignment]
-        for step in reversed(path):
-            if op_name(step) in REARRANGE and not is_mark(step):
-                indices = step.target(indices.clone(), *step.args[1:], **without_dtype(step.kwargs))  # type: ignore[operator]
-    return torch.equal(indices, torch.arange(math.prod(shape)).reshape(shape))
+        moves.extend(step for step in reversed(path) if op_name(step) in REARRANGE and not is_mark(step))
+    shape = shape_of(site.call.entry)
+    if not moves:
+        return True
+    if shape is None:
+        return False
+    entered = torch.arange(math.prod(shape)).reshape(shape)
+    indices = entered
+    for step in moves:
+        indices = step.target(indices.clone(), *step.args[1:], **without_dtype(step.kwargs))  # type: ignore[operator]
+    return torch.equal(indices, entered)
 
 
 def describe(node: fx.Node, flow: Dataflow) -> str:

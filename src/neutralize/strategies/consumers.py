@@ -16,7 +16,7 @@ import math
 import torch
 from torch import fx
 
-from neutralize.dataflow import Dataflow
+from neutralize.dataflow import Dataflow, dtype_of
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Edit
 from neutralize.planner import Request
@@ -231,6 +231,7 @@ def norm_error(request: Request, norm: Norm) -> float:
     assert norm.variance is not None
     dtype = request.tensors[norm.variance].dtype
     stored = float(torch.tensor(1.0 - norm.eps, dtype=torch.float64).to(dtype).double())
-    data = norm.node.meta.get("val")
-    unit = torch.finfo(data.dtype if isinstance(data, torch.Tensor) else dtype).eps / 2
-    return abs(stored + norm.eps - 1.0) + 6 * unit
+    data = dtype_of(norm.data) or dtype
+    # Arithmetic on the 16-bit types is in float32 and rounds once on store.
+    roundoffs = 6 if data in (torch.float32, torch.float64) else 2
+    return abs(1.0 / math.sqrt(stored + norm.eps) - 1.0) + roundoffs * torch.finfo(data).eps / 2
