@@ -197,7 +197,8 @@ def least_error(tanhs: int, dtype: torch.dtype, bound: float, consumer_peak: flo
         epsilon = 2.0**exponent
         if epsilon < info.tiny or max(consumer_peak, 1.0) / epsilon > info.max / 2:
             break
-        nonlinearity = tanhs * epsilon**2 * bound**3 / 3
+        argument_bound = epsilon * bound
+        nonlinearity = tanhs * argument_bound * argument_bound * bound / 3
         rounding = _TANH_ROUNDOFFS * tanhs * unit * bound + 2 * tanhs * info.tiny * unit / epsilon
         shut = 4 * tanhs * math.exp(-min(saturation(dtype), 700.0)) * bound
         if best is None or nonlinearity + rounding + shut < best[1] / 1.05:  # of equally good ones the largest
