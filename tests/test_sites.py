@@ -162,6 +162,12 @@ READERS = {
         lambda net, h, x: net.parts["head"](torch.cat([x.sin(), h], 1).flatten(1)),
         lambda: {"head": nn.Linear(12 * 56, 3)},
     ),
+    "concatenation, max pool, split": (
+        IMAGE,
+        lambda: conv(2, 6, 6, 1),
+        lambda net, h, x: net.parts["head"](F.max_pool2d(torch.cat([x, h], 1), 2).chunk(3, 1)[1]),
+        lambda: {"head": conv(2, 4, 3, 1)},
+    ),
     "the same twice in a concatenation": (
         VECTOR,
         linear(6, 6),
@@ -437,6 +443,27 @@ REFUSALS = {
         net(linear(6, 6), torch.tanh, lambda net, h, x: net.parts["head"](torch.cat([h, x], 0)), head=linear(6, 3)),
         VECTOR,
         r"only affine layers to read 'layer' \(tanh\), got linear with 'parts.head.weight'",
+    ),
+    "a maximum over the layer and something else": (
+        net(
+            linear(6, 6),
+            torch.tanh,
+            lambda net, h, x: net.parts["head"](torch.stack([h, x], -1).amax(-1)),
+            head=linear(6, 3),
+        ),
+        VECTOR,
+        r"only affine layers to read 'layer' \(tanh\), got amax",
+    ),
+    "an addmm with factors of its own": (
+        net(
+            linear(6, 6),
+            torch.sigmoid,
+            lambda net, h, x: torch.addmm(net.bias, h, net.weight, beta=0.5),
+            weight=lambda: unit(6, 3),
+            bias=lambda: unit(3),
+        ),
+        VECTOR,
+        r"only affine layers to read 'layer' \(sigmoid\), got addmm",
     ),
     "a concatenation into groups": (
         net(

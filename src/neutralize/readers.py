@@ -200,7 +200,13 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way) -> _Way | None:
     if op in ("aten::constant_pad_nd", "aten::pad"):
         return None  # whose zeros these would be is not said by a marker
     marker = _run(node, way.marker)
-    return None if marker is None else _Way(node, marker, zeros, ordered)
+    if marker is None:
+        return None
+    if op in _MAXIMA:  # of the layer's values or of others: a maximum over both is neither
+        others = _run(node, 1 - way.marker)
+        if others is None or not bool((marker + others == 1).all()):
+            return None
+    return _Way(node, marker, zeros, ordered)
 
 
 def _marker_of(part: Any, way: _Way) -> torch.Tensor | None:

@@ -137,6 +137,8 @@ def affine_of(node: fx.Node, flow: Dataflow) -> Affine | None:
     operands = affine_operands(node)
     if operands is None:
         return None
+    if any(not is_number(argument(node, factor, 1), 1) for factor in ("alpha", "beta")):
+        return None
     data, weight, bias = operands
     transposed = op_name(node) in ("aten::addmm", "aten::mm", "aten::matmul")
     while weight not in flow.names:
