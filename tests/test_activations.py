@@ -194,6 +194,13 @@ def test_a_registered_activation_is_bounded_by_interval_arithmetic(forgetful, dt
     assert check(snake, dtype, GOALS[dtype][0]).activation == "snake"
 
 
+def test_a_registered_activation_may_fall(forgetful):
+    nz.register_activation("falling", lambda x: torch.exp(-2 * x) - x, reach=0.5)
+    forgetful("falling")
+    entry = check(lambda x: torch.exp(-2 * x) - x, torch.float64, 1e-6)
+    assert (entry.activation, entry.slope, entry.value) == ("falling", -3.0, 1.0)
+
+
 class Snake(nn.Module):
     def forward(self, x):
         return x + x.sin().square()

@@ -141,3 +141,17 @@ def test_a_composite_that_cancels_is_not_relied_on():
     got = clumsy.function(regime.epsilon * x) / regime.epsilon
     assert regime.epsilon > choose(tanh, torch.float32, 1.0).epsilon
     assert float((got - x).abs().max()) <= 2 * regime.error
+
+
+def test_odd_parameters_do_not_mislead():
+    """Limits at infinity, slopes that vanish or are negative."""
+    assert choose(hardtanh(-math.inf, math.inf), torch.float32, 3.0).point == 0.0
+    assert choose(hardtanh(-1.0, math.inf), torch.float32, 3.0).epsilon == 0.25
+    assert choose(hardtanh(1.0, math.inf), torch.float32, 3.0) is None
+    assert choose(softplus(0.0), torch.float32, 3.0) is None
+    assert choose(elu(1.0, 0.0), torch.float32, 3.0) is None
+    falling = choose(elu(1.0, -2.0), torch.float32, 3.0)
+    assert falling.slope == -2.0
+    x = torch.linspace(-3, 3, 1001)
+    got = (elu(1.0, -2.0).function(falling.epsilon * x + falling.point) - falling.value) * falling.rescale
+    assert float((got - x).abs().max()) <= falling.error

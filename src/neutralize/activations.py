@@ -112,7 +112,7 @@ def _beyond(start: float = 0.0, slope: float = 1.0) -> LinearPart:
 
 def _between(low: float, high: float, slope: float = 1.0, offset: float = 0.0) -> tuple[LinearPart, ...]:
     """Linear parts of ``offset + slope · z`` on [low, high]: from its middle, and from 0 where that is inside."""
-    points = [(low + high) / 2]
+    points = [(low + high) / 2] if math.isfinite(low + high) else []
     if low <= 0 <= high:
         points.insert(0, 0.0)  # no bias, and nothing that rounding could be relative to
     return tuple(
@@ -156,8 +156,8 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     return Activation(
         "softplus", ("softplus",), lambda z: functional.softplus(z, beta, threshold),
         (LinearPart("shift", tail=(1.0 / beta, beta)),) if beta > 0 else (), odd_gain=1.0 if beta > 0 else None,
-        odd_error=math.exp(-threshold) / threshold if threshold > 0 else math.inf, odd_floor=math.log(2.0) / abs(beta),
-        source="MATH §2, §3; 0 < softplus(z) - z <= exp(-beta z) / beta",
+        odd_error=math.exp(-threshold) / threshold if threshold > 0 else math.inf,
+        odd_floor=math.log(2.0) / beta if beta > 0 else math.inf, source="MATH §2, §3; 0 < softplus(z) - z <= exp(-beta z) / beta",
     )  # fmt: skip
 
 

@@ -85,10 +85,10 @@ def choose(
     candidates = [
         candidate
         for part in activation.parts
+        if part.slope
         for candidate in _operating_points(activation, part, dtype, input_bound, non_negative)
         if (candidate.point == 0 or has_bias)
-        and candidate.rescale <= limit
-        and consumer_peak * candidate.rescale <= limit
+        and max(1.0, consumer_peak) * abs(candidate.rescale) <= limit
         and abs(candidate.point) + candidate.epsilon * input_bound <= limit
     ]
     while candidates:

@@ -1,7 +1,7 @@
 """Verify a plan against the excised network: the same model with the layers cut out by hooks.
 
-The excised network is the oracle. It is built from hooks on modules alone and shares nothing with the planner: not the
-dataflow, not the search, not the formulas.
+The excised network is the oracle. It is built from hooks on modules alone and shares with the planner what counts as an
+activation (``activations.identify``), and nothing else: not the dataflow, not the search, not the formulas.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _HANDING_ON = ("input", "partial")
 _POINTWISE = FUNCTION_NAMES | frozenset(
     """abs add addcmul atan ceil clamp clamp_max clamp_min clip cos cosh div divide erf erfc exp exp2 expm1 floor
     log log10 log1p log2 logaddexp max maximum min minimum mul multiply neg negative pow radd rdiv reciprocal rmul rpow
-    rsqrt rsub rtruediv sign sinh sqrt square sub subtract true_divide truediv where float_power
-    hypot gt ge lt le eq ne logical_not""".split()
+    rsqrt rsub rtruediv acos acosh asin asinh atan2 atanh erfinv lerp logit sign sinc sinh sqrt square sub subtract tan
+    true_divide truediv where float_power hypot gt ge lt le eq ne logical_not""".split()
 )
 
 
