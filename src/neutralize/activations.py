@@ -157,7 +157,8 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
         "softplus", ("softplus",), lambda z: functional.softplus(z, beta, threshold),
         (LinearPart("shift", tail=(1.0 / beta, beta)),) if beta > 0 else (), odd_gain=1.0 if beta > 0 else None,
         odd_error=math.exp(-threshold) / threshold if threshold > 0 else math.inf,
-        odd_floor=math.log(2.0) / beta if beta > 0 else math.inf, source="MATH §2, §3; 0 < softplus(z) - z <= exp(-beta z) / beta",
+        odd_floor=math.log(2.0) / beta if beta > 0 else math.inf,
+        source="MATH §2, §3; 0 < softplus(z) - z <= exp(-beta z) / beta",
     )  # fmt: skip
 
 
