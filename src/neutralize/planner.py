@@ -241,7 +241,8 @@ def plan(
     Args:
         model: live or on the meta device.
         layers: see ``neutralize.select``.
-        strategy: a name (``auto``, ``passthrough``, ``zero``, ``constant``, ``damp``) or a strategy object.
+        strategy: a name (``auto``, ``passthrough``, ``zero``, ``constant``, ``damp``, ``mean``) or a strategy
+            object.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for ``model``. They
             give the
             shapes of the trace and, where a bound on a layer's input is needed and not given, its measured range. May
