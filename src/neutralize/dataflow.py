@@ -412,7 +412,7 @@ def copied(value: Any) -> Any:
 def _reads_stale_values(graph: fx.Graph) -> bool:
     """Whether a value is read under an old name after an in-place op has changed it.
 
-    Where none is, the node of the in-place op stands for the new value everywhere, and the graph is as good as functional.
+    Where none is, the node of the in-place op stands for the new value everywhere: the graph is as good as functional.
     """
     position = {node: place for place, node in enumerate(graph.nodes)}
     memory: dict[fx.Node, fx.Node] = {}  # node to the first node of the memory that it lives in
