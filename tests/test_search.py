@@ -253,3 +253,32 @@ def test_nan_and_inf_in_nulled_weights_vanish():
         model[0].down.weight[0, 0], model[0].down.bias[1] = float("nan"), float("inf")
         with nz.plan(model, "0", "passthrough", example_inputs=x, edit="outgoing").applied(model):
             assert torch.equal(model[0](x), x)
+
+
+class TwoStreams(nn.Module):
+    """A block with two streams through one projection; later layers read both."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.lin = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x, other):
+        return x + self.lin(self.norm(x)), other + self.lin(self.norm(other))
+
+
+def test_a_block_whose_other_outputs_are_read_later_is_not_called_exact():
+    class Model(nn.Module):
+        def __init__(self, both):
+            super().__init__()
+            self.block, self.head, self.both = TwoStreams(), nn.Linear(8, 2), both
+
+        def forward(self, x):
+            one, other = self.block(x, 2 * x)
+            return self.head(one + other if self.both else one), other
+
+    x = features()
+    for both, kind in ((False, "exact"), (True, "measured")):
+        plan = nz.plan(perturbed(Model(both)), "block", example_inputs=x)
+        assert plan.certificates[0].kind == kind
+    assert "the edits change what add" in plan.certificates[0].reason
+    assert not nz.verify(perturbed(Model(True)), plan, x).exact

@@ -40,9 +40,9 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON, for a 
 @app.command()
 def demo() -> None:
     """Switch blocks of a trained language model off, prove it, and put them back; exit 1 if a proof fails."""
-    from neutralize.demo import main as run
+    from neutralize import demo
 
-    raise typer.Exit(run())
+    raise typer.Exit(demo.main())
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from neutralize.activations import is_activation, is_proven
-from neutralize.certify import Interpretation
+from neutralize.certify import Interpretation, side_readers
 from neutralize.dataflow import argument, op_name, shape_of
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
@@ -118,7 +118,8 @@ class Passthrough:
             )
         uses_identity = IDENTITY in assignment.values()
         assumption = "finite activations" + (", matrix products in full precision" if uses_identity else "")
-        certificate = Certificate(layer, "exact", 0.0, assumption, "the dataflow's output evaluates to its input")
+        reason = "the dataflow's output evaluates to its input"
+        certificate = block_certificate(request, layer, assignment, assumption, reason)
         entry = LayerPlan(layer, "input", certificate, (), sides="" if self.edit == "cheapest" else self.edit)
         return Draft(request.edits_for(assignment), entry)
 
@@ -290,6 +291,19 @@ def identity_assignment(request: Request, layer: str, edit: Preference) -> Assig
     return None
 
 
+def block_certificate(
+    request: Request, layer: str, assignment: Assignment, assumption: str, reason: str
+) -> Certificate:
+    """``exact`` for a block whose first output is all that later layers see of the edits, else ``measured``."""
+    others = [reader for call in request.calls(layer) for reader in side_readers(request.flow, call, assignment)]
+    if not others:
+        return Certificate(layer, "exact", 0.0, assumption, reason)
+    found = ", ".join(sorted({describe(reader, request.flow) for reader in others})[:3])
+    return Certificate(
+        layer, "measured", None, assumption, f"{reason}, but the edits change what {found} reads of it too"
+    )
+
+
 def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
     searches = request.search(layer, edit)
     call = searches[0].call
@@ -304,8 +318,8 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
     refused = describe_refusals(searches)
     if refused:
         return (
-            f"{start}some of whose parameters cannot be written: {refused}; select every layer that reads them, or untie "
-            "them"
+            f"{start}some of whose parameters cannot be written: {refused}; select every layer that reads them, or "
+            "untie them"
         )
     if not any(search.same(search.call.exit) for search in searches):
         return (

@@ -12,7 +12,7 @@ from neutralize.plan import Certificate, Edit, LayerPlan
 from neutralize.planner import Draft, Request, describe_refusals
 from neutralize.search import Assignment, Preference, union
 from neutralize.sites import affine_site
-from neutralize.strategies.passthrough import identity_assignment
+from neutralize.strategies.passthrough import block_certificate, identity_assignment
 from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers
 
 
@@ -84,7 +84,7 @@ class Zero:
                 )
         assert whole is not None
         reason = f"the dataflow's output evaluates to {'its input' if target == 'input' else 'zero'}"
-        certificate = Certificate(layer, "exact", 0.0, "finite activations", reason)
+        certificate = block_certificate(request, layer, whole, "finite activations", reason)
         return Draft(request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides))
 
 
@@ -111,6 +111,6 @@ def _why_not_zero(request: Request, layer: str, preference: Preference) -> str:
         )
     kind = type(request.layers[layer]).__name__
     return (
-        f"plan: expected a layer that some parameters can null, got {layer!r}, a {kind} whose output is zero for no value "
-        "of them; select the affine layers inside it"
+        f"plan: expected a layer that some parameters can null, got {layer!r}, a {kind} whose output is zero for no "
+        "value of them; select the affine layers inside it"
     )
