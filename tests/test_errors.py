@@ -88,7 +88,7 @@ OPTIONS = {
     "several unknown options": (
         "auto",
         {"a": 1, "b": 2},
-        "plan: expected gain, input_bound, tolerance, edit for strategy 'auto', got a, b; leave "
+        "plan: expected gain, input_bound, tolerance, edit, partial for strategy 'auto', got a, b; leave "
         "out what it does not have",
     ),
     "an option left out": ("damp", {}, "plan: expected factor for strategy 'damp', got none; give factor="),
