@@ -53,7 +53,7 @@ def test_is_a_value_error():
 
 # ---- strategies and their options ------------------------------------------------------------------------------------
 
-NAMES = "auto, passthrough, constant, zero, damp"
+NAMES = "auto, passthrough, constant, zero, damp, mean"
 OPTIONS = {
     "a near match": (
         "pasthrough",
