@@ -88,14 +88,17 @@ def load_limits() -> ctypes.CDLL:
         subprocess.run(["c++", *flags, str(HERE / "limits.cpp"), "-o", library], check=True)
         limits = ctypes.CDLL(library)
     for name in ("streaming_store", "read_write"):
-        getattr(limits, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        getattr(limits, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float]
     return limits
 
 
-def limit_pass(name: str, tensor: torch.Tensor) -> Callable[[], object]:
-    """One pass of a limit over the memory of `tensor`, on as many threads as PyTorch uses."""
+def limit_pass(name: str, tensor: torch.Tensor, value: float = 0.0) -> Callable[[], object]:
+    """One pass of a limit over the memory of `tensor`, on as many threads as PyTorch uses.
+
+    `value` is what a streaming store writes: the same as the case writes, for zeros may be faster than anything else.
+    """
     function, address, threads = getattr(load_limits(), name), tensor.data_ptr(), torch.get_num_threads()
-    return lambda: function(address, tensor.nbytes, threads)
+    return lambda: function(address, tensor.nbytes, threads, value)
 
 
 # ---- verify --------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def rewriting(
         theirs,
         by_reference,
         theirs_name,
-        limit=limit_pass("read_write" if scaled else "streaming_store", tensors[0]) if large else None,
+        limit=limit_pass("read_write" if scaled else "streaming_store", tensors[0], fill) if large else None,
         moved_bytes=tensors[0].nbytes * (2 if scaled else 1) if large else 0,
         goal_ratio=goal_ratio,
         goal_of_limit=goal_of_limit,
@@ -124,7 +124,7 @@ def fill_many() -> Case:
 
 def zero_many() -> Case:
     many = four_thousand()
-    return rewriting(many, lambda _: torch._foreach_zero_(many), "_foreach_zero_", goal_ratio=1.0)
+    return rewriting(many, lambda _: torch._foreach_zero_(many), "_foreach_zero_")
 
 
 def scale_many() -> Case:

@@ -16,8 +16,8 @@ using neutralize::cpu::RewriteJob;
 using torch::stable::Tensor;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kGrainBytes = 8 << 20;  // a thread is worth waking for a millisecond; on a busy machine it costs more
-constexpr int64_t kPieceBytes = 4 << 20;  // what it takes at a time, at most
+constexpr int64_t kGrainBytes = 4 << 20;      // what makes a thread worth waking; more would idle one on long lists
+constexpr int64_t kPieceBytes = 4 << 20;      // what it takes at a time, at most
 constexpr int64_t kStreamRunBytes = 4 << 10;  // shorter runs are not worth a fence
 
 // Jobs laid end to end as bytes, in one parallel region: body(job, first byte, last byte). The threads take pieces in
