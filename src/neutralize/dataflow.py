@@ -12,7 +12,7 @@ import copy
 import io
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -62,7 +62,6 @@ class Dataflow:
         position: node to its place in the graph.
         tied: name to every name of the same tensor (itself included).
         shapes, dtypes: of parameters and buffers, by name.
-        constants: placeholder to the constant tensor that the trace lifted, where it is known.
     """
 
     graph: fx.Graph
@@ -71,7 +70,6 @@ class Dataflow:
     tied: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
-    constants: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     position: dict[fx.Node, int] = field(default_factory=dict)
     _users: dict[str, list[fx.Node]] = field(default_factory=dict)
 
@@ -379,16 +377,12 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         program = program.run_decompositions({})
     signature = program.graph_signature
     by_name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    constants = signature.inputs_to_lifted_tensor_constants
-    names, lifted = {}, {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in by_name:
-            names[node] = by_name[node.name].removeprefix("model.")
-        elif node.op == "placeholder" and node.name in constants:
-            value = program.constants.get(constants[node.name])
-            if isinstance(value, torch.Tensor) and not value.is_meta:
-                lifted[node] = value
-    return _dataflow(wrapped.model, program.graph, names, lifted)
+    names = {
+        node: by_name[node.name].removeprefix("model.")
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in by_name
+    }
+    return _dataflow(wrapped.model, program.graph, names)
 
 
 def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
@@ -401,7 +395,7 @@ def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         recorder = Recorder(tensors)
         with recorder:
             outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
-    return _dataflow(wrapped.model, recorder.finish(outputs), recorder.names, {})
+    return _dataflow(wrapped.model, recorder.finish(outputs), recorder.names)
 
 
 def copied(value: Any) -> Any:
@@ -438,9 +432,7 @@ def _reads_stale_values(graph: fx.Graph) -> bool:
     return False
 
 
-def _dataflow(
-    model: nn.Module, graph: fx.Graph, names: dict[fx.Node, str], constants: dict[fx.Node, torch.Tensor]
-) -> Dataflow:
+def _dataflow(model: nn.Module, graph: fx.Graph, names: dict[fx.Node, str]) -> Dataflow:
     from neutralize.apply import aliases_of, tensors_of
 
     tensors = tensors_of(model)
@@ -463,10 +455,4 @@ def _dataflow(
         tied=aliases_of(tensors),
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         dtypes={name: tensor.dtype for name, tensor in tensors.items()},
-        constants=constants,
     )
-
-
-def parameters_of(nodes: Iterable[fx.Node], flow: Dataflow) -> list[str]:
-    """Names of the parameters and buffers that the given nodes read, in order."""
-    return [flow.names[read] for node in nodes for read in node.all_input_nodes if read in flow.names]

@@ -112,11 +112,6 @@ class Request:
         module = self.layers[layer]
         return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
 
-    def own_parameters(self, layer: str) -> list[str]:
-        """Qualified names of the parameters that the layer's module holds itself."""
-        prefix = f"{layer}." if layer else ""
-        return [prefix + name for name, _ in self.layers[layer].named_parameters(recurse=False)]
-
     def canonical(self, name: str) -> str:
         """The first of the names of one tensor: two edits of tied parameters are seen to be one."""
         same = [alias for alias in self.aliases[name] if self.tensors[alias] is self.tensors[name]]
@@ -244,11 +239,9 @@ def plan(
         strategy: a name (``auto``, ``passthrough``, ``zero``, ``constant``, ``damp``, ``mean``) or a strategy
             object.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for ``model``. They
-            give the
-            shapes of the trace and, where a bound on a layer's input is needed and not given, its measured range. May
-            be
-            left out where the model brings its own (``dummy_inputs`` of transformers), where its first layer tells its
-            input (``Linear``, ``Embedding``, convolution), or where the strategy needs none.
+            give the shapes of the trace and, where a bound on a layer's input is needed and not given, its measured
+            range. May be left out where the model brings its own (``dummy_inputs`` of transformers), where its first
+            layer tells its input (``Linear``, ``Embedding``, convolution), or where the strategy needs none.
         **options: parameters of the strategy, if it is given by name.
 
     Returns:

@@ -187,6 +187,15 @@ def union(one: Assignment, other: Assignment) -> Assignment | None:
     return {**one, **other}
 
 
+def joint(answers: list[tuple[Search, list[Assignment]]]) -> list[Assignment]:
+    """The assignments that answer for every call of a layer at once, best first."""
+    found: list[Assignment] = [{}]
+    for search, alternatives in answers:
+        joined = (union(one, other) for one, other in product(found, alternatives))
+        found = sorted((both for both in joined if both is not None), key=search.cost)
+    return found
+
+
 def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
     """What multiplies the contribution of a residual block, or the output of a plain one, by ``factor``.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan
 from neutralize.planner import Draft, Request, describe_refusals
-from neutralize.search import Assignment, Preference, scaling, union
+from neutralize.search import Preference, joint, scaling
 from neutralize.sites import affine_site
 from neutralize.strategies.sides import outgoing_consumers, sites_of
 
@@ -65,12 +65,9 @@ class Damp:
     def _block(self, request: Request, layer: str) -> Draft:
         preference: Preference = "outgoing"
         searches = request.search(layer, preference)
-        found: list[Assignment] = [{}]
-        branches = 1
-        for search in searches:
-            answers, branches = scaling(search, self.factor)
-            joined = (union(one, other) for one in found for other in answers)
-            found = sorted((both for both in joined if both is not None), key=search.cost)
+        answers = [scaling(search, self.factor) for search in searches]
+        branches = answers[-1][1]
+        found = joint([(search, found) for search, (found, _) in zip(searches, answers, strict=True)])
         if not found:
             refused = describe_refusals(searches)
             why = (

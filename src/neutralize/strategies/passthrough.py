@@ -18,7 +18,7 @@ from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
 from neutralize.readers import Read, reads_of
 from neutralize.regime import Regime, choose
 from neutralize.rules import non_negative
-from neutralize.search import IDENTITY, Assignment, Preference, union
+from neutralize.search import IDENTITY, Assignment, Preference, joint
 from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
 from neutralize.strategies.consumers import (
     absorbs,
@@ -279,13 +279,8 @@ def _measured(draft: Draft) -> Draft:
 
 def identity_assignment(request: Request, layer: str, edit: Preference) -> Assignment | None:
     """The cheapest assignment under which every call of the block is proven to hand its input on, or ``None``."""
-    found: list[Assignment] = [{}]
     searches = request.search(layer, edit)
-    for search in searches:
-        answers = search.same(search.call.exit)
-        joined = (union(one, other) for one in found for other in answers)
-        found = sorted((both for both in joined if both is not None), key=search.cost)
-    for assignment in found:
+    for assignment in joint([(search, search.same(search.call.exit)) for search in searches]):
         if all(Interpretation(request.flow, search.call, assignment, request.cut).is_identity for search in searches):
             return assignment
     return None

@@ -10,7 +10,7 @@ from neutralize.certify import Interpretation
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Certificate, Edit, LayerPlan
 from neutralize.planner import Draft, Request, describe_refusals
-from neutralize.search import Assignment, Preference, union
+from neutralize.search import IDENTITY, Assignment, Preference, joint, union
 from neutralize.sites import affine_site
 from neutralize.strategies.passthrough import block_certificate, identity_assignment
 from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers
@@ -22,10 +22,8 @@ class Zero:
 
     Attributes:
         sides: which weights are written. For a plain layer ``in`` is its own weight and bias, ``out`` the weights of
-            the
-            affine layers that read it, ``both`` the two (its own alone where nothing affine reads it). For a block
-            ``in`` is
-            the first parameters that suffice, ``out`` the last, ``both`` the two.
+            the affine layers that read it, ``both`` the two (its own alone where nothing affine reads it). For a block
+            ``in`` is the first parameters that suffice, ``out`` the last, ``both`` the two.
 
     Source: MATH §4, §7.
     """
@@ -67,22 +65,22 @@ class Zero:
         preferences: dict[str, list[Preference]] = {
             "in": ["incoming"], "out": ["outgoing"], "both": ["incoming", "outgoing"]
         }  # fmt: skip
-        whole: Assignment | None = {}
+        whole: Assignment = {}
         target = "input"
         for preference in preferences[self.sides]:
             found = identity_assignment(request, layer, preference)
-            if found is None or "identity" in found.values():
+            if found is None or IDENTITY in found.values():
                 target = "null"
                 found = zero_assignment(request, layer, preference)
             if found is None:
                 raise NeutralizeError(_why_not_zero(request, layer, preference))
-            whole = found if whole is None else union(whole, found)
-            if whole is None:
+            joined = union(whole, found)
+            if joined is None:
                 raise NeutralizeError(
                     f"plan: expected both sides of {layer!r} to agree, got parameters that would need two values; "
                     "use sides='out'"
                 )
-        assert whole is not None
+            whole = joined
         reason = f"the dataflow's output evaluates to {'its input' if target == 'input' else 'zero'}"
         certificate = block_certificate(request, layer, whole, "finite activations", reason)
         return Draft(request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides))
@@ -90,12 +88,8 @@ class Zero:
 
 def zero_assignment(request: Request, layer: str, preference: Preference) -> Assignment | None:
     """The cheapest assignment under which every call's output is proven to be zero, or ``None``."""
-    found: list[Assignment] = [{}]
     searches = request.search(layer, preference)
-    for search in searches:
-        joined = (union(one, other) for one in found for other in search.zero(search.call.exit))
-        found = sorted((both for both in joined if both is not None), key=search.cost)
-    for assignment in found:
+    for assignment in joint([(search, search.zero(search.call.exit)) for search in searches]):
         outputs = [Interpretation(request.flow, search.call, assignment, request.cut).output for search in searches]
         if all(output == ConstantValue(0.0) for output in outputs):
             return assignment
