@@ -33,6 +33,7 @@ CPU_SOURCES = [
     "csrc/ops.cpp",
     "csrc/meta.cpp",
     "csrc/module.cpp",
+    "csrc/direct.cpp",
     "csrc/cpu/ops.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/plain.cpp",

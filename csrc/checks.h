@@ -58,28 +58,25 @@ inline Matrix matrix_of(const char* op, const char* parameter, size_t index, con
                   "]; call once per device, or use neutralize.ops, which does");
   const Storage storage = storage_of(op, parameter, index, tensor);
   const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const auto dims = static_cast<int64_t>(sizes.size());
-  Matrix matrix{nullptr, dims > 0 ? sizes[0] : 1, 1, 1, storage};
-  bool native = true;
-  for (int64_t dim = dims - 1; dim >= 1; --dim) {
-    native &= sizes[dim] == 1 || strides[dim] == matrix.cols;
-    matrix.cols *= sizes[dim];
-  }
-  // The stride of a single row says nothing.
-  matrix.row_stride = dims > 0 && matrix.rows > 1 ? strides[0] : matrix.cols;
-  native &= matrix.row_stride >= matrix.cols;
-  if (matrix.numel() == 0) {
-    matrix.row_stride = matrix.cols;
-    return matrix;
-  }
+  auto [matrix, native] = layout_of(static_cast<int64_t>(sizes.size()), sizes.data(), tensor.strides().data(), storage);
+  if (matrix.numel() == 0) return matrix;
   void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor.get(), &data));
   matrix.data = static_cast<char*>(data);
-  native &= matrix.begin() % static_cast<uintptr_t>(matrix.itemsize()) == 0;
-  STD_TORCH_CHECK(native, op, ": expected contiguous memory or rows of contiguous memory for ", parameter, "[", index,
-                  "], got another layout; use neutralize.ops, which takes every layout");
+  STD_TORCH_CHECK(native && aligned(matrix), op, ": expected contiguous memory or rows of contiguous memory for ",
+                  parameter, "[", index, "], got another layout; use neutralize.ops, which takes every layout");
   return matrix;
+}
+
+// The tensors of a list as matrices, if all of them lie on `device_type`: aoti_torch_device_type_cpu() or _cuda().
+inline std::vector<Matrix> matrices_of(const char* op, const char* parameter, const std::vector<Tensor>& tensors,
+                                       int32_t device_type) {
+  std::vector<Matrix> matrices;
+  matrices.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    matrices.push_back(matrix_of(op, parameter, i, tensors[i], device_type));
+  }
+  return matrices;
 }
 
 // The coefficient in the type it will be used in must be a number.
@@ -104,13 +101,12 @@ struct Rewrite {
   Diagonal ones;
 };
 
-// All tensors of a call with their coefficients, checked. `device_type`: aoti_torch_device_type_cpu() or _cuda().
-inline std::vector<Rewrite> checked_rewrites(const std::vector<Tensor>& tensors, const std::vector<double>& scale,
+// All tensors of a call with their coefficients, checked.
+inline std::vector<Rewrite> checked_rewrites(const std::vector<Matrix>& matrices, const std::vector<double>& scale,
                                              const std::vector<double>& diagonal, const std::vector<double>& fill,
-                                             const std::vector<int64_t>& start, const std::vector<int64_t>& step,
-                                             int32_t device_type) {
+                                             const std::vector<int64_t>& start, const std::vector<int64_t>& step) {
   constexpr const char* op = "rewrite_";
-  const size_t count = tensors.size();
+  const size_t count = matrices.size();
   const PerTensor<double> scales(op, "scale", scale, count);
   const PerTensor<double> diagonals(op, "diagonal", diagonal, count);
   const PerTensor<double> fills(op, "fill", fill, count);
@@ -119,7 +115,7 @@ inline std::vector<Rewrite> checked_rewrites(const std::vector<Tensor>& tensors,
   std::vector<Rewrite> rewrites;
   rewrites.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    const Matrix matrix = matrix_of(op, "tensors", i, tensors[i], device_type);
+    const Matrix& matrix = matrices[i];
     check_finite(op, "scale", i, scales[i], matrix.storage);
     check_finite(op, "diagonal", i, diagonals[i], matrix.storage);
     check_finite(op, "fill", i, fills[i], matrix.storage);
@@ -128,7 +124,7 @@ inline std::vector<Rewrite> checked_rewrites(const std::vector<Tensor>& tensors,
     check_column(op, "step", steps[i]);
     rewrites.push_back({matrix, scales[i], diagonals[i], fills[i], {starts[i], steps[i]}});
   }
-  const auto pair = overlapping_pair(count, [&](size_t i) -> const Matrix& { return rewrites[i].matrix; });
+  const auto pair = overlapping_pair(count, [&](size_t i) -> const Matrix& { return matrices[i]; });
   STD_TORCH_CHECK(pair.first < 0, op, ": expected tensors with memory of their own for tensors, got tensors[",
                   pair.first, "] and tensors[", pair.second,
                   "] sharing some; name shared memory once, it would be rewritten twice");

@@ -28,6 +28,32 @@ struct Matrix {
   }
 };
 
+// A tensor's layout as a matrix with everything but the data, and whether kernels can take it: contiguous memory, or rows
+// of contiguous memory. Strides are in elements.
+struct Layout {
+  Matrix matrix;
+  bool native;
+};
+
+inline Layout layout_of(int64_t dims, const int64_t* sizes, const int64_t* strides, Storage storage) {
+  Matrix matrix{nullptr, dims > 0 ? sizes[0] : 1, 1, 1, storage};
+  bool native = true;
+  for (int64_t dim = dims - 1; dim >= 1; --dim) {
+    native &= sizes[dim] == 1 || strides[dim] == matrix.cols;
+    matrix.cols *= sizes[dim];
+  }
+  // The stride of a single row says nothing.
+  matrix.row_stride = dims > 0 && matrix.rows > 1 ? strides[0] : matrix.cols;
+  native &= matrix.row_stride >= matrix.cols;
+  if (matrix.numel() == 0) {
+    matrix.row_stride = matrix.cols;
+    native = true;
+  }
+  return {matrix, native};
+}
+
+inline bool aligned(const Matrix& matrix) { return matrix.begin() % static_cast<uintptr_t>(matrix.itemsize()) == 0; }
+
 // Rows [first, last) of the matrix have a one of the generalized identity inside their columns. Written without
 // row * step, which could overflow: |start|, |step| < 2^62 is all that is asked of them.
 struct RowRange {

@@ -62,9 +62,13 @@ def stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def both(tensor: torch.Tensor, coefficients: tuple[float, float, float, int, int], context: object = None) -> None:
-    """Rewrite a copy by the reference and the tensor by ops, and compare."""
+    """Rewrite a copy by the reference, one through the dispatcher, and the tensor by ops, and compare."""
     expected = tensor.clone()
     reference.rewrite_([expected], *[[c] for c in coefficients])
+    dispatched = tensor.clone()
+    if ops.backend(dispatched) != "torch":
+        torch.ops.neutralize.rewrite_([dispatched], *[[c] for c in coefficients])
+        assert_same_bits(dispatched, expected, context or coefficients)
     scale, diagonal, fill, start, step = coefficients
     ops.rewrite_(tensor, scale=scale, diagonal=diagonal, fill=fill, start=start, step=step)
     assert_same_bits(tensor, expected, context or coefficients)
@@ -292,6 +296,77 @@ def test_instruction_set_by_environment(isa: str) -> None:
         assert (
             f"expected one of auto, {', '.join(_native.cpu_isas())} for NEUTRALIZE_CPU_ISA, got {isa}" in result.stderr
         )
+
+
+# ---- past the dispatcher ---------------------------------------------------------------------------------------------
+FILL = ([0.0], [0.0], [1.5], [0], [1])
+
+
+@pytest.fixture
+def direct():
+    """The short way in; skipped where this build or torch has none."""
+    if not _native.rewrite_direct([torch.zeros(1)], *FILL):
+        pytest.skip("no native extension, or a torch without the DLPack exchange table")
+    return _native.rewrite_direct
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(3, 4).t(),
+        lambda: torch.randn(2).expand(3, 2),
+        lambda: torch.randn(3).to(torch.float8_e4m3fnuz),
+        lambda: torch.zeros(3, dtype=torch.int32),
+        lambda: torch.zeros(3, dtype=torch.complex64),
+        lambda: torch.randn(3, 3).to_sparse(),
+        lambda: torch.zeros(3, device="meta"),
+        lambda: torch._to_functional_tensor(torch.zeros(3)),
+    ],
+    ids=["strides", "expanded", "fnuz", "integers", "complex", "sparse", "meta", "functional"],
+)
+def test_the_short_way_leaves_to_the_dispatcher_what_it_cannot_judge(direct, make) -> None:
+    plain, odd = torch.zeros(3), make()
+    assert not direct([plain, odd], *FILL)
+    assert plain.eq(0).all()
+
+
+def test_the_short_way_under_torch_func(direct) -> None:
+    answers = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        answers.append(direct([x], *FILL))
+        return x.sum()
+
+    torch.vmap(look)(torch.zeros(2, 3))
+    torch.func.grad(look)(torch.zeros(3))
+    torch.func.functionalize(look)(torch.zeros(3))
+    assert answers == [False] * 3
+
+
+def test_the_short_way_copies_what_is_copied_on_write(direct) -> None:
+    original = torch.zeros(3)
+    assert direct([torch._lazy_clone(original)], *FILL)
+    assert original.eq(0).all()
+
+
+def test_who_watches_sees_the_op() -> None:
+    """Modes and profilers see nothing of the short way, so it is not taken under them."""
+
+    seen: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.zeros(3)
+    with Watch():
+        ops.rewrite_(weight, fill=1.0)
+    assert seen == ["neutralize.rewrite_.default"]
+    with torch.profiler.profile() as profile:
+        ops.rewrite_(weight, fill=2.0)
+    assert "neutralize::rewrite_" in [event.name for event in profile.events()]
+    assert weight.eq(2).all()
 
 
 # ---- rescale_fold_ ---------------------------------------------------------------------------------------------------

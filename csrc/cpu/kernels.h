@@ -48,4 +48,8 @@ void use_isa(const std::string& name);  // "auto" for the best; throws std::inva
 
 int64_t last_level_cache_bytes();
 
+// rewrite_ on matrices in CPU memory, with its checks: what is left of the op once the tensors are read.
+void rewrite(const std::vector<Matrix>& matrices, const std::vector<double>& scale, const std::vector<double>& diagonal,
+             const std::vector<double>& fill, const std::vector<int64_t>& start, const std::vector<int64_t>& step);
+
 }  // namespace neutralize::cpu

@@ -62,27 +62,8 @@ int64_t cut_element(const Matrix& matrix, int64_t byte) {
 void rewrite_cpu(const std::vector<Tensor>& tensors, const std::vector<double>& scale,
                  const std::vector<double>& diagonal, const std::vector<double>& fill,
                  const std::vector<int64_t>& start, const std::vector<int64_t>& step) {
-  const auto checked =
-      neutralize::checked_rewrites(tensors, scale, diagonal, fill, start, step, aoti_torch_device_type_cpu());
-  int64_t fill_bytes = 0;
-  for (const auto& rewrite : checked) {
-    if (rewrite.scale == 0) fill_bytes += rewrite.matrix.numel() * rewrite.matrix.itemsize();
-  }
-  const bool beyond_cache = fill_bytes > neutralize::cpu::last_level_cache_bytes();
-  const auto& kernels = neutralize::cpu::active_kernels();
-  for_all_bytes(
-      checked, [](const Rewrite& rewrite) { return rewrite.matrix.numel() * rewrite.matrix.itemsize(); },
-      [&](const Rewrite& rewrite, int64_t begin, int64_t end) {
-        const auto& [matrix, s, d, f, ones] = rewrite;
-        const int64_t first = cut_element(matrix, begin);
-        const int64_t last = cut_element(matrix, end);
-        if (first >= last) return;
-        const int64_t run_bytes = matrix.contiguous() ? (last - first) * matrix.itemsize() : matrix.row_bytes();
-        const auto ones_rows =
-            d != 0 ? neutralize::diagonal_rows(matrix.rows, matrix.cols, ones) : neutralize::RowRange{0, 0};
-        const RewriteJob job{matrix, s, d, f, ones, ones_rows, beyond_cache && run_bytes >= kStreamRunBytes};
-        kernels.rewrite(job, first, last);
-      });
+  neutralize::cpu::rewrite(neutralize::matrices_of("rewrite_", "tensors", tensors, aoti_torch_device_type_cpu()), scale,
+                           diagonal, fill, start, step);
 }
 
 void rescale_fold_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
@@ -101,6 +82,30 @@ void rescale_fold_cpu(const std::vector<Tensor>& weights, const std::vector<Tens
 }
 
 }  // namespace
+
+void neutralize::cpu::rewrite(const std::vector<Matrix>& matrices, const std::vector<double>& scale,
+                              const std::vector<double>& diagonal, const std::vector<double>& fill,
+                              const std::vector<int64_t>& start, const std::vector<int64_t>& step) {
+  const auto checked = checked_rewrites(matrices, scale, diagonal, fill, start, step);
+  int64_t fill_bytes = 0;
+  for (const auto& rewrite : checked) {
+    if (rewrite.scale == 0) fill_bytes += rewrite.matrix.numel() * rewrite.matrix.itemsize();
+  }
+  const bool beyond_cache = fill_bytes > cpu::last_level_cache_bytes();
+  const auto& kernels = cpu::active_kernels();
+  for_all_bytes(
+      checked, [](const Rewrite& rewrite) { return rewrite.matrix.numel() * rewrite.matrix.itemsize(); },
+      [&](const Rewrite& rewrite, int64_t begin, int64_t end) {
+        const auto& [matrix, s, d, f, ones] = rewrite;
+        const int64_t first = cut_element(matrix, begin);
+        const int64_t last = cut_element(matrix, end);
+        if (first >= last) return;
+        const int64_t run_bytes = matrix.contiguous() ? (last - first) * matrix.itemsize() : matrix.row_bytes();
+        const auto ones_rows = d != 0 ? diagonal_rows(matrix.rows, matrix.cols, ones) : RowRange{0, 0};
+        const RewriteJob job{matrix, s, d, f, ones, ones_rows, beyond_cache && run_bytes >= kStreamRunBytes};
+        kernels.rewrite(job, first, last);
+      });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(neutralize, CPU, m) {
   m.impl("rewrite_", TORCH_BOX(&rewrite_cpu));

@@ -39,8 +39,8 @@ void rewrite_cuda(const std::vector<Tensor>& tensors, const std::vector<double>&
                   const std::vector<double>& diagonal, const std::vector<double>& fill,
                   const std::vector<int64_t>& start, const std::vector<int64_t>& step) {
   constexpr const char* op = "rewrite_";
-  const auto checked =
-      neutralize::checked_rewrites(tensors, scale, diagonal, fill, start, step, aoti_torch_device_type_cuda());
+  const auto matrices = neutralize::matrices_of(op, "tensors", tensors, aoti_torch_device_type_cuda());
+  const auto checked = neutralize::checked_rewrites(matrices, scale, diagonal, fill, start, step);
   const int32_t device = device_of(op, "tensors", tensors, -1);
   if (device < 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -7,7 +7,7 @@ more.
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +135,19 @@ def _rescale_fold_fallback(
 # Every device without kernels of its own.
 _library.impl("rewrite_", _rewrite_fallback, "CompositeExplicitAutograd")
 _library.impl("rescale_fold_", _rescale_fold_fallback, "CompositeExplicitAutograd")
+
+
+def _load_direct() -> Callable[..., bool]:
+    """Return ``rewrite_`` past the dispatcher, for plain CPU tensors; it says False to all where it cannot be had."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if _C is None or exchange is None or not _C.use_exchange_api(exchange):
+        return lambda *_: False
+    direct: Callable[..., bool] = _C.rewrite_direct
+    return direct
+
+
+rewrite_direct = _load_direct()
+"""``rewrite_`` on a list of CPU tensors, past the dispatcher; False, and nothing written, where it cannot judge."""
 
 DEVICE_TYPES = frozenset((["cpu"] if _C is not None else []) + (["cuda"] if _CUDA else []))
 """The device types whose tensors native kernels rewrite."""

@@ -1,8 +1,9 @@
 """The two ops, in place on tensors: the affine rewrite and the fold. Who does the work: :func:`backend`.
 
 A call checks everything before it writes anything. The native kernels check their arguments themselves, so the usual
-call (plain tensors on one device) goes straight to them; only where they refuse, or the call is an unusual one, are the
-arguments examined here, one by one: to split the call by device and layout, or to say what is wrong with it.
+call (plain tensors on one device) goes straight to them, on the CPU even past the dispatcher, which costs more than
+writing a small tensor. Only where they refuse, or the call is an unusual one, are the arguments examined here, one by
+one: to split the call by device and layout, or to say what is wrong with it.
 """
 
 import math
@@ -33,6 +34,9 @@ _COLUMN_LIMIT = 1 << 62
 _REWRITE = torch.ops.neutralize.rewrite_.default
 _RESCALE_FOLD = torch.ops.neutralize.rescale_fold_.default
 _increment_version = torch._C._increment_version
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch._C._autograd._profiler_enabled
+_is_negated = Tensor.is_neg
 _is_grad_enabled = torch.is_grad_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -88,8 +92,9 @@ def rewrite_(
         return
     if _straight_to_kernels(listed):
         try:
-            _call(_REWRITE._op, listed, *coefficients)
-        except (RuntimeError, OverflowError):
+            if not (_direct_is_equal(listed) and _native.rewrite_direct(listed, *coefficients)):
+                _call(_REWRITE._op, listed, *coefficients)
+        except (RuntimeError, OverflowError, TypeError):
             if not _rewrite_examined(listed, coefficients):
                 raise
         else:
@@ -259,6 +264,11 @@ def _straight_to_kernels(tensors: list[Any]) -> bool:
     if not _REAL_TENSORS.issuperset(map(type, tensors)):
         return False
     return _NATIVE_CPU if tensors[0].is_cpu else tensors[0].device.type in _native.DEVICE_TYPES
+
+
+def _direct_is_equal(tensors: list[Any]) -> bool:
+    """Return whether the way past the dispatcher does the same: nothing watches, and values are what memory holds."""
+    return tensors[0].is_cpu and not _dispatch_modes() and not _profiling() and not any(map(_is_negated, tensors))
 
 
 def _is_native(tensor: Tensor) -> bool:
