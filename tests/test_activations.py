@@ -151,7 +151,8 @@ def test_what_only_looks_like_an_activation_is_not_cut_out(function):
         return
     with torch.no_grad():
         h = model.first(x)
-        wanted = [model.last(h), model.last(function(h))]
+        # Without the layer and what is an activation in front of a factor, with that factor.
+        wanted = [model.last(h), model.last(2 * h), model.last(function(h))]
         with plan.applied(model):
             assert min(relative(model(x), one) for one in wanted) <= 1e-4
     assert nz.verify(model, plan, x).relative_error <= 1e-4

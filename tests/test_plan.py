@@ -163,7 +163,7 @@ WRONG = [
     ((*REWRITE, "kind"), "delete", "expected one of rewrite, fold, assign for the kind of an edit, got 'delete'"),
     ((*REWRITE, "kind"), [], "for the kind of an edit, got []"),
     ((*REWRITE, "kind"), None, "for the kind of an edit, got None"),
-    ((*REWRITE, "kind"), "fold", "got no bias, shift, transposed and also diagonal, "),
+    ((*REWRITE, "kind"), "fold", "got no bias, groups, shift, transposed and also diagonal, "),
     ((*REWRITE, "scale"), float("nan"), "expected JSON, got text that is none (NaN is no number of JSON)"),
     ((*REWRITE, "fill"), float("-inf"), "expected JSON, got text that is none (-Infinity is no number of JSON)"),
     ((*REWRITE, "scale"), HUGE, "expected a number that a float holds for Rewrite.scale, got a larger one"),
@@ -240,7 +240,7 @@ def paths(content, path=()):
 def test_refuses_a_plan_that_lacks_any_key():
     content = json.loads(SOUND.to_json())
     every = list(paths(content))
-    assert len(every) == 51
+    assert len(every) == 52
     for path in every:
         shortened = copy.deepcopy(content)
         place = shortened

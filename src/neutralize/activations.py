@@ -110,6 +110,11 @@ def _beyond(start: float = 0.0, slope: float = 1.0) -> LinearPart:
     return LinearPart("shift", point=start, slope=slope)
 
 
+def _tail(size: float, rate: float) -> LinearPart:
+    """φ(z) = z on the upper side, up to size · exp(-rate · z)."""
+    return LinearPart("shift", tail=(size, rate))
+
+
 def _between(low: float, high: float, slope: float = 1.0, offset: float = 0.0) -> tuple[LinearPart, ...]:
     """Linear parts of ``offset + slope · z`` on [low, high]: from its middle, and from 0 where that is inside."""
     points = [(low + high) / 2] if math.isfinite(low + high) else []
@@ -174,7 +179,8 @@ def swish(beta: float = 1.0, name: str = "silu") -> Activation:
     """Return z · sigmoid(beta · z): φ'' = beta σ'(2 - beta z tanh(beta z / 2)) is largest at 0, beta / 2."""
     return Activation(
         name, ("silu",) if name == "silu" else (), lambda z: z * torch.sigmoid(beta * z),
-        (_origin(0.5, quadratic=abs(beta) / 2),), odd_gain=1.0, source="MATH §2, §3; sup|φ''| = beta / 2 at 0",
+        (_origin(0.5, quadratic=abs(beta) / 2), *([_tail(4.0 / beta, 0.9 * beta)] if beta > 0 else [])), odd_gain=1.0,
+        source="MATH §2, §3; sup|φ''| = beta / 2 at 0; 0 <= z - φ(z) <= z exp(-beta z)",
     )  # fmt: skip
 
 
@@ -208,14 +214,16 @@ ACTIVATIONS: tuple[Activation, ...] = (
     elu(),
     elu(1.6732632423543772848170429916717, 1.0507009873554804934193349852946, name="selu"),
     celu(),
-    Activation("gelu", ("gelu",), functional.gelu, (_origin(0.5, quadratic=0.797885),), odd_gain=1.0,
-               source="φ'' = (2 - z²) exp(-z²/2) / sqrt(2π), at most sqrt(2/π) at 0"),
-    Activation("gelu_tanh", (), _new_gelu, (_origin(0.5, quadratic=0.797885),), odd_gain=1.0,
-               source="sup|φ''| = sqrt(2/π) at 0, as the erf form"),
+    Activation("gelu", ("gelu",), functional.gelu, (_origin(0.5, quadratic=0.797885), _tail(1200.0, 4.0)),
+               odd_gain=1.0, source="φ'' = (2 - z²) exp(-z²/2) / sqrt(2π), at most sqrt(2/π) at 0; "
+               "0 <= z - φ(z) <= exp(-z²/2) / sqrt(2π) <= exp(8 - 4z) / sqrt(2π)"),
+    Activation("gelu_tanh", (), _new_gelu, (_origin(0.5, quadratic=0.797885), _tail(1200.0, 4.0)), odd_gain=1.0,
+               source="sup|φ''| = sqrt(2/π) at 0, as the erf form; "
+               "0 <= z - φ(z) <= z exp(-sqrt(8/π) (z + 0.044715 z³)), at most 743 exp(-4z)"),
     swish(),
     swish(1.702, "quick_gelu"),
-    Activation("mish", ("mish",), functional.mish, (_origin(0.6, quadratic=0.537),),
-               source="φ'(0) = tanh(log 2) = 3/5; sup|φ''| = 0.6443 at -0.088"),
+    Activation("mish", ("mish",), functional.mish, (_origin(0.6, quadratic=0.537), _tail(4.0, 1.8)),
+               source="φ'(0) = tanh(log 2) = 3/5; sup|φ''| = 0.6443 at -0.088; 0 <= z - φ(z) <= 2 z exp(-2 z)"),
     softplus(),
     Activation("softsign", ("softsign",), functional.softsign, (_origin(quadratic=1.0),),
                source="φ'' = -2 sign(z) / (1 + |z|)³"),

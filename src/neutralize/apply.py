@@ -219,13 +219,18 @@ def _write(batch: list[Edit], named: dict[str, torch.Tensor]) -> None:
             start=[edit.start for edit in rewrites],
             step=[edit.step for edit in rewrites],
         )
-    folds = [edit for edit in batch if isinstance(edit, Fold)]
+    folds = [
+        (edit, *pair)
+        for edit in batch
+        if isinstance(edit, Fold)
+        for pair in edit.pairs(named[edit.parameter].detach(), named[edit.bias].detach())
+    ]
     if folds:
         ops.rescale_fold_(
-            [edit.block(named[edit.parameter].detach()) for edit in folds],
-            [named[edit.bias].detach() for edit in folds],
-            scale=[edit.scale for edit in folds],
-            shift=[edit.shift for edit in folds],
+            [weight for _, weight, _ in folds],
+            [bias for _, _, bias in folds],
+            scale=[edit.scale for edit, _, _ in folds],
+            shift=[edit.shift for edit, _, _ in folds],
         )
     for edit in batch:
         if isinstance(edit, Assign):

@@ -131,6 +131,8 @@ class Fold:
             sum over all dims but the second.
         columns: half-open range of the matrix view (out, in · taps) that the fold is confined to, or of the input
             features (dim 0) if ``transposed``; ``None`` is all of it.
+        groups: of a transposed convolution: its weight is (in, out / groups, ...), and each group of input features has
+            outputs, and so biases, of its own.
     """
 
     parameter: str
@@ -141,6 +143,7 @@ class Fold:
     shift: float
     transposed: bool = False
     columns: tuple[int, int] | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         """Check the tensor and the coefficients."""
@@ -151,6 +154,13 @@ class Fold:
                 f"got {list(self.shape)}; fold the weight of an affine layer"
             )
         _settle_floats(self, "scale", "shift")
+        if self.groups != 1 and (
+            self.groups < 1 or not self.transposed or self.columns is not None or self.shape[0] % self.groups
+        ):
+            raise NeutralizeError(
+                f"Fold: expected 1 group for {self.parameter!r}, or a number that divides the input features of the "
+                f"whole weight of a transposed convolution, got {self.groups}; give that of the convolution"
+            )
         extent = self.shape[0] if self.transposed else matrix_extent(self.shape)[1]
         if self.columns is not None and not (
             len(self.columns) == 2 and 0 <= self.columns[0] < self.columns[1] <= extent
@@ -171,7 +181,7 @@ class Fold:
     @property
     def bias_numel(self) -> int:
         """How many elements the bias has."""
-        return self.shape[1] if self.transposed else self.shape[0]
+        return self.shape[1] * self.groups if self.transposed else self.shape[0]
 
     @property
     def written_bytes(self) -> int:
@@ -190,6 +200,14 @@ class Fold:
         if self.columns is None:
             return tensor
         return tensor.view(matrix_extent(self.shape))[:, slice(*self.columns)]
+
+    def pairs(self, weight: torch.Tensor, bias: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the views (out, ...) of the weight and (out,) of the bias, one pair per group."""
+        if self.groups == 1:
+            yield self.block(weight), bias
+            return
+        for rows, sums in zip(weight.chunk(self.groups), bias.chunk(self.groups), strict=True):
+            yield rows.transpose(0, 1), sums
 
     def describe(self) -> str:
         """Say in a few characters what is written."""

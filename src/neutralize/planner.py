@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neutralize import ops
-from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, placed_inputs, trace
+from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, own_inputs, placed_inputs, trace
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
 from neutralize.search import IDENTITY, Assignment, Preference, Search
@@ -131,12 +131,14 @@ class Request:
         shift: float,
         transposed: bool = False,
         columns: tuple[int, int] | None = None,
+        groups: int = 1,
     ) -> Fold:
         """A fold of a weight into a bias, with shape and dtype filled in."""
         tensor = self.writable(weight)
         self.writable(bias)
         weight, bias = self.canonical(weight), self.canonical(bias)
-        return Fold(weight, bias, tuple(tensor.shape), dtype_name(tensor.dtype), scale, shift, transposed, columns)
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        return Fold(weight, bias, shape, dtype, scale, shift, transposed, columns, groups)
 
     def writable(self, name: str) -> torch.Tensor:
         """The tensor of that name if it can be rewritten.
@@ -179,13 +181,18 @@ class Request:
             )
         return bound
 
-    def _measure(self) -> dict[str, float]:
-        from neutralize.dataflow import own_inputs
-        from neutralize.verify import excised
+    @property
+    def is_runnable(self) -> bool:
+        """Whether there are inputs, and weights, to run the model with."""
+        return self._inputs is not None and not any(tensor.is_meta for tensor in self.tensors.values())
 
-        given = self.example_inputs if self.example_inputs is not None else own_inputs(self.model)
-        if given is None or any(tensor.is_meta for tensor in self.tensors.values()):
-            lacking = "weights (this is a meta model)" if given is not None else "example_inputs"
+    @property
+    def _inputs(self) -> Inputs | None:
+        return self.example_inputs if self.example_inputs is not None else own_inputs(self.model)
+
+    def _measure(self) -> dict[str, float]:
+        if not self.is_runnable:
+            lacking = "weights (this is a meta model)" if self._inputs is not None else "example_inputs"
             raise NeutralizeError(
                 f"plan: expected a bound on the input of {', '.join(map(repr, self.layers))}, got no {lacking} to "
                 "measure it "
@@ -202,9 +209,23 @@ class Request:
 
             return hook
 
-        handles = [
-            module.register_forward_pre_hook(watch(layer), with_kwargs=True) for layer, module in self.layers.items()
-        ]
+        self.run_excised([(module, watch(layer)) for layer, module in self.layers.items()])
+        return {layer: BOUND_MARGIN * peak for layer, peak in peaks.items()}
+
+    def run_excised(self, hooks: list[tuple[nn.Module, Callable[..., None]]]) -> None:
+        """Run the example inputs through the network without the selected layers; the model is left as it was.
+
+        Args:
+            hooks: modules, and what is called with (module, args, kwargs) before each of their calls.
+
+        Raises:
+            NeutralizeError: the model does not accept the inputs.
+        """
+        from neutralize.verify import excised
+
+        given = self._inputs
+        assert given is not None
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
         args, kwargs = placed_inputs(self.model, given)
         try:
             with torch.no_grad(), untouched(self.model), excised(self.model, list(self.layers.values()), partial=True):
@@ -220,7 +241,6 @@ class Request:
         finally:
             for handle in handles:
                 handle.remove()
-        return {layer: BOUND_MARGIN * peak for layer, peak in peaks.items()}
 
 
 def plan(

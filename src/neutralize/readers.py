@@ -3,7 +3,7 @@
 A layer in its linear regime hands on ``φ(a) + ε φ'(a) x``. Whatever commutes with that change of variables may stand
 between the layer and the weights that undo it: every element of a view, a maximum, a mean and an interpolation (whose
 weights add up to one) of ``c + s x`` is ``c + s`` times that of ``x`` (s > 0). Zeros that are padded on the way do not
-commute with ``c``, and are reported.
+commute with ``c``, and are reported; nor does what is linear and no more (a sum, a product with something else).
 
 In a concatenation only a part of what a weight reads is the layer's. Which part is not reasoned about but executed: the
 ops on the way run on a tensor that is one where the layer is and zero elsewhere.
@@ -19,7 +19,7 @@ from torch import fx
 
 from neutralize.dataflow import Dataflow, argument, op_name, shape_of
 from neutralize.rules import DROPOUT, JOIN, REARRANGE, SPLIT, is_number, is_transparent
-from neutralize.sites import Affine, Norm, affine_of, describe, norm_of
+from neutralize.sites import PRODUCTS, Affine, Norm, Product, affine_of, describe, norm_of, product_of
 
 _MAXIMA = frozenset(
     f"aten::{name}"
@@ -35,6 +35,8 @@ _MEANS = frozenset(
     upsample_bicubic2d index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
     replication_pad2d replication_pad3d""".split()
 )
+# Linear in their first operand, without an offset, but a constant does not come out of them as it went in.
+_LINEAR = frozenset(f"aten::{name}" for name in "sum cumsum im2col col2im neg masked_fill div".split()) | PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Read:
         features: half-open range of its input features that are the layer's; ``None``: all of them are.
         zeros: what puts zeros beside the layer's values on the way, or in the op itself, in words.
         ordered: a maximum stands on the way: it commutes with a positive scale only.
+        linear: what stands on the way that is linear and no more, in words: φ(a) must be 0.
     """
 
-    reader: Affine | Norm
+    reader: Affine | Norm | Product
     features: tuple[int, int] | None
     zeros: tuple[str, ...]
     ordered: bool
+    linear: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,14 @@ class _Way:
     Attributes:
         node: the value that is read next.
         marker: ones where the layer is; ``None``: everywhere. A tuple for several outputs.
-        zeros, ordered: as in ``Read``.
+        zeros, ordered, linear: as in ``Read``.
     """
 
     node: fx.Node
     marker: Any = None
     zeros: tuple[str, ...] = ()
     ordered: bool = False
+    linear: tuple[str, ...] = ()
 
 
 def reads_of(flow: Dataflow, result: fx.Node) -> tuple[list[Read], list[fx.Node]]:
@@ -79,11 +84,14 @@ def reads_of(flow: Dataflow, result: fx.Node) -> tuple[list[Read], list[fx.Node]
     reads: list[Read] = []
     others: list[fx.Node] = []
     ways = [_Way(result)]
+    reached = _reached_from(result)
     while ways:
         way = ways.pop()
         for reader in way.node.users:
+            if _is_idle(reader):
+                continue
             found = _read(reader, flow, way)
-            onward = None if found else _onward(reader, flow, way)
+            onward = None if found else _onward(reader, flow, way, reached)
             if found:
                 reads.append(found)
             elif onward:
@@ -93,23 +101,42 @@ def reads_of(flow: Dataflow, result: fx.Node) -> tuple[list[Read], list[fx.Node]
     return reads, others
 
 
+def _reached_from(result: fx.Node) -> set[fx.Node]:
+    """Every node that a value has an effect on."""
+    reached, stack = {result}, [result]
+    while stack:
+        for user in stack.pop().users:
+            if user not in reached:
+                reached.add(user)
+                stack.append(user)
+    return reached
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether nothing comes of a node: the indices of a maximum that nobody reads, a check of a dtype."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and not node.users and not (schema is not None and schema.is_mutable)
+
+
 def _read(node: fx.Node, flow: Dataflow, way: _Way) -> Read | None:
     affine = affine_of(node, flow)
-    reader: Affine | Norm | None = affine if affine is not None else norm_of(node, flow)
+    reader: Affine | Norm | Product | None = affine if affine is not None else norm_of(node, flow)
     if reader is None or reader.data is not way.node:
+        reader = product_of(node, way.node, flow) if _is_linear(node, way.node) else None
+    if reader is None:
         return None
     axis = -1
     if isinstance(reader, Norm):
         axis = 1
-    elif reader.is_convolution:
+    elif isinstance(reader, Affine) and reader.is_convolution:
         axis = -(len(flow.shapes[reader.weight]) - 1)
     found, features = _features(way.marker, axis)
     if not found or (features is not None and not _is_divisible(reader)):
         return None
     zeros = way.zeros
     if isinstance(reader, Affine) and reader.is_convolution and _has_zeros(reader, flow):
-        zeros = (*zeros, f"the padding of {reader.module!r}")
-    return Read(reader, features, zeros, way.ordered)
+        zeros = (*zeros, f"the padding of {reader.label!r}")
+    return Read(reader, features, zeros, way.ordered, way.linear)
 
 
 def _features(marker: torch.Tensor | None, axis: int) -> tuple[bool, tuple[int, int] | None]:
@@ -124,8 +151,10 @@ def _features(marker: torch.Tensor | None, axis: int) -> tuple[bool, tuple[int, 
     return True, (ones[0], ones[-1] + 1)
 
 
-def _is_divisible(reader: Affine | Norm) -> bool:
+def _is_divisible(reader: Affine | Norm | Product) -> bool:
     """Whether a range of input features has weights of its own."""
+    if isinstance(reader, Product):
+        return False
     return not reader.own_statistics if isinstance(reader, Norm) else reader.groups == 1
 
 
@@ -137,6 +166,12 @@ def _has_zeros(reader: Affine, flow: Dataflow) -> bool:
     return not leaves_no_tap_out(reader, flow.shapes[reader.weight])
 
 
+def reads_every_tap_inside(reader: Affine) -> bool:
+    """Whether a convolution misses taps at its borders only: always, unless it is transposed and strided."""
+    stride = argument(reader.node, "stride", 1)
+    return not reader.transposed or all(step == 1 for step in per_dim(stride, 1))
+
+
 def leaves_no_tap_out(reader: Affine, shape: tuple[int, ...]) -> bool:
     """Whether every output position of a transposed convolution reads a sample through every tap.
 
@@ -145,7 +180,7 @@ def leaves_no_tap_out(reader: Affine, shape: tuple[int, ...]) -> bool:
     """
     rank = len(shape) - 2
     stride, padding, dilation, extra = (
-        _per_dim(argument(reader.node, name, default), rank)
+        per_dim(argument(reader.node, name, default), rank)
         for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
     )
     return all(
@@ -154,39 +189,45 @@ def leaves_no_tap_out(reader: Affine, shape: tuple[int, ...]) -> bool:
     )
 
 
-def _per_dim(given: Any, rank: int) -> list[int]:
+def per_dim(given: Any, rank: int) -> list[int]:
+    """An argument of a convolution or pool, one number per dimension."""
     values = [int(value) for value in given] if isinstance(given, list | tuple) else [int(given)]
     return values * rank if len(values) == 1 else values
 
 
-def _onward(node: fx.Node, flow: Dataflow, way: _Way) -> _Way | None:
-    """The way past a node that commutes with ``c + s x``, or ``None``."""
+def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> _Way | None:
+    """The way past a node that commutes with ``c + s x``, or with ``s x``, or ``None``."""
     op = op_name(node)
     zeros, ordered = way.zeros, way.ordered
+    if op in _LINEAR:
+        others = [operand for operand in node.all_input_nodes if operand is not way.node]
+        is_linear = way.marker is None and not any(other in reached for other in others) and _is_linear(node, way.node)
+        linear = (*way.linear, describe(node, flow))
+        return _Way(node, None, zeros, ordered, linear) if is_linear else None
     if op in JOIN:
         parts = node.args[0]
         if not isinstance(parts, list | tuple):
             return None
         markers = [_marker_of(part, way) for part in parts]
         joined = _run(node, markers)
-        return None if joined is None else _Way(node, joined, zeros, ordered)
+        return None if joined is None else _Way(node, joined, zeros, ordered, way.linear)
     if not node.args or node.args[0] is not way.node:
         return None
     if op == "getitem":
         place = node.args[1]
         if op_name(way.node) in SPLIT:
             part = way.marker[place] if isinstance(way.marker, tuple) and isinstance(place, int) else None
-            return _Way(node, part, zeros, ordered)
+            return _Way(node, part, zeros, ordered, way.linear)
         first = place == 0 and (op_name(way.node) in _MAXIMA or op_name(way.node) in DROPOUT)
-        return _Way(node, way.marker, zeros, ordered) if first else None
+        return _Way(node, way.marker, zeros, ordered, way.linear) if first else None
     if op in DROPOUT:
-        return _Way(node, way.marker, zeros, ordered) if is_transparent(node) else None
+        return _Way(node, way.marker, zeros, ordered, way.linear) if is_transparent(node) else None
     if op in _MAXIMA:
         ordered = True
     elif op in _AVERAGES:
         if argument(node, "divisor_override") is not None:
             return None
-        if any(_per_dim(argument(node, "padding", 0), 1)) and argument(node, "count_include_pad", True):
+        if any(per_dim(argument(node, "padding", 0), 1)) and argument(node, "count_include_pad", True):
             zeros = (*zeros, f"the padding that {describe(node, flow)} counts")
     elif op in ("aten::constant_pad_nd", "aten::pad"):
         if argument(node, "mode", "constant") == "constant":
@@ -196,7 +237,7 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way) -> _Way | None:
     elif op not in _MEANS and op not in REARRANGE and op not in SPLIT and not is_transparent(node):
         return None
     if way.marker is None:
-        return _Way(node, None, zeros, ordered)
+        return _Way(node, None, zeros, ordered, way.linear)
     if op in ("aten::constant_pad_nd", "aten::pad"):
         return None  # whose zeros these would be is not said by a marker
     marker = _run(node, way.marker)
@@ -206,7 +247,19 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way) -> _Way | None:
         others = _run(node, 1 - way.marker)
         if others is None or not bool((marker + others == 1).all()):
             return None
-    return _Way(node, marker, zeros, ordered)
+    return _Way(node, marker, zeros, ordered, way.linear)
+
+
+def _is_linear(node: fx.Node, data: fx.Node) -> bool:
+    """Whether an op of ``_LINEAR`` is linear in ``data``: it stands where the op is, and once."""
+    op = op_name(node)
+    if op == "aten::masked_fill" and not is_number(argument(node, "value"), 0):
+        return False
+    if op == "aten::div" and argument(node, "rounding_mode") is not None:
+        return False
+    operands = node.args[1] if op == "aten::einsum" else node.args[: 2 if op in PRODUCTS else 1]
+    places = operands if isinstance(operands, list | tuple) else []
+    return sum(operand is data for operand in places) == 1 and len(places) <= 2
 
 
 def _marker_of(part: Any, way: _Way) -> torch.Tensor | None:

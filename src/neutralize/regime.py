@@ -6,8 +6,8 @@ Source: MATH §2 (formulas), §9 (rounding).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,7 @@ class Regime:
         slope: φ'(a).
         nonlinearity: bound on the error of the handed-on value that the curvature causes, for |x| <= X.
         rounding: bound on the error that rounding causes.
+        reading: bound on the error that what reads the layer adds: a norm whose ε does not scale with its input.
     """
 
     epsilon: float
@@ -40,11 +41,12 @@ class Regime:
     slope: float
     nonlinearity: float
     rounding: float
+    reading: float = 0.0
 
     @property
     def error(self) -> float:
         """Bound on the error of the handed-on value: absolute, for |x| <= X."""
-        return self.nonlinearity + self.rounding
+        return self.nonlinearity + self.rounding + self.reading
 
     @property
     def rescale(self) -> float:
@@ -65,6 +67,7 @@ def choose(
     consumer_peak: float = 0.0,
     has_bias: bool = True,
     non_negative: bool = False,
+    reading: Callable[[Regime], float] | None = None,
 ) -> Regime | None:
     """Return the operating point with the least total error, over all linear parts of the activation.
 
@@ -75,9 +78,12 @@ def choose(
         consumer_peak: largest magnitude in the consumers' weights, which must stay finite when rescaled.
         has_bias: whether the layer has a bias (for a ≠ 0).
         non_negative: whether what enters is known to be zero or more.
+        reading: the error of a regime in what reads the layer, in the units of what it hands on; ∞ where that cannot be
+            undone there.
 
     Returns:
-        The regime; ``None`` where it needs a bias that the layer does not have, or nothing fits the format's range.
+        The regime; ``None`` where it needs a bias that the layer does not have, or nothing fits the format's range, or
+        no regime can be undone.
     """
     if activation is None or (non_negative and activation.identity_from is not None and activation.identity_from <= 0):
         return Regime(1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
@@ -91,6 +97,9 @@ def choose(
         and max(1.0, consumer_peak) * abs(candidate.rescale) <= limit
         and abs(candidate.point) + candidate.epsilon * input_bound <= limit
     ]
+    if reading is not None:
+        candidates = [replace(candidate, reading=reading(candidate)) for candidate in candidates]
+        candidates = [candidate for candidate in candidates if math.isfinite(candidate.reading)]
     while candidates:
         least = min(candidate.error for candidate in candidates)
         # Of equally good ones the largest ε: the weights stay in the middle of the format's range.

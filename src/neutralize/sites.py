@@ -10,8 +10,15 @@ from torch import fx
 
 from neutralize.activations import Activation, activation_after
 from neutralize.certify import without_dtype
-from neutralize.dataflow import Call, Dataflow, argument, is_mark, op_name, shape_of
+from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_mark, op_name, shape_of
 from neutralize.rules import DROPOUT, REARRANGE, affine_operands, is_number, is_transparent, norm_operands
+
+PRODUCTS = frozenset(f"aten::{name}" for name in "mul mm bmm matmul dot mv outer einsum inner tensordot".split())
+PADS = frozenset(
+    f"aten::{name}"
+    for name in """pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+    replication_pad2d replication_pad3d""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,11 @@ class Affine:
     def module(self) -> str:
         """Qualified name of the module that owns the weight."""
         return self.weight.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        """What to call it in a message: its module, or its weight if that belongs to the model itself."""
+        return self.module or self.weight
 
     @property
     def has_padding(self) -> bool:
@@ -97,9 +109,39 @@ class Norm:
         return next((name.rpartition(".")[0] for name in self.parameters), "")
 
     @property
+    def label(self) -> str:
+        """What to call it in a message: its module, or the one that computes it without parameters."""
+        return self.module or owner_of(self.node) or self.kind.replace("_", " ")
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """The names of its parameters and statistics."""
         return tuple(name for name in (self.weight, self.bias, self.mean, self.variance) if name is not None)
+
+
+@dataclass(frozen=True)
+class Product:
+    """An op that is linear in what it reads and in a parameter, and is no affine op: ``x * w``, ``w @ x``, an einsum.
+
+    Attributes:
+        node: the op.
+        data: what it reads.
+        weight: qualified name of the parameter.
+    """
+
+    node: fx.Node
+    data: fx.Node
+    weight: str
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that owns the weight."""
+        return self.weight.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        """What to call it in a message."""
+        return self.weight
 
 
 _NORM_KINDS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
@@ -113,12 +155,13 @@ class AffineSite:
         layer: qualified name of the selected layer.
         call: its call.
         affine: its op.
-        norm: the batch norm between it and its activation, or ``None``.
         activation: the activation that follows, or ``None``.
         result: the node whose value the consumers read.
         consumers: the affine ops that read it.
         other_readers: what else reads it.
         inside: the activation was computed inside the selected module.
+        norm: the batch norm between it and its activation, or ``None``.
+        padding: the op of its own that pads what the affine op reads (circular, reflected ...), or ``None``.
     """
 
     layer: str
@@ -130,10 +173,22 @@ class AffineSite:
     other_readers: list[fx.Node] = field(default_factory=list)
     inside: bool = False
     norm: Norm | None = None
+    padding: fx.Node | None = None
+
+    @property
+    def source(self) -> fx.Node:
+        """What the affine op reads, before it is padded."""
+        return self.affine.data if self.padding is None else self.padding.all_input_nodes[0]
+
+
+# Of a matrix each is its transpose; affine_of takes matrices only.
+_TRANSPOSES = frozenset(f"aten::{name}" for name in "t transpose permute numpy_T mT swapaxes swapdims".split())
 
 
 def affine_of(node: fx.Node, flow: Dataflow) -> Affine | None:
     """The affine op at ``node`` if its weight is a parameter (or its transpose), else ``None``."""
+    if op_name(node) == "aten::einsum":
+        return _einsum_of(node, flow)
     operands = affine_operands(node)
     if operands is None:
         return None
@@ -142,7 +197,7 @@ def affine_of(node: fx.Node, flow: Dataflow) -> Affine | None:
     data, weight, bias = operands
     transposed = op_name(node) in ("aten::addmm", "aten::mm", "aten::matmul")
     while weight not in flow.names:
-        if op_name(weight) in ("aten::t", "aten::transpose", "aten::permute"):
+        if op_name(weight) in _TRANSPOSES:
             transposed = not transposed
         elif op_name(weight) not in ("aten::detach", "aten::alias"):
             return None
@@ -164,10 +219,36 @@ def affine_of(node: fx.Node, flow: Dataflow) -> Affine | None:
     return Affine(node, data, flow.names[weight], None if bias is None else flow.names[bias], transposed)
 
 
+_PRODUCTS_OF_MATRICES = ("aten::mm", "aten::matmul", "aten::linear", "aten::einsum")
+
+
+def _einsum_of(node: fx.Node, flow: Dataflow) -> Affine | None:
+    """An einsum that multiplies the last dimension of its data by a matrix: ``...i,oi->...o`` and its like."""
+    equation, operands = node.args[0], node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, list | tuple) or len(operands) != 2:
+        return None
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    for place in (0, 1):
+        weight, data, terms = operands[place], operands[1 - place], left.split(",")
+        if not isinstance(weight, fx.Node) or weight not in flow.names or not isinstance(data, fx.Node) or not arrow:
+            continue
+        matrix, read = terms[place], terms[1 - place]
+        name = flow.names[weight]
+        if len(flow.shapes[name]) != 2 or len(matrix) != 2 or not read or not out:
+            continue
+        for transposed in (False, True):  # (out, in) or (in, out)
+            made, summed = matrix[transposed], matrix[not transposed]
+            distinct = made != summed and made not in read and len(set(read)) == len(read) - 2 * ("..." in read)
+            if distinct and read[-1] == summed and out == read[:-1] + made:
+                added = _added_bias(node, flow, flow.shapes[name][transposed])
+                return Affine(node, data, name, added and added[1], transposed, added and added[0])
+    return None
+
+
 def _added_bias(node: fx.Node, flow: Dataflow, width: int) -> tuple[fx.Node, str] | None:
     """The sum that adds a parameter of ``width`` elements to a matrix product, with the parameter's name."""
     readers = list(node.users)
-    if op_name(node) not in ("aten::mm", "aten::matmul", "aten::linear") or len(readers) != 1:
+    if op_name(node) not in _PRODUCTS_OF_MATRICES or len(readers) != 1:
         return None
     total = readers[0]
     if op_name(total) != "aten::add" or not is_number(argument(total, "alpha", 1), 1):
@@ -177,6 +258,20 @@ def _added_bias(node: fx.Node, flow: Dataflow, width: int) -> tuple[fx.Node, str
         return None
     name = flow.names[others[0]]  # type: ignore[index]
     return (total, name) if flow.shapes[name] == (width,) else None
+
+
+def product_of(node: fx.Node, data: fx.Node, flow: Dataflow) -> Product | None:
+    """The product at ``node`` of ``data`` and a parameter (or a view of one) of a floating dtype, else ``None``."""
+    others = [operand for operand in node.all_input_nodes if operand is not data]
+    if op_name(node) not in PRODUCTS or len(others) != 1:
+        return None
+    weight = others[0]
+    while weight not in flow.names:
+        if op_name(weight) not in REARRANGE or not isinstance(weight.args[0], fx.Node):
+            return None
+        weight = weight.args[0]
+    name = flow.names[weight]
+    return Product(node, data, name) if flow.dtypes[name].is_floating_point else None
 
 
 def norm_of(node: fx.Node, flow: Dataflow) -> Norm | None:
@@ -202,9 +297,9 @@ def norm_of(node: fx.Node, flow: Dataflow) -> Norm | None:
         return None
     stored = mean is not None and variance is not None and not training
     eps = argument(node, "eps")
-    return Norm(
-        node, node.args[0], result, weight, bias, mean, variance, float(eps) if is_number(eps) else 0.0, not stored
-    )
+    if not is_number(eps):  # an rms norm's default: of the dtype in which it computes, or reads; the larger
+        eps = torch.finfo(dtype_of(node.args[0]) or torch.float32).eps
+    return Norm(node, node.args[0], result, weight, bias, mean, variance, float(eps), not stored)
 
 
 def affine_site(flow: Dataflow, call: Call) -> AffineSite | None:
@@ -216,10 +311,14 @@ def affine_site(flow: Dataflow, call: Call) -> AffineSite | None:
         affine = affine_of(node, flow)
         if affine is not None:
             found.append(affine)
-    if len(found) != 1 or not _leads_back(found[0].data, call.entry):
+    if len(found) != 1:
         return None
     affine = found[0]
     site = AffineSite(call.layer, call, affine, None, affine.node)
+    if affine.is_convolution and op_name(affine.data) in PADS and len(affine.data.all_input_nodes) == 1:
+        site.padding = affine.data
+    if not _leads_back(site.source, call.entry):
+        return None
     return site if _follow(flow, site) else None
 
 
@@ -282,7 +381,7 @@ def is_own_layer(site: AffineSite, flow: Dataflow) -> bool:
 def stays_in_place(site: AffineSite) -> bool:
     """Whether every element leaves the selected module where it entered, if the affine op itself moves none."""
     moves: list[fx.Node] = []
-    for start, end in ((site.call.entry, site.affine.data), (site.affine.result, site.call.exit)):
+    for start, end in ((site.call.entry, site.source), (site.affine.result, site.call.exit)):
         path, node = [], end
         while node is not start:
             path.append(node)
@@ -300,17 +399,23 @@ def stays_in_place(site: AffineSite) -> bool:
     return torch.equal(indices, entered)
 
 
+def owner_of(node: fx.Node) -> str:
+    """Qualified name of the module that computes the node, or ``""`` for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    owner: str = stack[-1][0].removeprefix("model.") if stack else ""
+    owner = owner.removeprefix("L['self'].model.").removeprefix("model.")
+    return "" if owner == "model" else owner
+
+
 def describe(node: fx.Node, flow: Dataflow) -> str:
     """Say what a node is, for an error message: the op, and where it belongs."""
     if node.op == "output":
         return "the model's output"
     if op_name(node) in DROPOUT:
         return "an active dropout (the model is in training mode: call model.eval())"
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    owner = stack[-1][0].removeprefix("model.") if stack else ""
-    owner = owner.removeprefix("L['self'].model.").removeprefix("model.")
+    owner = owner_of(node)
     read = [flow.names[operand] for operand in node.all_input_nodes if operand in flow.names]
-    where = f" with {read[0]!r}" if read else f" in {owner!r}" if owner and owner != "model" else ""
+    where = f" with {read[0]!r}" if read else f" in {owner!r}" if owner else ""
     if norm_operands(node) is not None:
         return f"a norm ({op_name(node).removeprefix('aten::')}{where})"
     return f"{op_name(node).removeprefix('aten::')}{where}"

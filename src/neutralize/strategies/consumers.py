@@ -3,8 +3,12 @@
 The layer hands on ``h = c + s x`` with ``c = φ(a)`` and ``s = ε φ'(a)``. A reader makes of it what it made of ``x``:
 
 - an affine op: ``V ← V / s``, ``d ← d - c/s (V 1)``, where ``V 1`` sums over input features and taps;
+- a product with a parameter: ``w ← w / s``, if c = 0;
 - a batch norm with stored statistics: ``mean ← s mean + c``, ``gain ← gain / s``;
-- a layer, group, instance norm: nothing if s = 1, for it subtracts c itself; an RMS norm: nothing if s = 1 and c = 0.
+- a layer, group, instance or RMS norm has statistics of its own, and nothing to rewrite: c goes with the mean that it
+  subtracts (an RMS norm subtracts none), s > 0 with the spread σ that it divides by. What is left is its constant e
+  beside σ²: it divides ``s x`` by √(s²σ² + e), that is x by √(σ² + e/s²). So its values are off by the factor
+  √((σ² + e) / (σ² + e/s²)), which is 1 for s = 1 and tends to 1 with growing σ: the least σ is measured.
 
 Source: MATH §2.
 """
@@ -12,18 +16,23 @@ Source: MATH §2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from neutralize.dataflow import Dataflow, dtype_of
+from neutralize.dataflow import argument, dtype_of, first_tensor, shape_of
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Edit
 from neutralize.planner import Request
-from neutralize.readers import Read, leaves_no_tap_out
-from neutralize.regime import Regime
-from neutralize.sites import Affine, AffineSite, Norm
+from neutralize.readers import Read, reads_every_tap_inside
+from neutralize.regime import Regime, unit_roundoff
+from neutralize.sites import Affine, AffineSite, Norm, Product, owner_of
 from neutralize.strategies.sides import check_own
+
+SPREAD_MARGIN = 2.0
+"""What the least measured spread is divided by: inputs with half the example's least spread are still covered."""
 
 
 def check_readers(request: Request, layer: str, reads: list[Read]) -> None:
@@ -33,20 +42,37 @@ def check_readers(request: Request, layer: str, reads: list[Read]) -> None:
         NeutralizeError: naming the reader in the way.
     """
     nodes: dict[fx.Node, tuple[str, ...]] = {}
+    ranges: dict[fx.Node, set[tuple[int, int] | None]] = {}
     for read in reads:
         reader = read.reader
-        if isinstance(reader, Affine):
-            nodes[reader.node] = tuple(name for name in (reader.weight, reader.bias) if name is not None)
-            if reader.added is not None:
-                nodes[reader.added] = ()
-        else:
-            nodes[reader.node] = () if reader.own_statistics else reader.parameters
+        nodes[reader.node] = _written(reader)
+        ranges.setdefault(reader.node, set()).add(read.features)
+        if isinstance(reader, Affine) and reader.added is not None:
+            nodes[reader.added] = ()
         if read.features is not None and reader.module in request.layers:
             raise NeutralizeError(
                 f"plan: expected {reader.module!r} to read {layer!r} and nothing else, got a concatenation, and both "
-                "selected; select one of them"
+                f"selected; switch {reader.module!r} off first, in a plan of its own, then {layer!r}"
             )
     check_own(request, layer, nodes)
+    canonical = {node: tuple(map(request.canonical, nodes[node])) for node in ranges}
+    for node, names in canonical.items():
+        for other, names_there in canonical.items():
+            if {*names} & {*names_there} and (names != names_there or ranges[node] != ranges[other]):
+                raise NeutralizeError(
+                    f"plan: expected every reader of {layer!r} to have parameters of its own, got "
+                    f"{min({*names} & {*names_there})!r} in two that read it differently; untie or copy it first, or "
+                    "use strategy='zero'"
+                )
+
+
+def _written(reader: Affine | Norm | Product) -> tuple[str, ...]:
+    """The parameters and statistics by which a reader undoes a regime."""
+    if isinstance(reader, Norm):
+        names: tuple[str | None, ...] = () if reader.own_statistics else reader.parameters
+    else:
+        names = (reader.weight, reader.bias if isinstance(reader, Affine) else None)
+    return tuple(name for name in names if name is not None)
 
 
 def zeros_beside(reads: list[Read]) -> list[str]:
@@ -54,20 +80,9 @@ def zeros_beside(reads: list[Read]) -> list[str]:
     return list(dict.fromkeys(zeros for read in reads for zeros in read.zeros))
 
 
-def absorbs(reads: list[Read]) -> bool:
-    """Whether every reader has a parameter or a mean that takes φ(a) away."""
-    return all(
-        read.reader.bias is not None
-        and (not read.reader.transposed or not read.reader.is_convolution or not read.zeros)
-        if isinstance(read.reader, Affine)
-        else read.reader.kind != "rms_norm"
-        for read in reads
-    )
-
-
 def rewritten_modules(reads: list[Read]) -> tuple[str, ...]:
     """Qualified names of the modules whose weights undo the layer's scale, each once."""
-    own = [read.reader for read in reads if isinstance(read.reader, Affine) or not read.reader.own_statistics]
+    own = [read.reader for read in reads if not (isinstance(read.reader, Norm) and read.reader.own_statistics)]
     return tuple(dict.fromkeys(reader.module for reader in own))
 
 
@@ -76,55 +91,232 @@ def unique_norms(sites: list[AffineSite]) -> list[Norm]:
     return list({site.norm.parameters: site.norm for site in sites if site.norm is not None}.values())
 
 
-def undoing_edits(request: Request, layer: str, reads: list[Read], regime: Regime) -> list[Edit]:
-    """The edits by which the readers undo the regime.
+# ---- what undoing costs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The spread σ by which a norm divides, over the rows (or groups) of the example inputs.
+
+    Attributes:
+        norm: the norm.
+        least: the least σ, divided by ``SPREAD_MARGIN``.
+        usual: the σ at which the norm is off as it is in the root mean square.
+    """
+
+    norm: Norm
+    least: float
+    usual: float
+
+    def error(self, scale: float, spread: float) -> float:
+        """How far the norm's values are off, relative to them, if what it reads is scaled."""
+        variance, eps = spread**2, self.norm.eps
+        if scale == 1.0 or eps == 0.0:
+            return 0.0
+        return abs(math.sqrt((variance + eps) / (variance + eps / scale**2)) - 1.0)
+
+
+def spreads_of(request: Request, reads: list[Read]) -> list[Spread]:
+    """The spreads of the norms with statistics of their own, in the network without the selected layers.
+
+    Those that cannot be measured are left out: there are no example inputs or weights, or no module computes the norm.
+    """
+    norms = [read.reader for read in reads if isinstance(read.reader, Norm) and read.reader.own_statistics]
+    if not norms or not request.is_runnable:
+        return []
+    seen: dict[fx.Node, torch.Tensor] = {}
+
+    def watch(norm: Norm) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, kwargs: object) -> None:
+            tensor = first_tensor((args, kwargs))
+            if tensor is not None and tuple(tensor.shape) == shape_of(norm.data):
+                seen[norm.node] = _rows_of(norm, tensor.detach().double())
+
+        return hook
+
+    modules = dict(request.model.named_modules(remove_duplicate=False))
+    request.run_excised(
+        [(modules[norm.module or owner_of(norm.node)], watch(norm)) for norm in norms if _is_computed_by_module(norm)]
+    )
+    found = []
+    for norm in norms:
+        if norm.node in seen and seen[norm.node].numel():
+            rows = seen[norm.node]
+            centred = rows if norm.kind == "rms_norm" else rows - rows.mean(-1, keepdim=True)
+            variances = centred.square().mean(-1)
+            least = float(variances.min().sqrt()) / SPREAD_MARGIN
+            usual = float(variances.reciprocal().square().mean()) ** -0.25
+            found.append(Spread(norm, least, usual))
+    return found
+
+
+def _is_computed_by_module(norm: Norm) -> bool:
+    owner = owner_of(norm.node)
+    return bool(owner) and norm.module in ("", owner)
+
+
+def _rows_of(norm: Norm, tensor: torch.Tensor) -> torch.Tensor:
+    """What a norm reads, as rows of what it normalises together."""
+    if norm.kind in ("layer_norm", "rms_norm"):
+        return tensor.flatten(-len(argument(norm.node, "normalized_shape")))
+    groups = tensor.shape[1] if norm.kind == "instance_norm" else argument(norm.node, "num_groups")
+    return tensor.reshape(tensor.shape[0], groups, -1)
+
+
+def reading_error(
+    request: Request, layer: str, reads: list[Read], bound: float, spreads: list[Spread], *, zeros: bool
+) -> Callable[[Regime], float]:
+    """The error of a regime in what reads the layer: see ``regime.choose``.
+
+    Args:
+        request: the request.
+        layer: qualified name.
+        reads: what reads it.
+        bound: X.
+        spreads: of the norms among the readers.
+        zeros: let zeros stand beside φ(a).
+    """
+    stand = zeros_beside(reads)
+
+    def error(regime: Regime) -> float:
+        if regime.value != 0.0 and stand and not zeros:
+            return math.inf
+        if any(obstacle(request, layer, read, regime, spreads) is not None for read in reads):
+            return math.inf
+        return norm_error_of(regime, bound, reads, spreads)
+
+    return error
+
+
+def norm_error_of(regime: Regime, bound: float, reads: list[Read], spreads: list[Spread]) -> float:
+    """The largest error that the norms behind a layer add, as an error of what it hands on."""
+    scale = regime.epsilon * regime.slope
+    # |x - mean| <= 2 X; an RMS norm subtracts no mean.
+    constant = [
+        (1.0 if spread.norm.kind == "rms_norm" else 2.0) * bound * spread.error(scale, spread.least)
+        for spread in spreads
+    ]
+    # What a norm subtracts is as large as φ(a), and it computes in float32 at least.
+    own = [read.reader for read in reads if isinstance(read.reader, Norm) and read.reader.own_statistics]
+    wide = [torch.float64 if dtype_of(norm.data) == torch.float64 else torch.float32 for norm in own]
+    rounding = max((4.0 * unit_roundoff(dtype) * abs(regime.value / scale) for dtype in wide), default=0.0)
+    return max(constant, default=0.0) + rounding
+
+
+def usual_norm_error(regime: Regime, spreads: list[Spread]) -> tuple[float, Norm | None]:
+    """How far the norms' values are off as a rule, relative to them, and the norm that is off the most."""
+    scale = regime.epsilon * regime.slope
+    errors = [(spread.error(scale, spread.usual), spread.norm) for spread in spreads]
+    return max(errors, key=lambda found: found[0], default=(0.0, None))
+
+
+# ---- undoing ---------------------------------------------------------------------------------------------------------
+
+
+def undoing_edits(request: Request, layer: str, reads: list[Read], regime: Regime, spreads: list[Spread]) -> list[Edit]:
+    """The edits by which the readers undo the regime; ops that share their parameters undo it once.
 
     Raises:
         NeutralizeError: a reader cannot.
     """
-    edits: list[Edit] = []
-    scale = regime.epsilon * regime.slope
+    edits: dict[tuple[tuple[str, ...], tuple[int, int] | None], list[Edit]] = {}
     for read in reads:
-        if read.ordered and scale < 0:
-            raise NeutralizeError(
-                f"plan: expected no maximum between {layer!r} and its readers, got one, and a slope of "
-                f"{regime.slope:g} that turns the order round; use strategy='zero'"
-            )
-        if isinstance(read.reader, Affine):
-            edits.extend(_affine_edits(request, layer, read.reader, read.features, regime))
-        elif read.reader.own_statistics:
-            _check_own_statistics(layer, read.reader, regime, request.flow)
+        reader = read.reader
+        why = obstacle(request, layer, read, regime, spreads)
+        if why is not None:
+            raise NeutralizeError(why)
+        names = tuple(map(request.canonical, _written(reader)))
+        if not names or (names, read.features) in edits:
+            continue
+        if isinstance(reader, Affine):
+            found = _affine_edits(request, reader, read.features, regime)
+        elif isinstance(reader, Product):
+            found = [request.rewrite(reader.weight, scale=regime.rescale)]
         else:
-            edits.extend(_batch_norm_edits(request, layer, read.reader, read.features, regime))
-    return edits
+            found = _batch_norm_edits(request, reader, read.features, regime)
+        edits[names, read.features] = found
+    return [edit for found in edits.values() for edit in found]
 
 
-def _affine_edits(
-    request: Request, layer: str, reader: Affine, features: tuple[int, int] | None, regime: Regime
-) -> list[Edit]:
+def obstacle(request: Request, layer: str, read: Read, regime: Regime, spreads: list[Spread]) -> str | None:
+    """Why a reader cannot undo a regime, as an error message, or ``None``."""
+    reader, scale = read.reader, regime.epsilon * regime.slope
+    if read.ordered and scale < 0:
+        return (
+            f"plan: expected no maximum between {layer!r} and its readers, got one, and a slope of {regime.slope:g} "
+            "that turns the order round; use strategy='zero'"
+        )
+    if read.linear and regime.value != 0.0:
+        return (
+            f"plan: expected nothing between {layer!r} and its readers that changes a constant, got "
+            f"{' and '.join(read.linear)}, and an operating point at which φ(a) = {regime.value:.3g}; use "
+            "strategy='zero', or select the block that contains it"
+        )
+    if isinstance(reader, Norm):
+        if reader.own_statistics:
+            return _norm_obstacle(layer, reader, regime, spreads)
+        if scale != 1.0 and reader.weight is None:
+            return (
+                f"plan: expected a gain in the batch norm of {reader.label!r} to undo the scale of {layer!r}, got "
+                "affine=False; use strategy='zero'"
+            )
+        return None
+    if regime.value == 0.0:
+        return None
+    if isinstance(reader, Product):
+        return (
+            f"plan: expected an affine layer to read {layer!r} at an operating point other than 0, got a product with "
+            f"{reader.label!r}, and no bias to absorb φ(a) = {regime.value:.3g}; use strategy='zero'"
+        )
+    if reader.bias is None:
+        return (
+            f"plan: expected a bias in {reader.label!r} to absorb the operating point of {layer!r}, got none; add a "
+            "zero bias to that layer, or use strategy='zero'"
+        )
+    if not reads_every_tap_inside(reader):
+        return (
+            f"plan: expected a transposed convolution of stride 1 in {reader.label!r}, which reads {layer!r} at an "
+            "operating point other than 0, got one whose stride gives each output position taps of its own: no bias "
+            "absorbs what they make of φ(a); use strategy='zero'"
+        )
+    return None
+
+
+def _norm_obstacle(layer: str, norm: Norm, regime: Regime, spreads: list[Spread]) -> str | None:
+    scale = regime.epsilon * regime.slope
+    name = f"the {norm.kind.replace('_', ' ')} of {norm.label!r}"
+    if norm.kind == "batch_norm":
+        return (
+            f"plan: expected stored statistics in {name}, which reads {layer!r}, got those of the batch; call "
+            "model.eval(), or use strategy='zero'"
+        )
+    if scale < 0:
+        return (
+            f"plan: expected a positive slope before {name}, which reads {layer!r}, got {regime.slope:g}: a norm takes "
+            "a scale away, but not its sign; use strategy='zero', or select the block that contains it"
+        )
+    if regime.value != 0.0 and norm.kind == "rms_norm":
+        return (
+            f"plan: expected a norm that subtracts its mean to read {layer!r} at an operating point other than 0, got "
+            f"{name}; use strategy='zero', or select the block that contains it"
+        )
+    if scale != 1.0 and norm.eps and not any(spread.norm.node is norm.node for spread in spreads):
+        return (
+            f"plan: expected example_inputs and a module of its own for {name}, which reads {layer!r} at a scale of "
+            f"{scale:.3g}, to measure its spread, got none: its ε = {norm.eps:g} would act as "
+            f"{norm.eps / scale**2:.3g}; give them, use strategy='zero', or select the block that contains it"
+        )
+    return None
+
+
+def _affine_edits(request: Request, reader: Affine, features: tuple[int, int] | None, regime: Regime) -> list[Edit]:
     shape = request.flow.shapes[reader.weight]
     taps = math.prod(shape[2:]) if reader.is_convolution else 1
     columns = features if features is None or reader.transposed else (features[0] * taps, features[1] * taps)
     if regime.value == 0.0:
         block = {"rows" if reader.transposed else "columns": columns}
         return [request.rewrite(reader.weight, scale=regime.rescale, **block)]
-    if reader.bias is None:
-        raise NeutralizeError(
-            f"plan: expected a bias in {reader.module!r} to absorb the operating point of {layer!r}, got none; add a "
-            "zero bias to that layer, or use strategy='zero'"
-        )
-    if reader.is_convolution and reader.transposed:
-        if reader.groups > 1:
-            raise NeutralizeError(
-                f"plan: expected one group in {reader.module!r}, a transposed convolution that reads {layer!r} at an "
-                f"operating point other than 0, got {reader.groups}; use strategy='zero'"
-            )
-        if not leaves_no_tap_out(reader, shape):
-            raise NeutralizeError(
-                f"plan: expected a transposed convolution whose every output position reads every tap in "
-                f"{reader.module!r}, which reads {layer!r} at an operating point other than 0, got one whose stride or "
-                "padding leaves taps out: no bias absorbs that; use strategy='zero'"
-            )
+    assert reader.bias is not None
     return [
         request.fold(
             reader.weight,
@@ -132,46 +324,20 @@ def _affine_edits(
             scale=regime.rescale,
             shift=-regime.value * regime.rescale,
             transposed=reader.transposed,
+            groups=reader.groups if reader.transposed else 1,
             columns=columns,
         )
     ]
 
 
-def _batch_norm_edits(
-    request: Request, layer: str, norm: Norm, features: tuple[int, int] | None, regime: Regime
-) -> list[Edit]:
+def _batch_norm_edits(request: Request, norm: Norm, features: tuple[int, int] | None, regime: Regime) -> list[Edit]:
     assert norm.mean is not None
     scale = regime.epsilon * regime.slope
     edits: list[Edit] = [request.rewrite(norm.mean, scale=scale, fill=regime.value, rows=features)]
     if scale != 1.0:
-        if norm.weight is None:
-            raise NeutralizeError(
-                f"plan: expected a gain in the batch norm of {norm.module!r} to undo the scale of {layer!r}, got "
-                "affine=False; use strategy='zero'"
-            )
+        assert norm.weight is not None
         edits.append(request.rewrite(norm.weight, scale=regime.rescale, rows=features))
     return edits
-
-
-def _check_own_statistics(layer: str, norm: Norm, regime: Regime, flow: Dataflow) -> None:
-    scale = regime.epsilon * regime.slope
-    name = norm.kind.replace("_", " ")
-    if norm.kind == "batch_norm":
-        raise NeutralizeError(
-            f"plan: expected stored statistics in the batch norm of {norm.module!r}, which reads {layer!r}, got those "
-            "of the batch; call model.eval(), or use strategy='zero'"
-        )
-    if scale != 1.0:
-        raise NeutralizeError(
-            f"plan: expected a scale of 1 before the {name} of {norm.module!r}, which reads {layer!r}, got "
-            f"{scale:.3g}: its ε = {norm.eps:g} does not scale with its input and would act as "
-            f"{norm.eps / scale**2:.3g}; use strategy='zero', or select the block that contains it"
-        )
-    if regime.value != 0.0 and norm.kind == "rms_norm":
-        raise NeutralizeError(
-            f"plan: expected a norm that subtracts its mean to read {layer!r} at an operating point other than 0, got "
-            f"the rms norm of {norm.module!r}; use strategy='zero', or select the block that contains it"
-        )
 
 
 def peak(request: Request, reads: list[Read]) -> float:

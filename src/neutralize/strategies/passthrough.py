@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,24 +16,32 @@ from neutralize.dataflow import argument, op_name, shape_of
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
-from neutralize.readers import Read, reads_of
+from neutralize.readers import Read, per_dim, reads_of
 from neutralize.regime import Regime, choose
 from neutralize.rules import non_negative
 from neutralize.search import IDENTITY, Assignment, Preference, joint
 from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
 from neutralize.strategies.consumers import (
-    absorbs,
+    SPREAD_MARGIN,
+    Spread,
     check_readers,
     identity_norm_edits,
     norm_error,
     peak,
+    reading_error,
     rewritten_modules,
+    spreads_of,
     undoing_edits,
     unique_norms,
+    usual_norm_error,
     zeros_beside,
 )
 from neutralize.strategies.pairs import draft_pair
 from neutralize.strategies.recurrent import draft_recurrent
+
+# What a norm may be off by as a rule, relative to its values, unless a tolerance says otherwise.
+_FIGURES = {torch.float64: 1e-9, torch.float32: 2e-5}
+_FIGURE_NARROW = 3e-2
 
 
 @dataclass(frozen=True)
@@ -151,21 +160,33 @@ class Passthrough:
             dtype,
             bound,
             consumer_peak=0.0 if trivial else peak(request, reads),
+            has_bias=site.affine.bias is not None or site.norm is not None,
             non_negative=entering_non_negative and self.gain > 0,
         )
-        regime: Regime | None = chosen(has_bias=site.affine.bias is not None or site.norm is not None)
-        if regime is not None and regime.value != 0.0 and not trivial and (zeros_beside(reads) or not absorbs(reads)):
-            at_zero = chosen(has_bias=False)
-            regime = at_zero if at_zero is not None and at_zero.value == 0.0 else regime
+        spreads: list[Spread] = []
+        regime: Regime | None = chosen()
+        if regime is not None and not trivial:
+            spreads = spreads_of(request, reads)
+            undoing = partial(reading_error, request, layer, reads, bound, spreads)
+            undone = chosen(reading=undoing(zeros=False)) or chosen(reading=undoing(zeros=True))
+            if undone is not None and self._is_good(undone, regime, dtype, bound, undoing(zeros=True)):
+                regime = undone  # else what is in the way of the best one is said below
         if regime is None:
             raise NeutralizeError(_why_no_regime(site, layer, dtype))
         edits: list[Edit] = list(_incoming_edits(request, site, incoming, regime.epsilon * self.gain, regime.point))
         edits.extend(identity_norm_edits(request, layer, sites, regime.point))
         zeros: list[str] = []
         if not trivial:
-            edits.extend(undoing_edits(request, layer, reads, regime))
+            edits.extend(undoing_edits(request, layer, reads, regime, spreads))
+            self._check_norms(layer, site, dtype, regime, bound, spreads)
             zeros = zeros_beside(reads) if regime.value != 0.0 else []
         certificate = self._certificate(request, layer, sites, regime, bound, measured=self.input_bound is None)
+        if any(spread.error(regime.epsilon * regime.slope, spread.least) for spread in spreads):
+            least = min(spread.least for spread in spreads)
+            assumption = (
+                f"{certificate.assumption}; spread at the norm >= {least:.3g} (measured, over {SPREAD_MARGIN:g})"
+            )
+            certificate = replace(certificate, kind="bounded", assumption=assumption)
         if zeros:
             certificate = self._at_borders(certificate, zeros, abs(regime.value * regime.rescale * self.gain) / bound)
         stored = _stored(regime.epsilon * self.gain, dtype)
@@ -194,6 +215,37 @@ class Passthrough:
             note=note,
         )
         return Draft(tuple(edits), entry)
+
+    def _is_good(
+        self, undone: Regime, best: Regime, dtype: torch.dtype, bound: float, reading: Callable[[Regime], float]
+    ) -> bool:
+        """Whether the best regime that the readers can undo is worth taking, next to the best that there is."""
+        if self.tolerance is not None or math.isfinite(reading(best)):
+            return True
+        return undone.error <= max(16.0 * best.error, _FIGURES.get(dtype, _FIGURE_NARROW) * bound)
+
+    def _check_norms(
+        self, layer: str, site: AffineSite, dtype: torch.dtype, regime: Regime, bound: float, spreads: list[Spread]
+    ) -> None:
+        """Check that norms that read a scaled layer are off by no more than the dtype's figure, or the tolerance.
+
+        Raises:
+            NeutralizeError: the constant in a norm is too large beside what it reads.
+        """
+        error, norm = usual_norm_error(regime, spreads)
+        figure = _FIGURES.get(dtype, _FIGURE_NARROW)
+        # The nonlinearity is that of the largest input, four times what it is as a rule.
+        if norm is None or self.tolerance is not None or max(error, regime.nonlinearity / bound / 4) <= figure:
+            return
+        assert site.activation is not None
+        least = regime.error / bound * abs(self.gain)
+        raise NeutralizeError(
+            f"plan: expected a norm whose ε is small beside the variance of what {layer!r} ({site.activation.name}) "
+            f"hands on, got the {norm.kind.replace('_', ' ')} of {norm.label!r} with ε = {norm.eps:g}: at the best "
+            f"scale, {regime.epsilon * regime.slope:.3g}, its values are off by {error:.2g} as a rule; give "
+            f"tolerance={_rounded_up(least):g} to accept that, use strategy='zero', or select the block that contains "
+            "it"
+        )
 
     def _at_borders(self, certificate: Certificate, zeros: list[str], error: float) -> Certificate:
         """The certificate of a layer that is read beside zeros: an error of φ(a) / (ε φ'(a)) per zero.
@@ -255,7 +307,8 @@ class Passthrough:
             relative,
             f"|x| <= {limit:.6g} ({source})",
             f"{site.activation.name} at {regime.point:g} with ε = {regime.epsilon:g}: nonlinearity "
-            f"{regime.nonlinearity / bound:.2g}, rounding {regime.rounding / bound:.2g} of the bound",
+            f"{regime.nonlinearity / bound:.2g}, rounding {regime.rounding / bound:.2g} of the bound"
+            + (f", ε of the norm {regime.reading / bound:.2g}" if regime.reading else ""),
         )
 
 
@@ -360,22 +413,37 @@ def _identity_edit(request: Request, layer: str, site: AffineSite, *, partial: b
             "samples: use strategy='zero', or select the block that contains it"
         )
     kernel = request.flow.shapes[affine.weight][2:]
-    before, after = shape_of(affine.data) or (), shape_of(node) or ()
+    before, after = shape_of(site.source) or (), shape_of(node) or ()
     space = slice(-len(kernel), None)  # the channels are what ``widths`` has compared
-    if before[space] != after[space] or any(size % 2 == 0 for size in kernel) or _extra(node):
+    if before[space] != after[space] or any(size % 2 == 0 for size in kernel) or _is_off_centre(site, kernel):
         raise NeutralizeError(
             f"plan: expected a convolution that keeps its input's shape for {layer!r}, got "
-            f"{list(shape_of(affine.data) or ())} to "
-            f"{list(shape_of(node) or ())} with kernel {list(kernel)}; use strategy='zero'"
+            f"{list(before)} to {list(after)} with kernel {list(kernel)}; use strategy='zero'"
         )
     volume = math.prod(kernel)
     return volume // 2, volume
 
 
-def _extra(node: fx.Node) -> bool:
-    """Whether a transposed convolution appends samples."""
+def _is_off_centre(site: AffineSite, kernel: tuple[int, ...]) -> bool:
+    """Whether the middle tap of a kernel that keeps the shape reads another sample than that of its own place."""
+    node = site.affine.node
     extra = argument(node, "output_padding", 0)
-    return any(extra) if isinstance(extra, list | tuple) else bool(extra)
+    if any(extra) if isinstance(extra, list | tuple) else bool(extra):
+        return True  # samples are appended, and as many cropped
+    if site.padding is None or argument(node, "padding") == "same":
+        return site.padding is not None
+    rank = len(kernel)
+    amounts = list(site.padding.args[1])  # type: ignore[arg-type]  # before, after; the last dimension first
+    before = [amounts[2 * place] if 2 * place < len(amounts) else 0 for place in reversed(range(rank))]
+    padding = argument(node, "padding", 0)
+    own = [0] * rank if padding == "valid" else per_dim(padding, rank)
+    dilation = per_dim(argument(node, "dilation", 1), rank)
+    wanted = [step * (size - 1) // 2 for step, size in zip(dilation, kernel, strict=True)]
+    return (
+        len(amounts) > 2 * rank
+        or min(amounts) < 0
+        or [one + other for one, other in zip(before, own, strict=True)] != wanted
+    )
 
 
 def _incoming_edits(
@@ -469,6 +537,12 @@ def _why_no_regime(site: AffineSite, layer: str, dtype: torch.dtype) -> str:
         f"plan: expected an operating point of {site.activation.name} at which the consumers of {layer!r} stay inside "
         f"{dtype_name(dtype)}, got none; use a wider dtype, or strategy='zero'"
     )
+
+
+def _rounded_up(value: float) -> float:
+    """To two digits, not below ``value``."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / unit * (1 + 1e-9)) * unit
 
 
 def _stored(value: float, dtype: torch.dtype) -> float:

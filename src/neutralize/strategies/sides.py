@@ -9,6 +9,7 @@ from torch import fx
 from neutralize.dataflow import op_name
 from neutralize.errors import NeutralizeError
 from neutralize.planner import Request
+from neutralize.rules import REARRANGE
 from neutralize.sites import Affine, AffineSite, affine_site, describe
 
 SIDES = {
@@ -119,8 +120,7 @@ def check_own(request: Request, layer: str, nodes: Mapping[fx.Node, tuple[str, .
 
 
 def _read_by(node: fx.Node, ours: set[fx.Node]) -> bool:
-    """Whether a reader of a weight is one of our ops, or a view that only they read."""
+    """Whether a reader of a weight is one of our ops, or a view that only they (or nothing) read."""
     if node in ours:
         return True
-    is_view = op_name(node) in ("aten::t", "aten::transpose", "aten::permute", "aten::detach", "aten::alias")
-    return is_view and all(_read_by(user, ours) for user in node.users)
+    return op_name(node) in REARRANGE and all(_read_by(user, ours) for user in node.users)

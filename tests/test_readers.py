@@ -1,0 +1,359 @@
+"""What reads a layer in its linear regime: products, norms, transposed convolutions; against networks cut by hand.
+
+Each network is a function of its parts that is called with what the layer hands on, and for the oracle with its input.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import perturbed
+from torch import nn
+
+import neutralize as nz
+
+
+def unit(*shape, seed=3):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(got, wanted):
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+class Net(nn.Module):
+    """``rest(net, φ(layer(x)), x)``; without the layer ``rest(net, x, x)``."""
+
+    def __init__(self, layer, function, rest=None, **parts):
+        super().__init__()
+        self.layer, self.function = layer, function
+        self.rest = rest or (lambda net, h, x: net.head(h))
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+
+    def forward(self, x):
+        return self.rest(self, self.function(self.layer(x)), x)
+
+    def without(self, x):
+        return self.rest(self, x, x)
+
+
+def errors(model, x, **options):
+    """Plan, apply, compare with the oracle, restore; the plan and the error end to end."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = nz.plan(model, "layer", "passthrough", example_inputs=x, **options)
+    with torch.no_grad():
+        wanted = model.without(x)
+        with plan.applied(model):
+            got = model(x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    verification = nz.verify(model, plan, x)
+    assert verification.bound_holds
+    assert verification.assumptions_hold
+    assert verification.relative_error == pytest.approx(relative(got, wanted), rel=1e-3, abs=1e-12)
+    return plan, relative(got, wanted)
+
+
+SEQUENCE, IMAGE = (2, 5, 6), (2, 6, 7, 8)
+# name: what the network makes of h and x, its parts, whether a bias or a mean absorbs a constant.
+PRODUCTS = {
+    "x @ w.T": (lambda net, h, x: h @ net.w.T, {"w": (3, 6)}, False),
+    "b + x @ w.mT": (lambda net, h, x: net.b + h @ net.w.mT, {"w": (3, 6), "b": (3,)}, True),
+    "linear with a parameter": (lambda net, h, x: F.linear(h, net.w, net.b), {"w": (3, 6), "b": (3,)}, True),
+    "a view of a parameter": (lambda net, h, x: h @ net.w.view(6, 4), {"w": (2, 3, 4)}, False),
+    "einsum": (lambda net, h, x: torch.einsum("bti,oi->bto", h, net.w), {"w": (3, 6)}, False),
+    "einsum, transposed, with a bias": (
+        lambda net, h, x: torch.einsum("io, ...i -> ...o", net.w, h) + net.b,
+        {"w": (6, 3), "b": (3,)},
+        True,
+    ),
+    "einsum into heads": (lambda net, h, x: torch.einsum("bti,iho->btho", h, net.w), {"w": (6, 2, 3)}, False),
+    "einsum over the positions": (lambda net, h, x: torch.einsum("bti,ot->boi", h, net.w), {"w": (4, 5)}, False),
+    "w @ x": (lambda net, h, x: net.w @ h, {"w": (3, 5)}, False),
+    "bmm": (lambda net, h, x: torch.bmm(h, net.w), {"w": (2, 6, 3)}, False),
+    "gains": (lambda net, h, x: (h * net.w).cos(), {"w": (6,)}, False),
+    "a factor and a linear": (lambda net, h, x: net.head(h * 0.37), {"head": nn.Linear(6, 3)}, False),
+    "a divided product": (lambda net, h, x: net.head(h / x.square().sum() ** 0.5), {"head": nn.Linear(6, 3)}, False),
+    "attention over the values": (
+        lambda net, h, x: net.head((x @ x.mT).softmax(-1) @ h),
+        {"head": nn.Linear(6, 3)},
+        False,
+    ),
+    "a sum and a mask": (
+        lambda net, h, x: net.head(h.masked_fill(x > 0.5, 0.0).sum(1)),
+        {"head": nn.Linear(6, 3)},
+        False,
+    ),
+    "one weight twice": (lambda net, h, x: net.head(h) - net.head(h.flip(1)).sin(), {"head": nn.Linear(6, 3)}, True),
+    "one batch norm twice": (
+        lambda net, h, x: net.head(h.mT).cos() - net.head(h.flip(1).mT),
+        {"head": nn.BatchNorm1d(6)},
+        True,
+    ),
+    "one gain twice": (lambda net, h, x: (h * net.w).cos() - net.w * h.flip(1), {"w": (6,)}, False),
+}
+
+
+def product(name, function, dtype):
+    rest, parts, _ = PRODUCTS[name]
+    torch.manual_seed(0)
+    made = {
+        key: unit(*part, seed=5) if isinstance(part, tuple) else type(part)(*_size(part)) for key, part in parts.items()
+    }
+    return perturbed(Net(nn.Linear(6, 6), function, rest, **made)).to(dtype), unit(*SEQUENCE).to(dtype)
+
+
+def _size(part):
+    return (part.in_features, part.out_features) if isinstance(part, nn.Linear) else (part.num_features,)
+
+
+@pytest.mark.parametrize(("dtype", "goal"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_is_linear_in_a_parameter_undoes_a_scale(name, dtype, goal):
+    model, x = product(name, torch.tanh, dtype)
+    assert errors(model, x)[1] <= goal
+
+
+@pytest.mark.parametrize("function", [torch.relu, torch.sigmoid], ids=["relu", "sigmoid"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_is_linear_in_a_parameter_undoes_a_constant_or_says_why_not(name, function):
+    model, x = product(name, function, torch.float64)
+    if PRODUCTS[name][2]:
+        assert errors(model, x)[1] <= 1e-7
+        return
+    with pytest.raises(nz.NeutralizeError, match=r"absorb|changes a constant"):
+        nz.plan(model, "layer", example_inputs=x)
+
+
+REFUSED = {
+    "a weight that reads something else too": (
+        lambda net, h, x: net.head(h) + net.head(x),
+        {"head": nn.Linear(6, 6)},
+        r"'head\.weight', which reads 'layer', to read nothing else",
+    ),
+    "one weight on two sides of a concatenation": (
+        lambda net, h, x: net.head(torch.cat([h, x], -1)) - net.head(torch.cat([x, h], -1)),
+        {"head": nn.Linear(12, 3)},
+        r"parameters of its own, got 'head\.(bias|weight)' in two that read it differently",
+    ),
+    "one weight with two biases": (
+        lambda net, h, x: F.linear(h, net.w, net.b) - F.linear(h, net.w, net.c),
+        {"w": unit(3, 6), "b": unit(3), "c": unit(3)},
+        r"parameters of its own, got 'w' in two that read it differently",
+    ),
+    "a product with itself": (
+        lambda net, h, x: net.head(h * h),
+        {"head": nn.Linear(6, 3)},
+        r"only affine layers to read 'layer' \(tanh\), got mul",
+    ),
+    "a product with what it computes": (
+        lambda net, h, x: net.head(h * h.mean(-1, keepdim=True)),
+        {"head": nn.Linear(6, 3)},
+        r"only affine layers to read 'layer' \(tanh\), got mul",
+    ),
+    "a weight that multiplies twice": (
+        lambda net, h, x: torch.einsum("bti,oi,oi->bto", h, net.w, net.w),
+        {"w": unit(3, 6)},
+        r"only affine layers to read 'layer' \(tanh\), got einsum",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_linear_or_shared_is_refused(name):
+    rest, parts, message = REFUSED[name]
+    model = Net(nn.Linear(6, 6), torch.tanh, rest, **parts).eval()
+    with pytest.raises(nz.NeutralizeError, match=message):
+        nz.plan(model, "layer", example_inputs=unit(*SEQUENCE))
+
+
+# ---- norms with statistics of their own ------------------------------------------------------------------------------
+
+NORMS = {
+    "layer norm": ((32, 6), lambda: nn.Linear(6, 6), lambda: nn.LayerNorm(6)),
+    "layer norm without gains": ((8, 3, 6), lambda: nn.Linear(6, 6), lambda: nn.LayerNorm(6, elementwise_affine=False)),
+    "layer norm over two dimensions": ((4, 5, 6), lambda: nn.Linear(6, 6), lambda: nn.LayerNorm((5, 6))),
+    "group norm": (IMAGE, lambda: nn.Conv2d(6, 6, 1), lambda: nn.GroupNorm(2, 6)),
+    "instance norm": (IMAGE, lambda: nn.Conv2d(6, 6, 1), lambda: nn.InstanceNorm2d(6)),
+}
+UPPER_SIDES = {"gelu": F.gelu, "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "mish": F.mish,
+               "softplus": F.softplus, "relu": F.relu, "leaky_relu": F.leaky_relu}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "goal"), [(torch.float64, 1e-9), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=str
+)
+@pytest.mark.parametrize("function", UPPER_SIDES)
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_takes_a_constant_away_so_the_linear_side_needs_no_scale(name, function, dtype, goal):
+    shape, layer, norm = NORMS[name]
+    model, x = perturbed(Net(layer(), UPPER_SIDES[function], head=norm())).to(dtype), unit(*shape).to(dtype)
+    plan, error = errors(model, x)
+    assert error <= goal
+    assert plan.layers[0].epsilon * plan.layers[0].slope >= 1.0
+    assert not any(name.startswith("head") for name in plan.parameters)
+
+
+@pytest.mark.parametrize("name", [*NORMS, "rms norm"])
+def test_a_norm_whose_constant_is_small_reads_a_scaled_value(name):
+    """As in BERT, ε = 1e-12; the bound covers every row, down to half the least spread of the example's."""
+    shape, layer, norm = NORMS.get(name, ((32, 6), lambda: nn.Linear(6, 6), lambda: nn.RMSNorm(6)))
+    norm = norm()
+    norm.eps = 1e-12
+    model, x = perturbed(Net(layer(), torch.tanh, head=norm)), unit(*shape)
+    plan, error = errors(model, x)
+    certificate = plan.certificates[0]
+    assert error <= 2e-5
+    assert certificate.kind == "bounded"
+    assert "spread at the norm >= " in certificate.assumption
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+@pytest.mark.parametrize("function", [torch.tanh, F.selu, F.hardtanh, F.softsign], ids=lambda f: f.__name__)
+def test_a_norm_whose_constant_is_not_small_is_refused_or_bounded(function, eps):
+    model = Net(nn.Linear(64, 64), function, head=nn.LayerNorm(64, eps=eps, elementwise_affine=False)).double()
+    x = unit(40, 64).double() * torch.logspace(-0.3, 0.3, 40, dtype=torch.float64)[:, None]
+    with pytest.raises(nz.NeutralizeError, match=r"whose ε is small beside.*give tolerance=") as refused:
+        nz.plan(model, "layer", example_inputs=x)
+    tolerance = float(str(refused.value).partition("tolerance=")[2].partition(" ")[0])
+    plan, error = errors(model, x, tolerance=tolerance)
+    certificate = plan.certificates[0]
+    assert error > 1e-9
+    assert certificate.bound <= tolerance
+    with torch.no_grad():
+        wanted = model.without(x)
+        with plan.applied(model):
+            off = (model(x) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    # Half the bound at most is the norm's share, twice it the most that a change of what it reads can do.
+    spread = (x - x.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+    assert bool((off <= certificate.bound * (0.5 + 2 * plan.layers[0].input_bound / spread)).all())
+    measured = float(certificate.assumption.partition(">= ")[2].partition(" ")[0])
+    assert measured == pytest.approx(float(spread.min()) / 2, rel=1e-2)
+
+
+def test_a_scaled_value_before_a_norm_is_within_the_figure_of_a_narrow_dtype():
+    model, x = Net(nn.Linear(64, 64), torch.tanh, head=nn.LayerNorm(64)).bfloat16(), unit(40, 64).bfloat16()
+    assert errors(model, x)[1] <= 3e-2
+
+
+def test_an_rms_norm_takes_no_constant_away():
+    model, x = Net(nn.Linear(6, 6), torch.relu, head=nn.RMSNorm(6)), unit(8, 6)
+    with pytest.raises(nz.NeutralizeError, match=r"a norm that subtracts its mean.*the rms norm of 'head'"):
+        nz.plan(model, "layer", example_inputs=x)
+
+
+def test_a_spread_that_cannot_be_measured_is_asked_for():
+    named = Net(nn.Linear(6, 6), torch.tanh, head=nn.LayerNorm(6))
+    with pytest.raises(
+        nz.NeutralizeError, match=r"example_inputs and a module of its own for the layer norm of 'head'"
+    ):
+        nz.plan(named, "layer", "passthrough", input_bound=4.0)
+    function = Net(nn.Linear(6, 6), torch.tanh, lambda net, h, x: F.layer_norm(h, (6,)))
+    with pytest.raises(nz.NeutralizeError, match=r"example_inputs and a module of its own for the layer norm"):
+        nz.plan(function, "layer", example_inputs=unit(8, 6))
+    plan = nz.plan(Net(nn.Linear(6, 6), F.gelu, head=nn.LayerNorm(6)), "layer", "passthrough", input_bound=4.0)
+    assert plan.layers[0].epsilon == 1.0
+
+
+@pytest.mark.parametrize("reader", ["norm", "maximum", "batch norm", "linear"])
+def test_a_slope_below_zero_is_undone_by_weights_but_not_by_a_norm(reader):
+    nz.register_activation("falling", lambda z: torch.tanh(-z))
+    rest = (lambda net, h, x: net.head(h.unflatten(-1, (3, 2)).amax(-1))) if reader == "maximum" else None
+    heads = {"norm": nn.LayerNorm(6), "maximum": nn.Linear(3, 3), "batch norm": nn.BatchNorm1d(6)}
+    head = heads.get(reader, nn.Linear(6, 3))
+    model = perturbed(Net(nn.Linear(6, 6), lambda h: torch.tanh(-h), rest, head=head)).double()
+    x = unit(16, 6).double()
+    if reader in ("norm", "maximum"):
+        with pytest.raises(nz.NeutralizeError, match=r"got -1: a norm takes|no maximum between .* slope of -1"):
+            nz.plan(model, "layer", example_inputs=x)
+        return
+    plan, error = errors(model, x)
+    assert plan.layers[0].slope == -1.0
+    assert error <= 1e-9
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        (1, {"kernel_size": 3, "padding": 2, "groups": 2}),
+        (2, {"kernel_size": 1, "groups": 6}),
+        (2, {"kernel_size": 3, "padding": 4, "dilation": 2, "groups": 3}),
+        (3, {"kernel_size": (1, 3, 1), "padding": (0, 2, 0), "groups": 2}),
+    ],
+)
+def test_a_transposed_convolution_in_groups_absorbs_a_constant_group_by_group(rank, options, function):
+    shape = (2, 6, 5, 6, 7)[: 2 + rank]
+    one, many = {
+        1: (nn.Conv1d, nn.ConvTranspose1d),
+        2: (nn.Conv2d, nn.ConvTranspose2d),
+        3: (nn.Conv3d, nn.ConvTranspose3d),
+    }[rank]
+    model = perturbed(Net(one(6, 6, 1), getattr(torch, function), head=many(6, 12, **options))).double()
+    x = unit(*shape).double()
+    plan, error = errors(model, x)
+    assert error <= 1e-7
+    assert nz.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_transposed_convolution_that_crops_is_wrong_at_its_borders_only():
+    head = nn.ConvTranspose2d(6, 4, 3, padding=1, groups=2)
+    model, x = perturbed(Net(nn.Conv2d(6, 6, 1), torch.relu, head=head)).double(), unit(2, 6, 7, 8).double()
+    plan = nz.plan(model, "layer", "passthrough", example_inputs=x, tolerance=2.0)
+    assert "the padding of 'head'" in plan.certificates[0].reason
+    with torch.no_grad():
+        wanted = model.without(x)
+        with plan.applied(model):
+            error = (model(x) - wanted).abs()
+    assert error[..., 1:-1, 1:-1].max() <= 1e-9
+    assert error.max() > 1e-3
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_a_convolution_with_a_padding_of_its_own_is_a_layer(mode, groups):
+    layer = nn.Conv2d(6, 6, (5, 3), padding=(2, 2), dilation=(1, 2), padding_mode=mode, groups=groups)
+    model = perturbed(Net(layer, torch.tanh, head=nn.Conv2d(6, 4, 3, padding=1, padding_mode=mode)))
+    assert errors(model, unit(2, 6, 9, 8))[1] <= 2e-5
+    bare = perturbed(Net(layer, lambda h: h, head=nn.Conv2d(6, 4, 1)))
+    assert nz.plan(bare, "layer", example_inputs=unit(2, 6, 9, 8)).certificates[0].kind == "exact"
+
+
+class Lopsided(nn.Conv1d):
+    """A convolution that looks back only: its middle tap reads another sample than that of its own place."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+def test_a_padding_that_moves_the_samples_is_refused():
+    model = Net(Lopsided(6, 6, 3), torch.tanh, head=nn.Conv1d(6, 3, 1)).eval()
+    with pytest.raises(nz.NeutralizeError, match=r"expected a convolution that keeps its input"):
+        nz.plan(model, "layer", example_inputs=unit(2, 6, 9))
+
+
+# ---- two layers, one of which reads the other beside something else --------------------------------------------------
+
+
+def test_a_layer_and_its_reader_behind_a_concatenation_are_switched_off_one_after_the_other():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.next, self.head = nn.Linear(6, 6), nn.Linear(12, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.next(torch.cat([torch.tanh(self.layer(x)), x], -1))))
+
+    model, x = perturbed(Two()).double(), unit(8, 6).double()
+    with pytest.raises(nz.NeutralizeError, match=r"switch 'next' off first, in a plan of its own, then 'layer'"):
+        nz.plan(model, ["layer", "next"], example_inputs=x)
+    with torch.no_grad():
+        wanted = model.head(torch.cat([x, x], -1))
+        with nz.plan(model, "next", example_inputs=x).applied(model):
+            plan = nz.plan(model, "layer", example_inputs=x)
+            with plan.applied(model):
+                assert relative(model(x), wanted) <= 1e-9
