@@ -276,7 +276,9 @@ def _marked(layers: Mapping[str, nn.Module]) -> Iterator[None]:
 
     for name, module in layers.items():
         handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-        # Before the user's own hooks on the way out and after them on the way in: a layer is what it computes itself.
+    # Before the user's own hooks on the way out and after them on the way in: a layer is what it computes itself. Of
+    # the stacked layers of one module the last one leaves last, as it does within the module.
+    for name, module in reversed(list(layers.items())):
         handles.append(module.register_forward_hook(leave(name), prepend=True))
     try:
         yield

@@ -18,6 +18,7 @@ from neutralize.plan import Assign, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_
 from neutralize.search import IDENTITY, Assignment, Preference, Search
 from neutralize.select import Layers, select, unwrap
 from neutralize.sites import affine_site
+from neutralize.stacked import place_of
 from neutralize.undo import untouched
 
 BOUND_MARGIN = 1.25
@@ -88,8 +89,10 @@ class Request:
     def cut(self) -> dict[fx.Node, fx.Node]:
         """Results of the selected layers, with what enters them: in the network without them the one is the other."""
         found = {}
-        for calls in self.flow.calls.values():
+        for layer, calls in self.flow.calls.items():
             for call in calls:
+                if self.place(layer) is not None:  # what enters and leaves one stacked layer is not in the graph
+                    continue
                 site = affine_site(self.flow, call)
                 found[call.exit if site is None or site.inside else site.result] = call.entry
         return found
@@ -98,6 +101,22 @@ class Request:
     def regions(self) -> list[tuple[int, int]]:
         """Position ranges of every call of every selected layer."""
         return [(call.first, call.last) for calls in self.flow.calls.values() for call in calls]
+
+    def place(self, layer: str) -> int | None:
+        """Which stacked layer of its module a layer is, from 0; ``None``: it is a module."""
+        return place_of(layer, self.layers[layer])
+
+    def require_module(self, layer: str, strategy: str) -> None:
+        """Check that a layer is a module, and not one of the stacked layers of one.
+
+        Raises:
+            NeutralizeError: it is one.
+        """
+        if self.place(layer) is not None:
+            raise NeutralizeError(
+                f"plan: expected a module for strategy {strategy!r}, got {layer!r}, one of the stacked layers of one; "
+                "use strategy='passthrough' or 'zero', or select the module"
+            )
 
     def calls(self, layer: str) -> list[Call]:
         """The calls of a layer."""
@@ -227,8 +246,9 @@ class Request:
         assert given is not None
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
         args, kwargs = placed_inputs(self.model, given)
+        selected: list[Layers] = [layer or self.model for layer in self.layers]
         try:
-            with torch.no_grad(), untouched(self.model), excised(self.model, list(self.layers.values()), partial=True):
+            with torch.no_grad(), untouched(self.model), excised(self.model, selected, partial=True):
                 self.model(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
         except NeutralizeError:
             raise

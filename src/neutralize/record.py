@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,8 @@ class Recorder(TorchDispatchMode):
         self._nodes: dict[int, fx.Node] = {}
         self._kept: list[torch.Tensor] = []  # an id stays that of its tensor as long as the tensor lives
         self._count = 0
+        self._is_paused = False
+        self._whole = _WholeOps(self)
         for name, tensor in tensors.items():
             if id(tensor) not in self._nodes:
                 self.names[self._remember(tensor, self._placeholder(tensor))] = name
@@ -44,8 +47,34 @@ class Recorder(TorchDispatchMode):
         """Run the op and write it down."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not self._is_paused:
+            self._write_down(func, args, kwargs, result)
+        return result
+
+    def __enter__(self) -> Recorder:
+        """Start recording."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._whole.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop recording."""
+        self._whole.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def whole(self, op: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function and write it down as one op, whatever it is made of."""
+        self._is_paused = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._is_paused = False
+        self._write_down(op, args, kwargs, result)
+        return result
+
+    def _write_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
-            return result
+            return
         node_args, node_kwargs = pytree.tree_map(self._node_of, (args, kwargs))
         node = self._graph.create_node("call_function", func, node_args, node_kwargs)
         node.meta["val"] = pytree.tree_map(_shape_only, result)
@@ -59,7 +88,6 @@ class Recorder(TorchDispatchMode):
                     picked = self._graph.create_node("call_function", operator.getitem, (node, place))
                     picked.meta["val"] = _shape_only(part)
                     self._remember(part, picked)
-        return result
 
     def finish(self, outputs: Any) -> fx.Graph:
         """Close the graph with what the model returned."""
@@ -97,6 +125,33 @@ class Recorder(TorchDispatchMode):
             other = id(tensor) not in returned and self._nodes[id(tensor)] not in self.names
             if other and tensor.numel() and tensor.untyped_storage().data_ptr() in memory:
                 self._nodes[id(tensor)] = self._placeholder(tensor)
+
+
+class _WholeOps(TorchFunctionMode):
+    """Gives recurrent ops to the recorder as the export shows them: the dispatcher shows what they are made of."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        is_torch = getattr(torch, name, None) is func if name in _WHOLE else False
+        if not is_torch:
+            return func(*args, **(kwargs or {}))
+        packet = getattr(torch.ops.aten, name)
+        if "data" in packet.overloads():  # of a packed sequence: the parameters are the fourth operand, not the third
+            op = packet.data if isinstance(args[3], list | tuple) else packet.input
+        else:
+            op = packet.default
+        return self._recorder.whole(op, func, args, kwargs or {})
+
+
+_WHOLE = frozenset(
+    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pad_packed_sequence".split()
+)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -44,6 +44,7 @@ DROPOUT = frozenset(f"aten::{name}" for name in "dropout native_dropout feature_
 _LINEAR_IN_FIRST = frozenset(
     f"aten::{name}"
     for name in """embedding neg sum mean cumsum index_select gather index take_along_dim masked_select
+    _pack_padded_sequence _pad_packed_sequence
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     _adaptive_avg_pool2d _adaptive_avg_pool3d
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d
@@ -199,6 +200,8 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
         return [tensors(first)]
     if op in _LINEAR_IN_FIRST:
         if op in ("aten::constant_pad_nd", "aten::pad") and not is_number(argument(node, "value", 0) or 0, 0):
+            return None
+        if not is_number(argument(node, "padding_value", 0), 0):
             return None
         return [tensors(first)]
     if op in _POSITIVE_HOMOGENEOUS:

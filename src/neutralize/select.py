@@ -11,6 +11,7 @@ from typing import TypeAlias
 from torch import nn
 
 from neutralize.errors import NeutralizeError
+from neutralize.stacked import module_name, names_of
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Layers: TypeAlias = "str | nn.Module | Predicate | Iterable[Layers]"
@@ -41,12 +42,14 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         model: the module to look in; it is selected itself only as a module object.
         layers: a qualified name (``"model.layers.3.mlp"``), a glob over qualified names (``"*.mlp"``; ``*`` also
             matches dots), an index or slice of a ``ModuleList`` or ``Sequential`` (``"model.layers[-3:]"``, also
-            followed by a name: ``"model.layers[3].mlp"``), a module object of the model, a predicate
-            ``(name, module) -> bool``, or an iterable of these. A ``ModuleList`` or ``ModuleDict``, which computes
-            nothing itself, stands for what is in it, and so does a slice of one.
+            followed by a name: ``"model.layers[3].mlp"``), or of the stacked layers of an ``nn.LSTM``, ``nn.GRU`` or
+            ``nn.RNN`` (``"rnn[1]"``), a module object of the model, a predicate ``(name, module) -> bool``, or an
+            iterable of these. A ``ModuleList`` or ``ModuleDict``, which computes nothing itself, stands for what is in
+            it, and so does a slice of one.
 
     Returns:
-        Qualified name to module. A module that occurs under several names is listed under the first.
+        Qualified name to module; for one stacked layer ``"rnn[1]"`` to the module that holds it. A module that occurs
+        under several names is listed under the first.
 
     Raises:
         NeutralizeError: nothing is selected, a name is unknown (near matches are listed), or one selected layer is a
@@ -58,19 +61,25 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     for name, module in named.items():
         first_name.setdefault(id(module), name)
     resolved = _resolve(named, layers)
-    chosen = {first_name[id(named[part])] for name in resolved for part in _computing(named, name)}
+    chosen = {_first(named, first_name, part) for name in resolved for part in _computing(named, name)}
     if not chosen:
         raise NeutralizeError(f"select: expected at least one layer, got none from {layers!r}; {_suggest(named, '')}")
-    ordered = [name for name in named if name in chosen]
+    ordered = [layer for name in named for layer in (name, *names_of(name, named[name])) if layer in chosen]
     for outer in ordered:
-        for part in named[outer].modules():
-            inner = first_name[id(part)]
-            if inner != outer and inner in chosen:
+        for part in named[outer].modules() if outer in named else ():
+            within = [first_name[id(part)], *names_of(first_name[id(part)], part)]
+            for inner in (layer for layer in within if layer != outer and layer in chosen):
                 raise NeutralizeError(
                     f"select: expected layers that do not contain each other, got {outer!r} and its part {inner!r}; "
                     "select one of them (* also matches dots: write 'layers[:]' for the layers of a list alone)"
                 )
-    return {name: named[name] for name in ordered}
+    return {layer: named[module_name(layer, named)] for layer in ordered}
+
+
+def _first(named: dict[str, nn.Module], first_name: dict[int, str], layer: str) -> str:
+    """The first of a layer's names; of one stacked layer that of its module, with the index."""
+    module = module_name(layer, named)
+    return first_name[id(named[module])] + layer[len(module) :]
 
 
 def _resolve(named: dict[str, nn.Module], layers: Layers) -> list[str]:
@@ -127,6 +136,8 @@ def _resolve_text(named: dict[str, nn.Module], text: str) -> list[str]:
         if not lists:
             continue
         children = [child for name in lists for child in _children(named, name, match, text)]
+        if rest and all(isinstance(named[name], nn.RNNBase) for name in lists):
+            break  # a stacked layer has no parts with names
         return [name for child in children for name in (_resolve_text(named, child + rest) if rest else [child])]
     names = _names(named, text)
     if not names:
@@ -154,12 +165,12 @@ def _plain(name: str) -> str:
 
 
 def _indexable(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.Sequential)
+    return isinstance(module, nn.ModuleList | nn.Sequential | nn.RNNBase)
 
 
 def _computing(named: dict[str, nn.Module], name: str) -> list[str]:
-    """The module itself, or what it holds where it is a container that cannot be called."""
-    module = named[name]
+    """The layer itself, or what it holds where it is a container that cannot be called."""
+    module = named.get(name)  # none: a stacked layer
     if not isinstance(module, nn.ModuleList | nn.ModuleDict) or type(module).forward is not nn.Module.forward:
         return [name]
     prefix = f"{name}." if name else ""
@@ -167,7 +178,10 @@ def _computing(named: dict[str, nn.Module], name: str) -> list[str]:
 
 
 def _children(named: dict[str, nn.Module], name: str, match: re.Match[str], text: str) -> Sequence[str]:
-    children = [f"{name}.{key}" if name else key for key, child in named[name]._modules.items() if child is not None]
+    module = named[name]
+    children = [f"{name}.{key}" if name else key for key, child in module._modules.items() if child is not None]
+    if isinstance(module, nn.RNNBase):
+        children = names_of(name, module) or [name]
     size = len(children)
     if match[1] is not None:
         position = int(match[1])

@@ -22,6 +22,7 @@ from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tens
 from neutralize.errors import NeutralizeError
 from neutralize.plan import LayerPlan, Plan
 from neutralize.select import Layers, select, unwrap
+from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
 from neutralize.undo import untouched
 
 _HANDING_ON = ("input", "partial")
@@ -207,7 +208,11 @@ def _cut_out(layers: Mapping[str, nn.Module], gain: float = 1.0, *, partial: boo
     handles = [
         module.register_forward_hook(_cut(name, module, mode, gain, partial=partial), with_kwargs=True)
         for name, module in layers.items()
+        if place_of(name, module) is None
     ]
+    for recurrent, places in _stacked(layers):
+        hand_on = _cut_stacked(places, partial=partial)
+        handles.append(recurrent.register_forward_hook(_by_layer(hand_on), with_kwargs=True))
     try:
         with mode:
             yield
@@ -218,7 +223,50 @@ def _cut_out(layers: Mapping[str, nn.Module], gain: float = 1.0, *, partial: boo
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether what follows a module belongs to it; a recurrent layer is complete, and a container is what it holds."""
-    return next(module.children(), None) is None and not isinstance(module, nn.RNNBase)
+    return next(module.children(), None) is None and not isinstance(module, nn.RNNBase | nn.RNNCellBase)
+
+
+def _stacked(layers: Mapping[str, nn.Module]) -> list[tuple[nn.RNNBase, dict[int, str]]]:
+    """Those of the layers that are stacked layers of recurrent modules, by module: which ones, and their names."""
+    found: dict[int, tuple[nn.RNNBase, dict[int, str]]] = {}
+    for name, module in layers.items():
+        place = place_of(name, module)
+        if place is not None and isinstance(module, nn.RNNBase):
+            found.setdefault(id(module), (module, {}))[1][place] = name
+    return list(found.values())
+
+
+def _by_layer(hand_on: HandOn) -> Callable[..., Any]:
+    """A hook that runs a recurrent module again, layer by layer."""
+
+    def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> Any:
+        return run_by_layer(module, args, kwargs, hand_on)
+
+    return hook
+
+
+def _cut_stacked(places: Mapping[int, str], *, partial: bool) -> HandOn:
+    def hand_on(place: int, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+        if place not in places:
+            return leaving
+        entering = per_direction(entering, leaving)
+        if entering.shape != leaving.shape and not partial:
+            raise _wrong_shape(places[place], entering, leaving)
+        return entering if entering.shape == leaving.shape else _fitted(entering, leaving)
+
+    return hand_on
+
+
+def _times_stacked(places: Mapping[int, str], factor: float) -> HandOn:
+    return lambda place, entering, leaving: factor * leaving if place in places else leaving
+
+
+def _wrong_shape(name: str, entering: torch.Tensor | None, leaving: torch.Tensor | None) -> NeutralizeError:
+    shapes = [None if tensor is None else list(tensor.shape) for tensor in (entering, leaving)]
+    return NeutralizeError(
+        f"excised: expected layer {name!r} to return its input's shape, got {shapes[0]} in and {shapes[1]} out; only a "
+        "layer that keeps the shape can be cut out"
+    )
 
 
 def _cut(name: str, module: nn.Module, mode: _Followers, gain: float, *, partial: bool) -> Callable[..., Any]:
@@ -227,16 +275,11 @@ def _cut(name: str, module: nn.Module, mode: _Followers, gain: float, *, partial
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
         if isinstance(module, nn.RNNBase) and module.bidirectional and entering is not None and leaving is not None:
-            entering = _per_direction(entering, leaving)
+            entering = per_direction(entering, leaving)
         if partial and entering is not None and leaving is not None:
             entering = _fitted(entering, leaving)
         if entering is None or leaving is None or entering.shape != leaving.shape:
-            shapes = [None if tensor is None else list(tensor.shape) for tensor in (entering, leaving)]
-            raise NeutralizeError(
-                f"excised: expected layer {name!r} to return its input's shape, got {shapes[0]} in and {shapes[1]} "
-                "out; "
-                "only a layer that keeps the shape can be cut out"
-            )
+            raise _wrong_shape(name, entering, leaving)
         entering = entering if gain == 1.0 else entering * gain
         return replace_first_tensor(output, mode.hand_on(entering) if is_leaf else entering)
 
@@ -255,12 +298,6 @@ def _fitted(entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
     missing = list(leaving.shape)
     missing[dim] -= kept.shape[dim]
     return torch.cat([kept, kept.new_zeros(missing)], dim)
-
-
-def _per_direction(entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
-    """What the directions of a recurrent layer hand on: an input as wide as one of two is handed on by each."""
-    is_twice = leaving.dim() == entering.dim() and leaving.shape[-1] == 2 * entering.shape[-1]
-    return torch.cat([entering, entering], -1) if is_twice else entering
 
 
 def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verification:
@@ -287,7 +324,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         if brought is None:
             raise NeutralizeError("verify: expected inputs for the model, got none; pass its arguments after the plan")
         inputs, kwargs = placed_inputs(model, brought)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = with_stacked(dict(model.named_modules(remove_duplicate=False)))
     missing = [name for entry in plan.layers for name in (entry.layer, *entry.consumers) if name not in modules]
     if missing:
         raise NeutralizeError(
@@ -308,7 +345,8 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
     return Verification(
         relative_error=_relative_error(got, wanted),
         per_layer=per_layer,
-        gradient_gain={
+        gradient_gain=dict.fromkeys(per_layer, math.nan)
+        | {
             name: _ratio(probe.gradients[name] * _encoding(name, plan), wanted_probe.gradients[name])
             for name in probe.gradients
         },
@@ -378,11 +416,26 @@ def _run_once(
 
         return hook
 
+    def leave_stacked(places: dict[int, str]) -> Callable[..., None]:
+        def note(place: int, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+            if place in places and places[place] not in probe.entering:
+                probe.entering[places[place]] = entering.detach().clone()
+                probe.leaving[places[place]] = leaving.detach().clone()
+            return leaving
+
+        def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
+            with torch.no_grad():
+                run_by_layer(module, args, kwargs, note)
+
+        return hook
+
     layers = {entry.layer for entry in plan.layers}
     followers = _Followers()
     with ExitStack() as stack, torch.random.fork_rng(), torch.set_grad_enabled(differentiate):
         torch.manual_seed(0)
-        for name in watched:
+        for recurrent, places in _stacked({name: modules[name] for name in watched}):
+            stack.callback(recurrent.register_forward_hook(leave_stacked(places), with_kwargs=True).remove)
+        for name in (name for name in watched if place_of(name, modules[name]) is None):
             stack.callback(modules[name].register_forward_pre_hook(enter(name), with_kwargs=True).remove)
             stack.callback(modules[name].register_forward_hook(leave(name)).remove)
         # The caller's inputs are kept from in-place ops of the model.
@@ -413,6 +466,7 @@ def _gradients(outputs: list[torch.Tensor], nudges: dict[str, torch.Tensor]) -> 
 def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
     """The network that the plan aims at, made by hooks."""
     cut = {entry.layer: modules[entry.layer] for entry in plan.layers if entry.target == "input" and entry.gain == 1.0}
+    nulled = [entry for entry in plan.layers if entry.target == "null"]
     with ExitStack() as stack:
         stack.enter_context(_cut_out(cut))
         for entry in plan.layers:
@@ -426,6 +480,8 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
                 stack.enter_context(_set_to_values(modules, entry))
                 continue
             factor = {"null": 0.0, "fill": 0.0}.get(entry.target, entry.gain)
+            if place_of(entry.layer, modules[entry.layer]) is not None:
+                continue
             if entry.consumers and entry.sides in ("out", "both"):
                 for name in entry.consumers:
                     stack.callback(modules[name].register_forward_pre_hook(_times_in(factor), with_kwargs=True).remove)
@@ -436,6 +492,9 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
                     .register_forward_hook(_times_out(factor, residual=residual), with_kwargs=True)
                     .remove
                 )
+        for recurrent, places in _stacked({entry.layer: modules[entry.layer] for entry in nulled}):
+            hand_on = _times_stacked(places, 0.0)
+            stack.callback(recurrent.register_forward_hook(_by_layer(hand_on), with_kwargs=True).remove)
         yield
 
 
@@ -479,7 +538,7 @@ def _times_in(factor: float) -> Callable[..., Any]:
 def _times_out(factor: float, *, residual: bool) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
-        is_recurrent = isinstance(module, nn.RNNBase)
+        is_recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
         if leaving is None:
             return None
         if residual and entering is not None:
@@ -519,7 +578,7 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
     entering = _decoded(entry.layer, plan, seen.entered.double())
     handed_on = seen.value.double() if entry.epsilon is None else _decode(entry, seen.value.double())
     if entry.activation in ("lstm", "gru", "rnn"):
-        entering = _per_direction(entering, handed_on)
+        entering = per_direction(entering, handed_on)
     if entry.target == "partial":
         entering = _fitted(entering, handed_on)
     if handed_on.numel() != entering.numel():
@@ -547,7 +606,9 @@ def _encoding(layer: str, plan: Plan) -> float:
 def _decoded(layer: str, plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
     """What enters a layer, decoded if the layer that it reads is a pass-through itself."""
     for entry in plan.layers:
-        reads = any(name == layer or name.startswith(f"{layer}.") for name in entry.consumers)
+        # The first of stacked layers reads what its module reads.
+        names = {layer, module_name(layer, {}) if layer.endswith("[0]") else layer}
+        reads = any(name in names or name.startswith(f"{layer}.") for name in entry.consumers)
         if reads and entry.target in _HANDING_ON and entry.layer != layer:
             return _decode(entry, tensor)
     return tensor

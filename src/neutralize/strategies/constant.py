@@ -46,6 +46,7 @@ class Constant:
 
     def draft(self, request: Request, layer: str) -> Draft:
         """Draft the fill of one layer."""
+        request.require_module(layer, self.name)
         weight, activation = self.weight, ""
         if weight is None:
             weight, activation = _documented(request, layer)

@@ -38,6 +38,7 @@ class Damp:
 
     def draft(self, request: Request, layer: str) -> Draft:
         """Draft the damping of one layer."""
+        request.require_module(layer, self.name)
         if any(affine_site(request.flow, call) is None for call in request.calls(layer)):
             return self._block(request, layer)
         sites = sites_of(request, layer)

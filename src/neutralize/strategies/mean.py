@@ -215,6 +215,7 @@ def _routes(request: Request) -> tuple[dict[str, _Route], dict[str, NeutralizeEr
         sites = [affine_site(request.flow, call) for call in request.calls(layer)]
         found = [site for site in sites if site is not None]
         try:
+            request.require_module(layer, "mean")
             whole = len(found) == len(sites)
             routes[layer] = _plain_route(request, layer, found) if whole else _block_route(request, layer)
         except NeutralizeError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from neutralize.activations import is_activation, is_proven
 from neutralize.certify import Interpretation, side_readers
@@ -37,7 +37,7 @@ from neutralize.strategies.consumers import (
     zeros_beside,
 )
 from neutralize.strategies.pairs import draft_pair
-from neutralize.strategies.recurrent import draft_recurrent
+from neutralize.strategies.recurrent import draft_recurrent, is_recurrent
 
 # What a norm may be off by as a rule, relative to its values, unless a tolerance says otherwise.
 _FIGURES = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -96,7 +96,7 @@ class Passthrough:
         """Draft the pass-through of one layer."""
         calls = request.calls(layer)
         sites = [affine_site(request.flow, call) for call in calls]
-        if isinstance(request.layers[layer], nn.RNNBase):
+        if is_recurrent(request.layers[layer]):
             draft = draft_recurrent(request, layer, self.input_bound, self.gain)
         elif all(site is not None for site in sites):
             draft = self._plain(request, layer, [site for site in sites if site is not None])

@@ -5,10 +5,14 @@ With ``W_hh = 0`` and every other weight zero but ``εI`` at the candidate, and 
 - an LSTM gives ``h = tanh(tanh(εx))`` (``i = o = 1``, ``f = 0``),
 - a GRU ``h = tanh(εx)`` (``z = 0``), and so does a tanh RNN, which has no gates;
 
-what reads the layer is multiplied by ``1/ε``. Of several stacked layers the first scales by ε and the rest by 1.
+what reads the layer is multiplied by ``1/ε``. If all of several stacked layers are off the first scales by ε and the
+rest by 1; if one is, the next one reads it, with its input weights. A cell called step by step is the same with its
+output read by other layers and, as a state that no longer matters, by itself.
 Each direction of a bidirectional layer hands on its own input: with an input as wide as both directions together the
 first half and the second, so that the output is the input; with an input as wide as one direction, the input twice,
 ``[x, x]``.
+
+With every weight zero and the gates shut nothing is handed on, whatever the initial states.
 
 Source: MATH §6.
 """
@@ -16,11 +20,11 @@ Source: MATH §6.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neutralize.dataflow import Call, Dataflow, argument, dtype_of, op_name, shape_of
@@ -28,8 +32,9 @@ from neutralize.errors import NeutralizeError
 from neutralize.plan import Certificate, Edit, LayerPlan, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request
 from neutralize.regime import unit_roundoff
-from neutralize.rules import CAST, is_transparent, scaled_clauses
+from neutralize.rules import CAST, REARRANGE, SPLIT, is_transparent, scaled_clauses
 from neutralize.sites import Affine, affine_of, describe
+from neutralize.stacked import module_name
 from neutralize.strategies.sides import check_own
 
 
@@ -39,20 +44,24 @@ class Cell:
 
     Attributes:
         name: for people.
-        gates: bias of each block of rows, in units of B; ``None`` is the candidate, which gets the scaled identity.
+        gates: bias of each block of rows that lets the candidate through, in units of B; ``None`` is the candidate
+            itself, which gets the scaled identity.
+        shut: the same that lets nothing through.
         tanhs: how many tanh a value passes on its way through.
     """
 
     name: str
     gates: tuple[int | None, ...]
+    shut: tuple[int, ...]
     tanhs: int
 
 
-CELLS = {
-    "aten::lstm": Cell("lstm", (1, -1, None, 1), 2),  # rows: i, f, g, o
-    "aten::gru": Cell("gru", (0, -1, None), 1),  # rows: r, z, n
-    "aten::rnn_tanh": Cell("rnn", (None,), 1),
-}
+_LSTM = Cell("lstm", (1, -1, None, 1), (-1, -1, 0, -1), 2)  # rows: i, f, g, o
+_GRU = Cell("gru", (0, -1, None), (0, -1, 0), 1)  # rows: r, z, n
+_RNN = Cell("rnn", (None,), (0,), 1)
+SEQUENCES = {"aten::lstm": _LSTM, "aten::gru": _GRU, "aten::rnn_tanh": _RNN}
+STEPS = {"aten::lstm_cell": _LSTM, "aten::gru_cell": _GRU, "aten::rnn_tanh_cell": _RNN}
+_READERS = (*SEQUENCES, *STEPS, "aten::rnn_relu", "aten::rnn_relu_cell")
 
 _TANH_ROUNDOFFS = 8
 """Unit roundoffs that one tanh of a small number may be off by, its store and the products with gates of 1 included."""
@@ -63,7 +72,7 @@ class RecurrentSite:
     """A recurrent op in its surroundings.
 
     Attributes:
-        node: the op, ``aten::lstm`` and its kin.
+        node: the op, ``aten::lstm`` and its kin for a whole sequence, ``aten::lstm_cell`` and its kin for one step.
         cell: its kind.
         weights: per stacked layer and direction the names of ``weight_ih, weight_hh, bias_ih, bias_hh``.
         width: features that enter.
@@ -83,14 +92,50 @@ class RecurrentSite:
         """How many layers are stacked."""
         return len(self.weights) // self.directions
 
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the op goes through a whole sequence."""
+        return op_name(self.node) in SEQUENCES
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes that hold what the layer hands on."""
+        if op_name(self.node) in ("aten::gru_cell", "aten::rnn_tanh_cell"):
+            return [self.node]
+        return [user for user in self.node.users if op_name(user) == "getitem" and user.args[1] == 0]
+
+    @property
+    def states(self) -> list[fx.Node]:
+        """The nodes that hold its final states, other than what it hands on."""
+        return [user for user in self.node.users if op_name(user) == "getitem" and user.args[1] != 0]
+
+    @property
+    def initial(self) -> list[fx.Node]:
+        """The states that it starts from."""
+        return [leaf for leaf in pytree.tree_leaves(argument(self.node, "hx")) if isinstance(leaf, fx.Node)]
+
+    def of(self, places: Iterable[int]) -> list[tuple[str, ...]]:
+        """The weights of some of the stacked layers, all directions."""
+        return [
+            self.weights[place * self.directions + direction]
+            for place in places
+            for direction in range(self.directions)
+        ]
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.LSTM``, a cell, or one of their kin."""
+    return isinstance(module, nn.RNNBase | nn.RNNCellBase)
+
 
 def draft_recurrent(request: Request, layer: str, input_bound: float | None, gain: float) -> Draft:
-    """Draft the pass-through of an LSTM, GRU or tanh RNN with all its stacked layers and directions.
+    """Draft the pass-through of an LSTM, GRU or tanh RNN, of one of its stacked layers, or of a cell.
 
     Args:
         request: the request.
-        layer: qualified name of the recurrent module.
-        input_bound: a bound X on the magnitude of what enters, or ``None``: it is measured.
+        layer: qualified name of the recurrent module, with all its stacked layers, or of one of these.
+        input_bound: a bound X on the magnitude of what enters, or ``None``: it is measured; what a stacked layer
+            reads of another is at most 1.
         gain: must be 1.
 
     Raises:
@@ -107,24 +152,33 @@ def draft_recurrent(request: Request, layer: str, input_bound: float | None, gai
             f"plan: expected one lstm, gru or tanh rnn inside {layer!r}, got a {type(request.layers[layer]).__name__} "
             "that was traced to other operations; use strategy='zero', or select the block that contains it"
         )
-    for site in found:
-        _check(request, layer, site)
     site = found[0]
-    consumers = _consumers(request, layer, found)
-    bound = input_bound if input_bound is not None else request.input_bound(layer)
+    place = request.place(layer)
+    off = range(site.layers) if place is None else range(place, place + 1)
+    for one in found:
+        _check(request, layer, one, off, found)
+    if off.stop < site.layers:
+        consumers = [
+            Affine(one.node, one.node, names[0], None, False) for one in found for names in one.of((off.stop,))
+        ]
+        rewritten: tuple[str, ...] = (f"{module_name(layer, {})}[{off.stop}]",)
+    else:
+        consumers = _consumers(request, layer, found)
+        rewritten = tuple(dict.fromkeys(reader.module for reader in consumers))
+    _check_own(request, layer, consumers)
+    bound, source = _input_bound(request, layer, found, off, input_bound)
     dtype = request.writable(site.weights[0][0]).dtype
-    tanhs = site.cell.tanhs * site.layers
+    tanhs = site.cell.tanhs * len(off)
     peaks = [1.0]
     for consumer in consumers:
         weight = request.writable(consumer.weight).detach()
         if not weight.is_meta and weight.numel():
             peaks.append(float(weight.abs().max()))
     epsilon, error = least_error(tanhs, dtype, bound, max(peaks))
-    edits = list(_own_edits(request, site, epsilon, saturation(dtype)))
+    edits = list(_own_edits(request, site, off, epsilon, saturation(dtype)))
     edits.extend(
         request.rewrite(name, scale=1.0 / epsilon) for name in dict.fromkeys(reader.weight for reader in consumers)
     )
-    source = f"measured on the example inputs, with a margin of {BOUND_MARGIN:g}" if input_bound is None else "given"
     certificate = Certificate(
         layer,
         "bounded",
@@ -134,10 +188,49 @@ def draft_recurrent(request: Request, layer: str, input_bound: float | None, gai
     )
     entry = LayerPlan(
         layer, "input", certificate, (), activation=site.cell.name, operating_point=0.0, value=0.0, slope=1.0,
-        epsilon=epsilon, input_bound=bound, consumers=tuple(dict.fromkeys(reader.module for reader in consumers)),
-        note=_handed_on(site),
+        epsilon=epsilon, input_bound=bound, consumers=rewritten, note=_handed_on(site, off),
     )  # fmt: skip
     return Draft(tuple(edits), entry)
+
+
+def draft_recurrent_null(request: Request, layer: str, sides: str) -> Draft:
+    """Draft a recurrent layer, one of its stacked layers, or a cell that hands on nothing: zeros, and gates shut.
+
+    A zero weight alone is not enough: half of a given state would go through a gate of ``sigmoid(0)``.
+
+    Args:
+        request: the request.
+        layer: qualified name.
+        sides: ``in`` or ``both``.
+
+    Raises:
+        NeutralizeError: the layer has no biases to shut the gates with, and given states.
+    """
+    module, place = request.layers[layer], request.place(layer)
+    root = module_name(layer, {}) if place is not None else layer
+    prefix = f"{root}." if root else ""
+    names = [prefix + name for name, _ in module.named_parameters()]
+    if place is not None:
+        names = [name for name in names if name.removesuffix("_reverse").endswith(f"_l{place}")]
+    sites = [recurrent_site(request.flow, call) for call in request.calls(layer)]
+    cell = next((site.cell for site in sites if site is not None), _RNN)
+    edits: list[Edit] = []
+    for name in names:
+        if "bias_ih" in name and any(cell.shut):
+            shut = saturation(request.writable(name).dtype)
+            edits.extend(_gate_edits(request, name, cell.shut, shut))
+        else:
+            edits.append(request.rewrite(name))
+    given = not all(site is None or _starts_at_zero(site) for site in sites)
+    if given and any(cell.shut) and not any("bias_ih" in name for name in names):
+        raise NeutralizeError(
+            f"plan: expected biases in {layer!r} to shut the gates of a {cell.name.upper()} that is given states, got "
+            "bias=False; make it with bias=True, or leave the states out"
+        )
+    reason = "zeroed: the layer's own weights" + (", its gates shut" if any(cell.shut) else "")
+    certificate = Certificate(layer, "exact", 0.0, "finite activations", reason)
+    note = "its own weights are zeroed, and those of no reader" if sides == "both" else ""
+    return Draft(tuple(edits), LayerPlan(layer, "null", certificate, (), sides=sides, note=note))
 
 
 def recurrent_site(flow: Dataflow, call: Call) -> RecurrentSite | None:
@@ -145,28 +238,33 @@ def recurrent_site(flow: Dataflow, call: Call) -> RecurrentSite | None:
     node, found = call.entry, []
     while node is not call.exit:
         node = node.next
-        if op_name(node) in CELLS:
+        if op_name(node) in SEQUENCES or op_name(node) in STEPS:
             found.append(node)
     if len(found) != 1:
         return None
-    op = found[0]
+    op, width = found[0], (shape_of(call.entry) or (0,))[-1]
     data = argument(op, "input", argument(op, "data"))
     while isinstance(data, fx.Node) and data is not call.entry and is_transparent(data):
         data = data.args[0]
-    leaves = [leaf for leaf in pytree.tree_leaves(argument(op, "params")) if isinstance(leaf, fx.Node)]
-    shape = shape_of(call.entry)
-    if data is not call.entry or shape is None or not _leads_out(op, call) or any(n not in flow.names for n in leaves):
+    if data is not call.entry:
         return None
-    cell = CELLS[op_name(op)]
-    per_layer = 4 if argument(op, "has_biases") else 2
+    if op_name(op) in STEPS:
+        operands = [argument(op, name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+        leaves = [leaf for leaf in operands if isinstance(leaf, fx.Node)]
+        cell, directions, per_layer = STEPS[op_name(op)], 1, len(leaves)
+    else:
+        leaves = [leaf for leaf in pytree.tree_leaves(argument(op, "params")) if isinstance(leaf, fx.Node)]
+        cell, directions = SEQUENCES[op_name(op)], 2 if argument(op, "bidirectional") else 1
+        per_layer = 4 if argument(op, "has_biases") else 2
+    if any(leaf not in flow.names for leaf in leaves):
+        return None
     names = [flow.names[leaf] for leaf in leaves]
     hidden = flow.shapes[names[0]][0] // len(cell.gates)
-    # A projection adds a fifth weight; the two counts would not fit then.
-    directions = 2 if argument(op, "bidirectional") else 1
-    if flow.shapes[names[1]][1] != hidden:
+    if flow.shapes[names[1]][1] != hidden:  # a projection adds a fifth weight
         per_layer += 1
     weights = tuple(tuple(names[place : place + per_layer]) for place in range(0, len(names), per_layer))
-    return RecurrentSite(op, cell, weights, shape[-1], hidden, directions)
+    site = RecurrentSite(op, cell, weights, width, hidden, directions)
+    return site if _leads_out(site, call) else None
 
 
 def saturation(dtype: torch.dtype) -> float:
@@ -211,15 +309,17 @@ def least_error(tanhs: int, dtype: torch.dtype, bound: float, consumer_peak: flo
     return best
 
 
-def _leads_out(op: fx.Node, call: Call) -> bool:
-    """Whether what leaves the layer is the op's output sequence."""
+def _leads_out(site: RecurrentSite, call: Call) -> bool:
+    """Whether what leaves the layer is what the op hands on."""
     node = call.exit
-    while is_transparent(node) and isinstance(node.args[0], fx.Node):
+    while node not in site.outputs:
+        if not is_transparent(node) or not isinstance(node.args[0], fx.Node):
+            return False
         node = node.args[0]
-    return op_name(node) == "getitem" and node.args == (op, 0)
+    return True
 
 
-def _check(request: Request, layer: str, site: RecurrentSite) -> None:
+def _check(request: Request, layer: str, site: RecurrentSite, off: range, sites: list[RecurrentSite]) -> None:
     """Refuse a recurrent layer that cannot hand its input on.
 
     Raises:
@@ -231,11 +331,12 @@ def _check(request: Request, layer: str, site: RecurrentSite) -> None:
             f"plan: expected a {kind} without projection for {layer!r}, got proj_size="
             f"{request.flow.shapes[site.weights[0][-1]][0]}; use strategy='zero', or select the block that contains it"
         )
-    if site.width not in (site.hidden, site.hidden * site.directions):
+    if off.start == 0 and site.width not in (site.hidden, site.hidden * site.directions):
         wide = f" or {site.hidden * site.directions} (both directions)" if site.directions == 2 else ""
+        rest = f"select the stacked layers behind it ('{module_name(layer, {})}[1:]'), " if site.layers > 1 else ""
         raise NeutralizeError(
             f"plan: expected a {kind} as wide as its input for {layer!r}, got {site.width} features in and hidden size "
-            f"{site.hidden}{wide}; use strategy='zero', or select the block that contains it"
+            f"{site.hidden}{wide}; {rest}use strategy='zero', or select the block that contains it"
         )
     if len(site.weights[0]) == 2 and len(site.cell.gates) > 1:
         raise NeutralizeError(
@@ -248,8 +349,7 @@ def _check(request: Request, layer: str, site: RecurrentSite) -> None:
             f"plan: expected no active dropout between the {site.layers} stacked layers of {layer!r}, got "
             f"dropout={dropout:g} in training mode; call model.eval(), or set its dropout to 0"
         )
-    states = [user for user in site.node.users if op_name(user) == "getitem" and user.args[1] != 0]
-    readers = [reader for state in states for reader in state.users if _is_read(reader)]
+    readers = _state_readers(site, off, {one.node for one in sites})
     if readers:
         raise NeutralizeError(
             f"plan: expected nothing to read the final states of {layer!r}, got "
@@ -258,11 +358,74 @@ def _check(request: Request, layer: str, site: RecurrentSite) -> None:
         )
 
 
-def _own_edits(request: Request, site: RecurrentSite, epsilon: float, shut: float) -> Iterator[Edit]:
+def _state_readers(site: RecurrentSite, off: range, own: set[fx.Node]) -> list[fx.Node]:
+    """What reads the final states of the layers that are off; the op itself may, as its next initial states.
+
+    Which part of the states is read is not reasoned about but executed, on ones where a layer is off and zeros
+    elsewhere.
+    """
+    rows = slice(off.start * site.directions, off.stop * site.directions)
+
+    def marked(shape: tuple[int, ...]) -> torch.Tensor:
+        marker = torch.zeros(shape)
+        marker[rows if site.is_sequence else ...] = 1.0
+        return marker
+
+    found: list[fx.Node] = []
+    ways = [(state, marked(shape_of(state) or ())) for state in site.states]
+    while ways:
+        node, marker = ways.pop()
+        for reader in node.users:
+            operands = [leaf for leaf in pytree.tree_leaves((reader.args, reader.kwargs)) if leaf is node]
+            is_view = op_name(reader) in REARRANGE or op_name(reader) in SPLIT or op_name(reader) == "getitem"
+            if reader in own and _reads_as_state(reader, node) and torch.equal(marker, marked(tuple(marker.shape))):
+                continue
+            if not is_view or len(operands) != 1:
+                found.extend([reader] if _is_read(reader) else [])
+                continue
+            result = reader.target(marker, *reader.args[1:], **reader.kwargs)  # type: ignore[operator]
+            parts = result if isinstance(result, tuple | list) else (result,)
+            if op_name(reader) in SPLIT:
+                for part in reader.users:
+                    picked = parts[part.args[1]] if op_name(part) == "getitem" else marker  # type: ignore[index]
+                    if bool(picked.any()):
+                        ways.append((part, picked))
+            elif bool(parts[0].any()):
+                ways.append((reader, parts[0]))
+    return found
+
+
+def _reads_as_state(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether a recurrent op reads a value as an initial state, and as nothing else."""
+    leaves = [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if leaf is operand]
+    states = [leaf for leaf in pytree.tree_leaves(argument(node, "hx")) if leaf is operand]
+    return bool(states) and len(leaves) == len(states)
+
+
+def _starts_at_zero(site: RecurrentSite) -> bool:
+    """Whether a recurrent op is given no initial states."""
+    return site.is_sequence and all(op_name(leaf) in ("aten::zeros", "aten::zeros_like") for leaf in site.initial)
+
+
+def _input_bound(
+    request: Request, layer: str, sites: list[RecurrentSite], off: range, given: float | None
+) -> tuple[float, str]:
+    """A bound on the magnitude of what the layer reads, and where it is from, in words."""
+    if given is not None:
+        return given, "given"
+    name = module_name(layer, {})
+    if off.start == 0 or all(f"{name}[{place}]" in request.layers for place in range(off.start)):
+        return request.input_bound(layer), f"measured on the example inputs, with a margin of {BOUND_MARGIN:g}"
+    if sites[0].cell is _GRU and not all(map(_starts_at_zero, sites)):
+        return 1.0, "all that a gru hands on that starts within it"
+    return 1.0, f"all that a {sites[0].cell.name} hands on"
+
+
+def _own_edits(request: Request, site: RecurrentSite, off: range, epsilon: float, shut: float) -> Iterator[Edit]:
     """The edits of the layer's own weights and biases, stacked layer by stacked layer."""
     hidden, blocks = site.hidden, len(site.cell.gates)
     candidate = site.cell.gates.index(None)
-    for place, names in enumerate(site.weights):
+    for place, names in enumerate(site.of(off)):
         stacked, direction = divmod(place, site.directions)
         weight, recurrent, *biases = names
         width = request.flow.shapes[weight][1]
@@ -280,10 +443,15 @@ def _own_edits(request: Request, site: RecurrentSite, epsilon: float, shut: floa
                     yield request.rewrite(weight, rows=rows)
         yield request.rewrite(recurrent)
         if biases:
-            for block, gate in enumerate(site.cell.gates):
-                rows = (block * hidden, (block + 1) * hidden)
-                yield request.rewrite(biases[0], fill=shut * (gate or 0), rows=rows)
+            yield from _gate_edits(request, biases[0], tuple(gate or 0 for gate in site.cell.gates), shut)
             yield request.rewrite(biases[1])
+
+
+def _gate_edits(request: Request, bias: str, gates: tuple[int, ...], shut: float) -> Iterator[Edit]:
+    """The edits that give each block of a bias its value, in units of ``shut``."""
+    hidden = request.writable(bias).numel() // len(gates)
+    for block, gate in enumerate(gates):
+        yield request.rewrite(bias, fill=shut * gate, rows=(block * hidden, (block + 1) * hidden))
 
 
 def _consumers(request: Request, layer: str, sites: list[RecurrentSite]) -> list[Affine]:
@@ -295,25 +463,37 @@ def _consumers(request: Request, layer: str, sites: list[RecurrentSite]) -> list
     flow = request.flow
     consumers: list[Affine] = []
     others: list[fx.Node] = []
-    for site in sites:
-        scaled = {user for user in site.node.users if op_name(user) == "getitem" and user.args[1] == 0}
-        for node in flow.graph.nodes:
-            read = [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if leaf in scaled]
-            if not read or node in scaled or not _is_read(node):
-                continue
-            weights = list(_reading_weights(node, flow, read))
-            if weights:
-                consumers.extend(weights)
-            elif _passes_scale_on(node, read):
-                scaled.add(node)
-            else:
-                others.append(node)
+    own = {site.node for site in sites}
+    scaled = {output for site in sites for output in site.outputs}
+    for node in flow.graph.nodes:
+        read = [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if leaf in scaled]
+        dtype = dtype_of(node)
+        if not read or node in scaled or not _is_read(node) or not (dtype is None or dtype.is_floating_point):
+            continue  # the lengths of a padded sequence, say, come out of the same op
+        if node in own and all(_reads_as_state(node, leaf) for leaf in read):
+            continue  # of no effect: nothing of a state goes through
+        weights = [] if node in own else list(_reading_weights(node, flow, read))
+        if weights:
+            consumers.extend(weights)
+        elif node not in own and _passes_scale_on(node, read):
+            scaled.add(node)
+        else:
+            others.append(node)
     found = ", ".join(sorted({describe(node, flow) for node in others}))
     if others or not consumers:
         raise NeutralizeError(
             f"plan: expected only affine or recurrent layers to read {layer!r}, got {found or 'none'}; its scale ε can "
             "be undone in a weight only: use strategy='zero', or select the block that contains it"
         )
+    return consumers
+
+
+def _check_own(request: Request, layer: str, consumers: list[Affine]) -> None:
+    """Check that the weights that are rescaled read the layer alone.
+
+    Raises:
+        NeutralizeError: one is read elsewhere.
+    """
     nodes: dict[fx.Node, tuple[str, ...]] = {}
     for consumer in consumers:
         names = (consumer.weight, *([] if consumer.bias is None else [consumer.bias]))
@@ -321,7 +501,6 @@ def _consumers(request: Request, layer: str, sites: list[RecurrentSite]) -> list
         if consumer.added is not None:
             nodes[consumer.added] = ()
     check_own(request, layer, nodes)
-    return consumers
 
 
 def _is_read(node: fx.Node) -> bool:
@@ -344,16 +523,18 @@ def _reading_weights(node: fx.Node, flow: Dataflow, read: list[fx.Node]) -> Iter
         if read == [affine.data]:
             yield affine
         return
-    if op_name(node) in ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"):
+    if op_name(node) in _READERS:
         data = argument(node, "input", argument(node, "data"))
-        params = argument(node, "params")
         if read != [data] or not isinstance(data, fx.Node):  # as a state, say
             return
-        directions = 2 if argument(node, "bidirectional") else 1
-        first_layer = len(params) // int(argument(node, "num_layers"))
-        for place in range(0, first_layer, first_layer // directions):
-            if params[place] in flow.names:
-                yield Affine(node, data, flow.names[params[place]], None, False)
+        weights = [argument(node, "w_ih")]
+        if op_name(node) not in STEPS and op_name(node) != "aten::rnn_relu_cell":
+            params = argument(node, "params")
+            first_layer = len(params) // int(argument(node, "num_layers"))
+            weights = params[: first_layer : first_layer // (2 if argument(node, "bidirectional") else 1)]
+        for weight in weights:
+            if weight in flow.names:
+                yield Affine(node, data, flow.names[weight], None, False)
 
 
 def _passes_scale_on(node: fx.Node, read: list[fx.Node]) -> bool:
@@ -369,9 +550,9 @@ def _gate_words(cell: Cell, shut: float) -> Iterator[str]:
     yield "no recurrence"
 
 
-def _handed_on(site: RecurrentSite) -> str:
+def _handed_on(site: RecurrentSite, off: range) -> str:
     if site.directions == 1:
         return ""
-    if site.width == site.hidden:
+    if off.start == 0 and site.width == site.hidden:
         return "each direction hands its input on: the output is the input twice, [x, x]"
     return "the forward direction hands on the first half of the features, the backward one the second"

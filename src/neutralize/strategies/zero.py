@@ -13,6 +13,7 @@ from neutralize.planner import Draft, Request, describe_refusals
 from neutralize.search import IDENTITY, Assignment, Preference, joint, union
 from neutralize.sites import affine_site
 from neutralize.strategies.passthrough import block_certificate, identity_assignment
+from neutralize.strategies.recurrent import draft_recurrent_null, is_recurrent
 from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers
 
 
@@ -38,6 +39,8 @@ class Zero:
 
     def draft(self, request: Request, layer: str) -> Draft:
         """Draft the null of one layer."""
+        if is_recurrent(request.layers[layer]) and self.sides != "out":
+            return draft_recurrent_null(request, layer, self.sides)
         if request.is_leaf(layer):
             return self._plain(request, layer)
         sites = [affine_site(request.flow, call) for call in request.calls(layer)]
