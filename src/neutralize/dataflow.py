@@ -70,8 +70,8 @@ class Dataflow:
     tied: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
-    position: dict[fx.Node, int] = field(default_factory=dict)
-    _users: dict[str, list[fx.Node]] = field(default_factory=dict)
+    position: dict[fx.Node, int] = field(default_factory=dict, init=False)
+    _users: dict[str, list[fx.Node]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Index the graph."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -65,10 +65,24 @@ class Request:
     layers: dict[str, nn.Module]
     example_inputs: Inputs | None = None
     _bounds: dict[str, float] = field(default_factory=dict)
+    _whole: Request | None = None
+
+    def part(self, layers: Iterable[str]) -> Request:
+        """A request for some of the layers, as if no other had been selected; the model is traced once for all parts.
+
+        Args:
+            layers: qualified names among ``self.layers``.
+        """
+        wanted = set(layers)
+        chosen = {name: module for name, module in self.layers.items() if name in wanted}
+        return Request(self.model, chosen, self.example_inputs, _whole=self)
 
     @cached_property
     def flow(self) -> Dataflow:
         """The traced model; traced at the first use."""
+        if self._whole is not None:
+            whole = self._whole.flow
+            return replace(whole, calls={name: whole.calls[name] for name in self.layers})
         return trace(self.model, self.layers, self.example_inputs)
 
     @cached_property
@@ -294,8 +308,15 @@ def plan(
     from neutralize.strategies import resolve
 
     model = unwrap(model)
-    request = Request(model, select(model, layers), example_inputs)
-    chosen = resolve(strategy, options)
+    return drafted(Request(model, select(model, layers), example_inputs), resolve(strategy, options))
+
+
+def drafted(request: Request, chosen: Strategy) -> Plan:
+    """Let a strategy draft every layer of a request, and join the drafts to a plan.
+
+    Raises:
+        NeutralizeError: see ``plan``.
+    """
     drafts: list[Draft] = []
     problems: list[str] = []
     for layer in request.layers:
@@ -338,8 +359,6 @@ def _merge(request: Request, strategy: str, drafts: list[Draft]) -> Plan:
 
 
 def _with_edits(layer: LayerPlan, places: tuple[int, ...]) -> LayerPlan:
-    from dataclasses import replace
-
     return replace(layer, edits=places)
 
 

@@ -16,7 +16,7 @@ _EDITS_SHOWN = 4
 
 def plan_table(plan: Plan) -> str:
     """A plan as a text table: layer, strategy, edits, bytes, certificate."""
-    return _text(plan_rich(plan))
+    return as_text(plan_rich(plan))
 
 
 def plan_rich(plan: Plan) -> Table:
@@ -75,7 +75,7 @@ def verification_table(verification: Verification) -> str:
     held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"
     if not verification.assumptions_hold:
         held += "; some inputs were larger than a certificate assumes"
-    return f"{_text(table)}end to end: {verdict}; {held}\n"
+    return f"{as_text(table)}end to end: {verdict}; {held}\n"
 
 
 def format_bytes(count: float) -> str:
@@ -87,7 +87,8 @@ def format_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _text(table: Table) -> str:
+def as_text(table: Table) -> str:
+    """Return a table as plain text, 120 columns wide."""
     from rich.console import Console
 
     out = io.StringIO()

@@ -82,6 +82,25 @@ def _first(named: dict[str, nn.Module], first_name: dict[int, str], layer: str) 
     return first_name[id(named[module])] + layer[len(module) :]
 
 
+def blocks(model: nn.Module) -> str:
+    """Return the selection of a model's blocks: the ``ModuleList`` of one class that holds the most parameters.
+
+    Raises:
+        NeutralizeError: there is none with two layers or more.
+    """
+    model = unwrap(model)
+    sizes = {}
+    for name, module in model.named_modules():
+        children = list(module.children())
+        if isinstance(module, nn.ModuleList) and len(children) > 1 and len({type(child) for child in children}) == 1:
+            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not sizes:
+        raise NeutralizeError(
+            f"select: expected a ModuleList of blocks in a {type(model).__name__}, got none; name the layers"
+        )
+    return f"{max(sizes, key=lambda name: sizes[name])}[:]"
+
+
 def _resolve(named: dict[str, nn.Module], layers: Layers) -> list[str]:
     if isinstance(layers, str):
         return _resolve_text(named, layers)

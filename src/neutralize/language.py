@@ -1,0 +1,173 @@
+"""Causal language models: loading one, cutting text into windows, and the loss of the next token."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from neutralize.errors import NeutralizeError
+from neutralize.plan import dtype_name
+from neutralize.progress import Advance, silent
+from neutralize.side_by_side import side_by_side
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model and its tokenizer.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: of transformers.
+        title: what it is, in words.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    title: str
+
+    def tokens(self, text: str) -> torch.Tensor:
+        """Return the token ids (n,), int64, of a text."""
+        return tokenized(text, self.tokenizer)
+
+
+def load_language_model(
+    source: str | PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer with transformers.
+
+    Args:
+        source: a folder, or a name that the Hugging Face hub or its local cache knows.
+        gguf_file: the name of a GGUF file in that folder, to read the weights from.
+        dtype: of the weights.
+        device: where the model goes.
+
+    Raises:
+        NeutralizeError: transformers is not installed, or cannot load this.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise NeutralizeError(
+            "language model: expected the package transformers, got none; run: pip install 'neutralize[hf]'"
+        )
+    place = {"pretrained_model_name_or_path": str(source)}
+    if gguf_file is not None:
+        place["gguf_file"] = gguf_file
+    local = Path(source).is_dir()
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=local)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(**place, local_files_only=local, dtype=dtype)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            summary = next(iter(str(error).strip().splitlines()), "")
+            raise NeutralizeError(
+                f"language model: expected a folder or a hub name of a causal language model, got {str(source)!r}, "
+                f"which does not load ({type(error).__name__}: {summary}); check the name"
+            ) from error
+    model = model.to(device).eval()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    name = Path(gguf_file).stem if gguf_file else str(source)
+    title = f"{name}: {type(model).__name__}, {dtype_name(dtype)}, {count / 1e6:.1f} M parameters"
+    return LanguageModel(model, tokenizer, title)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' log lines and progress bars off the screen; errors still raise."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # The bar of the GGUF reader is plain tqdm, which no switch of transformers reaches; tqdm writes to stderr.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def tokenized(text: str, tokenizer: Any) -> torch.Tensor:
+    """Return the token ids (n,), int64, that a tokenizer of transformers gives a text of any length."""
+    # A text longer than the context is no problem, for it is cut into windows: verbose would warn of it.
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def cut(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """Cut a text into windows that do not overlap.
+
+    Args:
+        tokens: (n,), int64.
+        length: tokens per window.
+
+    Returns:
+        Windows (1, length); the last one may be shorter, and is left out if it is a single token, predicting nothing.
+    """
+    return [window[None] for window in tokens.split(length) if window.numel() > 1]
+
+
+def next_token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy in nats of every token but the first, given those before it.
+
+    Args:
+        logits: (batch, n, vocabulary), floating point, of which the last position predicts nothing known.
+        tokens: (batch, n), integers.
+
+    Returns:
+        (batch, n - 1), float32, or float64 for such logits.
+    """
+    scores = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
+    wanted = tokens[:, 1:].to(scores.device)
+    return functional.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+
+
+def mean_loss(model: nn.Module, windows: Sequence[torch.Tensor], advance: Advance = silent) -> float:
+    """Return the cross-entropy in nats, averaged over all predicted tokens: those of every window but its first.
+
+    Args:
+        model: a causal language model.
+        windows: (1, length) each, int64.
+        advance: told the tokens done.
+    """
+
+    def lost(window: torch.Tensor) -> float:
+        return float(next_token_losses(_logits(model, window), window).double().sum())
+
+    total = 0.0
+    for window, loss in zip(windows, side_by_side(lost, windows), strict=True):
+        total += loss
+        advance(window.numel())
+    return total / sum(window.numel() - 1 for window in windows)
+
+
+def all_logits(model: nn.Module, windows: Sequence[torch.Tensor], advance: Advance = silent) -> list[torch.Tensor]:
+    """Return the scores (1, length, vocabulary) of the next token at every position of each window.
+
+    Args:
+        model: a causal language model.
+        windows: (1, length) each, int64.
+        advance: told the tokens done.
+    """
+    found = []
+    for scores in side_by_side(lambda window: _logits(model, window), windows):
+        found.append(scores)
+        advance(scores.shape[1])
+    return found
+
+
+def _logits(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+    scores: torch.Tensor = model(input_ids=window, use_cache=False).logits
+    return scores
