@@ -10,7 +10,7 @@ from bits import Bag, Block, Counting, Plain, Stack, everything, refusal
 from torch import nn
 
 import neutralize as nz
-from neutralize import Assign, Certificate, Fold, LayerPlan, Plan, Rewrite
+from neutralize import Assign, Certificate, Copy, Fold, LayerPlan, Plan, Rewrite
 
 EDITS = {
     "zero": Rewrite("w", (4, 6), "float32"),
@@ -23,6 +23,8 @@ EDITS = {
     "fold of columns": Fold("w", "b", (4, 6), "float32", 8, -1, columns=(2, 5)),
     "assign": Assign("g", (2, 2), "float8_e4m3fn", (0.0, -0.0, 0.1, 3)),
     "assign nothing": Assign("g", (0,), "float32", ()),
+    "copy": Copy("g", "h", (2, 3), "bfloat16", 0.1),
+    "copy as it is": Copy("g", "h", (), "float32"),
     "a strange name": Rewrite('a"b\\c\n\u2028é.\ud800', (1,), "float32"),
 }
 EXACT = Certificate("layer", "exact", 0, "finite activations", "because")
@@ -59,7 +61,7 @@ def test_json_is_canonical():
 def test_digest_is_that_of_the_canonical_json():
     # A change of this figure is a change of the format: raise FORMAT_VERSION, ranks of two versions must not agree.
     plan = Plan("zero", (Rewrite("w", (2, 3), "float32", fill=0.5),), (LayerPlan("l", "null", EXACT, (0,)),))
-    assert plan.digest == "9a72e8f1ee2d3669d7f395d1bfd8546c85c6f87a081b19371629dc9fa1ffdbc5"
+    assert plan.digest == "9ff533b76ba2a61bbfd3ff71a2244c268f99dbc00515565a15a9d189fa39a9e5"
 
 
 def test_digest_tells_order_and_every_field():
@@ -144,11 +146,11 @@ REWRITE, FOLD, ASSIGN = ("edits", 0), ("edits", 1), ("edits", 2)
 CERTIFICATE = ("layers", 0, "certificate")
 HUGE = 10**400
 WRONG = [
-    (("format",), 1, "expected format 2, got 1; plan again with this version"),
-    (("format",), True, "expected format 2, got True"),
-    (("format",), 2.0, "expected format 2, got 2.0"),
-    (("format",), "2", "expected format 2, got '2'"),
-    (("format",), [], "expected format 2, got []"),
+    (("format",), 1, "expected format 3, got 1; plan again with this version"),
+    (("format",), True, "expected format 3, got True"),
+    (("format",), 2.0, "expected format 3, got 2.0"),
+    (("format",), "2", "expected format 3, got '2'"),
+    (("format",), [], "expected format 3, got []"),
     (("strategy",), 3, "expected str for strategy, got int"),
     (("edits",), {}, "expected list for edits, got dict"),
     (("edits",), None, "expected list for edits, got NoneType"),
@@ -160,7 +162,7 @@ WRONG = [
     (("tied",), ["ab"], "expected list for tied, got str"),
     (("tied",), [["a", None]], "expected str for tied, got NoneType"),
     (("more",), 3, "expected the keys edits, format, layers, strategy, tied for the plan, got also more"),
-    ((*REWRITE, "kind"), "delete", "expected one of rewrite, fold, assign for the kind of an edit, got 'delete'"),
+    ((*REWRITE, "kind"), "delete", "expected one of rewrite, fold, assign, copy for the kind of an edit, got 'delete'"),
     ((*REWRITE, "kind"), [], "for the kind of an edit, got []"),
     ((*REWRITE, "kind"), None, "for the kind of an edit, got None"),
     ((*REWRITE, "kind"), "fold", "got no bias, groups, shift, transposed and also diagonal, "),

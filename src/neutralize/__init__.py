@@ -12,7 +12,7 @@ from neutralize.dataflow import Inputs
 from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
 from neutralize.influence import Influence, Sweep, influence
-from neutralize.plan import Assign, Certificate, Fold, LayerPlan, Plan, Rewrite
+from neutralize.plan import Assign, Certificate, Copy, Fold, LayerPlan, Plan, Rewrite
 from neutralize.planner import Strategy, plan
 from neutralize.ramp import Ramp, ramp
 from neutralize.select import Layers, select
@@ -24,6 +24,7 @@ __all__ = [
     "STRATEGIES",
     "Assign",
     "Certificate",
+    "Copy",
     "Fold",
     "Guard",
     "Influence",

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from neutralize import ops, reference
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Assign, Edit, Fold, Plan, Rewrite, dtype_name
+from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
 from neutralize.undo import Saved, Undo, overwrite_
 
@@ -84,9 +84,10 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
         raise NeutralizeError(f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}")
     saved = [_save(named, edit, name) for edit, name in _first_writes(plan.edits)]
     undo = Undo(saved, plan.digest, model)
+    copies = {edit: edit.values(named[edit.source]) for edit in plan.edits if isinstance(edit, Copy)}
     try:
         for batch in _batches(plan.edits, aliases):
-            _write(batch, named)
+            _write(batch, named, copies)
         if freeze:
             for entry in saved:
                 if entry.tensor.requires_grad and entry.tensor.is_leaf:
@@ -110,6 +111,8 @@ def _problems(plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tup
                 problems.append(f"expected {name!r} to hold data, got a lazy parameter; run the module once first")
                 continue
             problems.extend(_tensor_problems(edit, name, tensor))
+            if isinstance(edit, Copy):
+                problems.extend(_source_problems(edit, named.get(edit.source)))
             foreign = set(aliases[name]) - {name}
             if foreign and not any({name, *foreign} <= group for group in accepted):
                 others = ", ".join(sorted(map(repr, foreign)))
@@ -150,9 +153,21 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
                 )
 
 
+def _source_problems(edit: Copy, source: torch.Tensor | None) -> Iterable[str]:
+    if source is None:
+        yield f"expected a parameter {edit.source!r}, got a model without it; plan for this model"
+    elif tuple(source.shape) != edit.shape or source.dtype not in ops.DTYPES:
+        yield (
+            f"expected {list(edit.shape)} of a floating-point type for {edit.source!r}, got {list(source.shape)} of "
+            f"{dtype_name(source.dtype)}; plan for this model"
+        )
+    elif not source.is_meta and not edit.values(source).isfinite().all():
+        yield f"expected finite values in {edit.dtype} for {edit.describe()!r}, got Inf or NaN; use a wider dtype"
+
+
 def _has_block(edit: Edit, tensor: torch.Tensor) -> bool:
     try:
-        return isinstance(edit, Assign) or edit.block(tensor) is not None
+        return isinstance(edit, Assign | Copy) or edit.block(tensor) is not None
     except RuntimeError:  # no view of these strides
         return False
 
@@ -168,7 +183,7 @@ def _bounded_values(edit: Edit, dtype: torch.dtype) -> Iterable[tuple[str, float
     elif isinstance(edit, Fold):
         yield "scale", edit.scale, computed
         yield "shift", edit.shift, computed
-    else:
+    elif isinstance(edit, Assign):
         yield "a value", max(edit.values, key=abs, default=0.0), stored
 
 
@@ -208,7 +223,7 @@ def _batches(edits: tuple[Edit, ...], aliases: dict[str, tuple[str, ...]]) -> It
         yield batch
 
 
-def _write(batch: list[Edit], named: dict[str, torch.Tensor]) -> None:
+def _write(batch: list[Edit], named: dict[str, torch.Tensor], copies: dict[Copy, torch.Tensor]) -> None:
     rewrites = [edit for edit in batch if isinstance(edit, Rewrite)]
     if rewrites:
         ops.rewrite_(
@@ -235,3 +250,5 @@ def _write(batch: list[Edit], named: dict[str, torch.Tensor]) -> None:
     for edit in batch:
         if isinstance(edit, Assign):
             overwrite_(named[edit.parameter], torch.tensor(edit.values, dtype=torch.float64).reshape(edit.shape))
+        elif isinstance(edit, Copy):
+            overwrite_(named[edit.parameter], copies[edit])

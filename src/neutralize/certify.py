@@ -2,8 +2,7 @@
 
 Every value is one of: a known constant everywhere; the block's input, rearranged in a known way; or unknown. The
 rearrangement is not reasoned about but executed: the views of the block run on a tensor of indices. ``exact`` is
-    claimed
-only if the block's output comes out as its input with every element in its place.
+claimed only if the block's output comes out as its input with every element in its place.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from neutralize.rules import (
     drops,
     is_number,
     non_negative,
+    norm_operands,
+    renorm_clauses,
     zero_clauses,
 )
 from neutralize.search import IDENTITY, Assignment
@@ -58,7 +59,14 @@ Value: TypeAlias = "Constant | Rearranged | tuple[Any, ...] | None"  # a tuple: 
 class Interpretation:
     """The abstract values of one call of a block under an assignment of parameters."""
 
-    def __init__(self, flow: Dataflow, call: Call, assignment: Assignment, cut: Mapping[fx.Node, fx.Node]) -> None:
+    def __init__(
+        self,
+        flow: Dataflow,
+        call: Call,
+        assignment: Assignment,
+        cut: Mapping[fx.Node, fx.Node],
+        normalised: fx.Node | None = None,
+    ) -> None:
         """Evaluate the block.
 
         Args:
@@ -66,12 +74,16 @@ class Interpretation:
             call: the call of the block.
             assignment: parameter to the number it is filled with, or ``"identity"``.
             cut: results of the layers that are cut out with it, with what enters them.
+            normalised: the norm, with gain 1 and bias 0, whose output enters the block as it is; norms of it inside
+                hand it on, up to their ε.
         """
         self._non_negative_entry = non_negative(call.entry, cut)
         self.flow = flow
         self.call = call
         self.assignment = {alias: value for name, value in assignment.items() for alias in flow.tied.get(name, (name,))}
         self.uses_identity = False
+        self._normalised = normalised
+        self._carriers: dict[fx.Node, fx.Node] = {}
         self._values: dict[fx.Node, Value] = {}
         shape = shape_of(call.entry)
         if shape is not None:
@@ -95,6 +107,14 @@ class Interpretation:
         start = self._values[entry]
         return isinstance(start, Rearranged) and torch.equal(output.indices, start.indices)
 
+    @property
+    def stream(self) -> list[fx.Node]:
+        """The nodes that carry the block's input to its output, in order, both ends included."""
+        path = [self.call.exit]
+        while path[-1] in self._carriers:
+            path.append(self._carriers[path[-1]])
+        return path[::-1]
+
     def value(self, node: fx.Node) -> Value:
         """The value of a node; parameters and numbers included, whatever is outside the block is unknown."""
         name = self.flow.names.get(node)
@@ -114,7 +134,10 @@ class Interpretation:
             return constant
         if any(all(self._is(operand, 0.0) for operand in clause) for clause in zero_clauses(node)):
             return Constant(0.0)
-        for clause in carry_clauses(node):
+        clauses = carry_clauses(node)
+        if self._normalised is not None:
+            clauses = [*clauses, *renorm_clauses(node, self._normalised)]
+        for clause in clauses:
             carried = self.value(clause.carrier)
             if not isinstance(carried, Rearranged | tuple):
                 continue
@@ -130,6 +153,7 @@ class Interpretation:
                 continue
             moved = self._carry(node, op, clause.carrier, carried)
             if moved is not None:
+                self._carriers[node] = clause.carrier
                 return moved
         return None
 
@@ -157,6 +181,10 @@ class Interpretation:
             return carried[place] if isinstance(carried, tuple) and isinstance(place, int) else carried
         if isinstance(carried, tuple):
             return None
+        if norm_operands(node) is not None:
+            return (
+                carried if self._is_normalised(carried.indices, math.prod(argument(node, "normalized_shape"))) else None
+            )
         if op in CAST:
             before, after = dtype_of(self.call.entry), dtype_of(node)
             if before is None or after is None or torch.promote_types(before, after) != after:
@@ -188,6 +216,12 @@ class Interpretation:
             return Rearranged(carried.indices.broadcast_to(shape))
         except RuntimeError:
             return None
+
+    def _is_normalised(self, indices: torch.Tensor, width: int) -> bool:
+        """Whether every ``width`` elements in a row are all that one row of the input has, in any order."""
+        rows = indices.reshape(-1, width)
+        within = (rows // width == rows[:, :1] // width).all()
+        return bool(within) and torch.equal((rows % width).sort(-1).values, torch.arange(width).expand_as(rows))
 
     def _join(self, node: fx.Node) -> Value:
         parts = []

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from neutralize import ops
 from neutralize.apply import aliases_of, tensors_of
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Assign, Edit, Fold, Plan, Rewrite
+from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite
 from neutralize.select import unwrap
 from neutralize.undo import overwrite_
 
@@ -152,7 +152,7 @@ def _written(plan: Plan) -> list[tuple[int, str]]:
     found: dict[tuple[object, ...], tuple[int, str]] = {}
     for place, edit in enumerate(plan.edits):
         for name in edit.parameters:
-            is_part = not isinstance(edit, Assign) and name == edit.parameter
+            is_part = not isinstance(edit, Assign | Copy) and name == edit.parameter
             part = (getattr(edit, "rows", None), getattr(edit, "columns", None)) if is_part else (None, None)
             found.setdefault((name, *part), (place, name))
     return list(found.values())
@@ -178,7 +178,7 @@ def _hold(
     if not rescaled and not any(_is_absolute(other) for other in (edit, *others)):
         return None
     is_block = isinstance(edit, Rewrite) or (isinstance(edit, Fold) and name == edit.parameter)
-    block = edit.block if is_block and not isinstance(edit, Assign) else _whole
+    block = edit.block if is_block and not isinstance(edit, Assign | Copy) else _whole
     now = block(tensor.detach())
     if not isinstance(edit, Rewrite) or edit.scale != 0 or any(_overlap(edit, other) for other in others):
         if isinstance(edit, Assign) and not any(_overlap(edit, other) for other in others):
@@ -194,7 +194,7 @@ def _hold(
 
 def _is_absolute(edit: Edit) -> bool:
     """Whether an edit sets values whatever was there."""
-    return isinstance(edit, Assign) or (isinstance(edit, Rewrite) and edit.scale == 0)
+    return isinstance(edit, Assign | Copy) or (isinstance(edit, Rewrite) and edit.scale == 0)
 
 
 def _overlap(one: Rewrite | Assign, other: Edit) -> bool:

@@ -22,7 +22,7 @@ from neutralize.errors import NeutralizeError, require_finite
 if TYPE_CHECKING:
     from neutralize.undo import Undo
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
 TARGETS = ("input", "partial", "null", "scaled", "damped", "fill", "mean", "offset")
 _COLUMN_LIMIT = 1 << 62
@@ -264,8 +264,54 @@ class Assign:
         return f"{self.parameter} <- {self.numel} values"
 
 
-Edit: TypeAlias = Rewrite | Fold | Assign
-_EDITS: dict[str, type[Rewrite] | type[Fold] | type[Assign]] = {kind.__name__.lower(): kind for kind in get_args(Edit)}
+@dataclass(frozen=True)
+class Copy:
+    """One parameter becomes another, times a factor: ``W <- scale * S``, with ``S`` as it was before the plan.
+
+    Attributes:
+        parameter: qualified name of the parameter that is written.
+        source: qualified name of the parameter of the same shape that is read.
+        shape, dtype: of the written parameter.
+        scale: the factor; the product is rounded once.
+    """
+
+    parameter: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the tensor and the factor."""
+        _settle_tensor(self)
+        _settle_floats(self, "scale")
+
+    @property
+    def numel(self) -> int:
+        """How many elements are written."""
+        return math.prod(self.shape)
+
+    @property
+    def written_bytes(self) -> int:
+        """How many bytes are written."""
+        return self.numel * _itemsize(self.dtype)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names that are written."""
+        return (self.parameter,)
+
+    def values(self, source: torch.Tensor) -> torch.Tensor:
+        """Return what is written, in the written dtype, from the tensor that is read."""
+        return (source.detach().double() * self.scale).to(getattr(torch, self.dtype))
+
+    def describe(self) -> str:
+        """Say in a few characters what is written."""
+        return f"{self.parameter} <- {'' if self.scale == 1 else f'{self.scale:.6g} '}{self.source}"
+
+
+Edit: TypeAlias = Rewrite | Fold | Assign | Copy
+_EDITS: dict[str, type[Edit]] = {kind.__name__.lower(): kind for kind in get_args(Edit)}
 
 
 @dataclass(frozen=True)
@@ -325,7 +371,9 @@ class LayerPlan:
             them.
         input_bound: the bound X on the magnitude of the layer's input, where one was needed.
         consumers: qualified names of the modules that read the layer and were rewritten for it.
-        sides: which sides of the layer are rewritten, for strategies that have sides.
+        sides: which sides of the layer are rewritten, for strategies that have sides; ``around``: the norm before a
+            post-norm block is rewritten too, and what enters it is a multiple of the normalised values; ``within``: it
+            hands such a multiple on to the next.
         note: one remark for the reader, or ``""``.
         values: for ``mean`` and ``offset``, one number per feature.
         axis: the dimension of the features in what carries them, counted from the end.
@@ -501,7 +549,7 @@ def _itemsize(dtype: str) -> int:
     return found.itemsize
 
 
-def _settle_tensor(edit: Rewrite | Fold | Assign) -> None:
+def _settle_tensor(edit: Edit) -> None:
     """Check what an edit says about its tensor."""
     if not all(isinstance(size, int) and size >= 0 for size in edit.shape):
         raise NeutralizeError(

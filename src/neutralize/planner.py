@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, own_inputs, placed_inputs, trace
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Assign, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
+from neutralize.plan import Assign, Copy, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
 from neutralize.search import IDENTITY, Assignment, Preference, Search
 from neutralize.select import Layers, select, unwrap
 from neutralize.sites import affine_site
@@ -59,11 +59,13 @@ class Request:
         model: the model; only read.
         layers: the selected layers, by qualified name, in model order.
         example_inputs: as given by the caller.
+        remembered: what a strategy found out about layers and needs again when it drafts their neighbours.
     """
 
     model: nn.Module
     layers: dict[str, nn.Module]
     example_inputs: Inputs | None = None
+    remembered: dict[str, dict[str, Any]] = field(default_factory=dict)
     _bounds: dict[str, float] = field(default_factory=dict)
     _whole: Request | None = None
 
@@ -363,7 +365,7 @@ def _with_edits(layer: LayerPlan, places: tuple[int, ...]) -> LayerPlan:
 
 
 def _is_idempotent(edit: Edit) -> bool:
-    return isinstance(edit, Assign) or (isinstance(edit, Rewrite) and edit.scale == 0)
+    return isinstance(edit, Assign | Copy) or (isinstance(edit, Rewrite) and edit.scale == 0)
 
 
 def _check_conflict(request: Request, edits: list[Edit], edit: Edit) -> None:

@@ -321,6 +321,23 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
     return []
 
 
+def renorm_clauses(node: fx.Node, before: fx.Node) -> list[Carry]:
+    """Conditions under which a norm hands on what another norm, ``before``, has normalised already.
+
+    A layer norm of a value of mean 0 and variance 1 is that value, an RMS norm of one of mean square 1 too, up to ε.
+
+    Source: MATH §5.
+    """
+    data, over = argument(node, "input"), argument(node, "normalized_shape")
+    kinds = (op_name(before), op_name(node))
+    if kinds not in (("aten::layer_norm",) * 2, ("aten::layer_norm", "aten::rms_norm"), ("aten::rms_norm",) * 2):
+        return []
+    if not isinstance(data, fx.Node) or list(over) != list(argument(before, "normalized_shape")):
+        return []
+    gain, bias = norm_operands(node) or (None, None)
+    return [Carry(data, ones=tuple(tensors(gain)), zeros=tuple(tensors(bias)))]
+
+
 def affine_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     """Data, weight and bias of an affine op (linear, addmm, mm, convolution), else ``None``."""
     op = op_name(node)

@@ -6,8 +6,7 @@ Two mutually recursive questions, answered for every node of the block in graph 
 - what makes this value the block's input? (``rules.carry_clauses``)
 
 Each answer is a short list of assignments, cheapest first; a union of assignments that disagree is no answer. The
-search
-proposes; ``certify`` decides.
+search proposes; ``certify`` decides.
 
 Source: MATH §4; DESIGN §3.
 """
@@ -24,7 +23,7 @@ from torch import fx
 
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, is_empty, is_mark, op_name, shape_of
-from neutralize.rules import CAST, REARRANGE, carry_clauses, is_number, scaled_clauses, zero_clauses
+from neutralize.rules import CAST, REARRANGE, carry_clauses, is_number, renorm_clauses, scaled_clauses, zero_clauses
 
 IDENTITY: Literal["identity"] = "identity"
 Assignment: TypeAlias = "dict[str, float | str]"
@@ -43,12 +42,14 @@ class Search:
         regions: half-open position ranges of every selected layer's calls: a parameter that is read outside them is not
             ours to write.
         preference: ``cheapest`` (fewest bytes), ``outgoing`` (the last affine parameters), ``incoming`` (the first).
+        normalised: the norm whose output enters the block, if norms inside may be taken to hand it on.
     """
 
     flow: Dataflow
     call: Call
     regions: list[tuple[int, int]]
     preference: Preference = "cheapest"
+    normalised: fx.Node | None = None
     refused: dict[str, str] = field(default_factory=dict)
     _zero: dict[fx.Node, list[Assignment]] = field(default_factory=dict)
     _same: dict[fx.Node, list[Assignment]] = field(default_factory=dict)
@@ -64,7 +65,10 @@ class Search:
             if self._constant(node, 0.0):
                 self._zero[node] = self._any([self._zero[node], self._constant(node, 0.0)])
             answers = []
-            for clause in carry_clauses(node):
+            clauses = carry_clauses(node)
+            if self.normalised is not None:
+                clauses = [*clauses, *renorm_clauses(node, self.normalised)]
+            for clause in clauses:
                 found = self._all((self.zero(operand) for operand in clause.zeros), before=self.same(clause.carrier))
                 found = self._all((self._constant(operand, 1.0) for operand in clause.ones), before=found)
                 if clause.identity is not None:

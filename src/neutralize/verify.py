@@ -341,6 +341,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         per_layer[entry.layer], within[entry.layer] = measured or (math.nan, True)
         if measured is None:
             unmeasured.add(entry.layer)
+    renormed = {entry.layer for entry in plan.layers if entry.sides in ("around", "within")}
     bounds = {entry.layer: entry.certificate.bound for entry in plan.layers if entry.certificate.bound is not None}
     return Verification(
         relative_error=_relative_error(got, wanted),
@@ -349,6 +350,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         | {
             name: _ratio(probe.gradients[name] * _encoding(name, plan), wanted_probe.gradients[name])
             for name in probe.gradients
+            if name not in renormed  # there it is the gradient of a multiple of the normalised values
         },
         exact=len(got) == len(wanted) and all(_equal(one, other) for one, other in zip(got, wanted, strict=True)),
         bound_holds=all(
@@ -575,6 +577,10 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
         if not read or read[0].numel() != seen.entered.numel():
             return None
         seen = _HandedOn(read[0], got.entering[entry.layer])
+    if entry.sides == "within":
+        return None
+    if entry.sides == "around":  # what enters it is encoded by the norm before it: the reference has it plain
+        return _largest(seen.value, wanted.entering[entry.layer], wanted.entering[entry.layer]), True
     entering = _decoded(entry.layer, plan, seen.entered.double())
     handed_on = seen.value.double() if entry.epsilon is None else _decode(entry, seen.value.double())
     if entry.activation in ("lstm", "gru", "rnn"):

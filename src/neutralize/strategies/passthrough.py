@@ -37,6 +37,7 @@ from neutralize.strategies.consumers import (
     zeros_beside,
 )
 from neutralize.strategies.pairs import draft_pair
+from neutralize.strategies.postnorm import draft_postnorm
 from neutralize.strategies.recurrent import draft_recurrent, is_recurrent
 
 # What a norm may be off by as a rule, relative to its values, unless a tolerance says otherwise.
@@ -117,6 +118,9 @@ class Passthrough:
     def _block(self, request: Request, layer: str) -> Draft:
         assignment = identity_assignment(request, layer, self.edit)
         if assignment is None:
+            folded = draft_postnorm(request, layer, self.edit) if self.gain == 1.0 else None
+            if folded is not None:
+                return folded
             pair = draft_pair(request, layer, self.gain, self.input_bound)
             if pair is not None:
                 return pair
