@@ -142,7 +142,7 @@ def test_zero_of_a_layer_that_nothing_affine_reads_says_so():
     assert set(plan.parameters) == {"0.down.weight", "0.down.bias"}
     assert "nothing affine reads the layer alone" in plan.layers[0].note
     with pytest.raises(
-        nz.NeutralizeError, match=r"expected affine layers, and nothing else, to read '0\.down', got mul"
+        nz.NeutralizeError, match=r"expected affine layers, and nothing else, to read '0\.down', got add"
     ):
         nz.plan(model, "0.down", "zero", example_inputs=x, sides="out")
 

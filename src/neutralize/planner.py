@@ -95,6 +95,11 @@ class Request:
         return tensors_of(self.model)
 
     @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules by every name."""
+        return dict(self.model.named_modules(remove_duplicate=False))
+
+    @cached_property
     def aliases(self) -> dict[str, tuple[str, ...]]:
         """Name to every name of the same tensor."""
         from neutralize.apply import aliases_of

@@ -81,9 +81,9 @@ def zeros_beside(reads: list[Read]) -> list[str]:
 
 
 def rewritten_modules(reads: list[Read]) -> tuple[str, ...]:
-    """Qualified names of the modules whose weights undo the layer's scale, each once."""
+    """Qualified names of the modules whose weights undo the layer's scale, each once; the model itself is none."""
     own = [read.reader for read in reads if not (isinstance(read.reader, Norm) and read.reader.own_statistics)]
-    return tuple(dict.fromkeys(reader.module for reader in own))
+    return tuple(dict.fromkeys(reader.module for reader in own if reader.module))
 
 
 def unique_norms(sites: list[AffineSite]) -> list[Norm]:
@@ -134,9 +134,12 @@ def spreads_of(request: Request, reads: list[Read]) -> list[Spread]:
 
         return hook
 
-    modules = dict(request.model.named_modules(remove_duplicate=False))
     request.run_excised(
-        [(modules[norm.module or owner_of(norm.node)], watch(norm)) for norm in norms if _is_computed_by_module(norm)]
+        [
+            (request.modules[norm.module or owner_of(norm.node)], watch(norm))
+            for norm in norms
+            if _is_computed_by_module(norm)
+        ]
     )
     found = []
     for norm in norms:

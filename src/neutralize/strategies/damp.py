@@ -53,7 +53,7 @@ class Damp:
             if affine.bias is not None:
                 edits.append(request.rewrite(affine.bias, scale=self.factor))
         else:
-            readers = outgoing_consumers(request, layer, required=True)
+            readers = outgoing_consumers(request, layer, required=True, keeps_order=self.factor >= 0)
             consumers = tuple(dict.fromkeys(reader.module for reader in readers))
             for name in dict.fromkeys(reader.weight for reader in readers):
                 edits.append(request.rewrite(name, scale=self.factor))

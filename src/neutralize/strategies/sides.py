@@ -9,8 +9,9 @@ from torch import fx
 from neutralize.dataflow import op_name
 from neutralize.errors import NeutralizeError
 from neutralize.planner import Request
+from neutralize.readers import Read, reads_of
 from neutralize.rules import REARRANGE
-from neutralize.sites import Affine, AffineSite, affine_site, describe
+from neutralize.sites import Affine, AffineSite, Norm, affine_site, describe
 
 SIDES = {
     "in": "the layer's own weights",
@@ -46,24 +47,36 @@ def sites_of(request: Request, layer: str) -> list[AffineSite]:
     return sites
 
 
-def outgoing_consumers(request: Request, layer: str, *, required: bool) -> list[Affine]:
-    """The affine ops that read a layer and that no other layer shares.
+def outgoing_consumers(request: Request, layer: str, *, required: bool, keeps_order: bool = False) -> list[Affine]:
+    """The affine modules that read a layer, through views, pools and sums, and that no other layer shares.
+
+    Each reads nothing but the layer: what its input is multiplied by, the layer is.
 
     Args:
         request: the request.
         layer: qualified name.
         required: whether it is an error if there are none, or if something else reads the layer too.
+        keeps_order: what is done to them is a factor that is not negative: maxima may stand in between.
 
     Raises:
         NeutralizeError: see ``required``; or a consumer is shared with another path.
     """
     if not required and any(affine_site(request.flow, call) is None for call in request.calls(layer)):
         return []
-    sites = sites_of(request, layer)
-    consumers = unique(consumer for site in sites for consumer in site.consumers)
-    others = [reader for site in sites for reader in site.other_readers]
+    consumers: list[Affine] = []
+    others: list[str] = []
+    for site in sites_of(request, layer):
+        reads, rest = reads_of(request.flow, site.result)
+        others.extend(describe(node, request.flow) for node in rest)
+        for read in reads:
+            why = _why_not_alone(request, read, keeps_order=keeps_order)
+            if why:
+                others.append(why)
+            elif isinstance(read.reader, Affine):
+                consumers.append(read.reader)
+    consumers = unique(consumers)
     if required and (others or not consumers):
-        found = ", ".join(sorted({describe(reader, request.flow) for reader in others})) or "nothing"
+        found = ", ".join(sorted(set(others))) or "nothing"
         raise NeutralizeError(
             f"plan: expected affine layers, and nothing else, to read {layer!r}, got {found}; use sides='in'"
         )
@@ -71,6 +84,21 @@ def outgoing_consumers(request: Request, layer: str, *, required: bool) -> list[
         return []
     check_shared(request, layer, consumers)
     return consumers
+
+
+def _why_not_alone(request: Request, read: Read, *, keeps_order: bool) -> str:
+    """Why a reader's weight does not stand for what the layer alone contributes, in words, or ``""``."""
+    reader = read.reader
+    label, module = repr(reader.label), request.modules.get(reader.module)
+    if isinstance(reader, Norm):
+        return f"the {reader.kind.replace('_', ' ')} of {label}, which is not homogeneous"
+    if read.features is not None:
+        return f"{label} behind a concatenation"
+    if read.ordered and not keeps_order:
+        return f"{label} behind a maximum"
+    if not isinstance(reader, Affine) or not reader.module or module is None or next(module.children(), None):
+        return f"{reader.weight!r}, which is not the weight of an affine module"
+    return ""
 
 
 def unique(consumers: Iterable[Affine]) -> list[Affine]:

@@ -55,7 +55,7 @@ class Zero:
             prefix = f"{layer}." if layer else ""
             edits.extend(request.rewrite(prefix + name) for name, _ in module.named_parameters())
         if self.sides in ("out", "both"):
-            readers = outgoing_consumers(request, layer, required=self.sides == "out")
+            readers = outgoing_consumers(request, layer, required=self.sides == "out", keeps_order=True)
             consumers = tuple(dict.fromkeys(reader.module for reader in readers))
             edits.extend(request.rewrite(name) for name in dict.fromkeys(reader.weight for reader in readers))
             if not readers:
