@@ -237,6 +237,29 @@ def test_a_scaled_value_before_a_norm_is_within_the_figure_of_a_narrow_dtype():
     assert errors(model, x)[1] <= 3e-2
 
 
+def test_rows_of_no_spread_are_zero_whatever_the_scale():
+    model, x = Net(nn.Linear(8, 8), torch.tanh, head=nn.LayerNorm(8, eps=1e-12)), unit(16, 8)
+    x[3], x[7] = 0.7, 0.0
+    assert errors(model, x)[1] <= 2e-5
+
+
+def test_a_gain_widens_the_spread_with_what_is_handed_on():
+    model, x = Net(nn.Linear(8, 8), torch.tanh, head=nn.LayerNorm(8)).double(), unit(16, 8).double()
+    one, tenth = (
+        nz.plan(model, "layer", "passthrough", example_inputs=x, gain=gain, tolerance=9.0) for gain in (1, 0.1)
+    )
+    spreads = [float(plan.certificates[0].assumption.partition(">= ")[2].partition(" ")[0]) for plan in (one, tenth)]
+    assert spreads[1] == pytest.approx(spreads[0] / 10, rel=1e-2)
+
+
+def test_a_batch_norm_in_training_mode_is_refused_as_a_reader():
+    model = Net(nn.Linear(6, 6), torch.tanh, head=nn.BatchNorm1d(6)).train()
+    with pytest.raises(
+        nz.NeutralizeError, match=r"stored statistics in the batch norm of 'head'.*call model\.eval\(\)"
+    ):
+        nz.plan(model, "layer", example_inputs=unit(8, 6))
+
+
 def test_an_rms_norm_takes_no_constant_away():
     model, x = Net(nn.Linear(6, 6), torch.relu, head=nn.RMSNorm(6)), unit(8, 6)
     with pytest.raises(nz.NeutralizeError, match=r"a norm that subtracts its mean.*the rms norm of 'head'"):

@@ -1,4 +1,4 @@
-"""The weights that read a layer, for ``zero`` and ``damp``: through pools, views, sums; against networks cut by hand."""
+"""The weights that read a layer, for ``zero`` and ``damp``: behind pools, views, sums; against networks cut by hand."""
 
 from __future__ import annotations
 

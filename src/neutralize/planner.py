@@ -18,6 +18,7 @@ from neutralize.plan import Assign, Copy, Edit, Fold, LayerPlan, Plan, Rewrite, 
 from neutralize.search import IDENTITY, Assignment, Preference, Search
 from neutralize.select import Layers, select, unwrap
 from neutralize.sites import affine_site
+from neutralize.spread import Spread, measure
 from neutralize.stacked import place_of
 from neutralize.undo import untouched
 
@@ -86,6 +87,11 @@ class Request:
             whole = self._whole.flow
             return replace(whole, calls={name: whole.calls[name] for name in self.layers})
         return trace(self.model, self.layers, self.example_inputs)
+
+    @cached_property
+    def spreads(self) -> dict[fx.Node, Spread]:
+        """The spread that each norm of the model divides by, where that can be measured; measured at the first use."""
+        return measure(self)
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -7,8 +7,7 @@ The layer hands on ``h = c + s x`` with ``c = φ(a)`` and ``s = ε φ'(a)``. A r
 - a batch norm with stored statistics: ``mean ← s mean + c``, ``gain ← gain / s``;
 - a layer, group, instance or RMS norm has statistics of its own, and nothing to rewrite: c goes with the mean that it
   subtracts (an RMS norm subtracts none), s > 0 with the spread σ that it divides by. What is left is its constant e
-  beside σ²: it divides ``s x`` by √(s²σ² + e), that is x by √(σ² + e/s²). So its values are off by the factor
-  √((σ² + e) / (σ² + e/s²)), which is 1 for s = 1 and tends to 1 with growing σ: the least σ is measured.
+  beside σ² (``spread``).
 
 Source: MATH §2.
 """
@@ -17,22 +16,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from neutralize.dataflow import argument, dtype_of, first_tensor, shape_of
+from neutralize.dataflow import dtype_of
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Edit
 from neutralize.planner import Request
 from neutralize.readers import Read, reads_every_tap_inside
 from neutralize.regime import Regime, unit_roundoff
-from neutralize.sites import Affine, AffineSite, Norm, Product, owner_of
+from neutralize.sites import Affine, AffineSite, Norm, Product
+from neutralize.spread import Spread
 from neutralize.strategies.sides import check_own
-
-SPREAD_MARGIN = 2.0
-"""What the least measured spread is divided by: inputs with half the example's least spread are still covered."""
 
 
 def check_readers(request: Request, layer: str, reads: list[Read]) -> None:
@@ -94,76 +91,10 @@ def unique_norms(sites: list[AffineSite]) -> list[Norm]:
 # ---- what undoing costs ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spread:
-    """The spread σ by which a norm divides, over the rows (or groups) of the example inputs.
-
-    Attributes:
-        norm: the norm.
-        least: the least σ, divided by ``SPREAD_MARGIN``.
-        usual: the σ at which the norm is off as it is in the root mean square.
-    """
-
-    norm: Norm
-    least: float
-    usual: float
-
-    def error(self, scale: float, spread: float) -> float:
-        """How far the norm's values are off, relative to them, if what it reads is scaled."""
-        variance, eps = spread**2, self.norm.eps
-        if scale == 1.0 or eps == 0.0:
-            return 0.0
-        return abs(math.sqrt((variance + eps) / (variance + eps / scale**2)) - 1.0)
-
-
-def spreads_of(request: Request, reads: list[Read]) -> list[Spread]:
-    """The spreads of the norms with statistics of their own, in the network without the selected layers.
-
-    Those that cannot be measured are left out: there are no example inputs or weights, or no module computes the norm.
-    """
-    norms = [read.reader for read in reads if isinstance(read.reader, Norm) and read.reader.own_statistics]
-    if not norms or not request.is_runnable:
-        return []
-    seen: dict[fx.Node, torch.Tensor] = {}
-
-    def watch(norm: Norm) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, kwargs: object) -> None:
-            tensor = first_tensor((args, kwargs))
-            if tensor is not None and tuple(tensor.shape) == shape_of(norm.data):
-                seen[norm.node] = _rows_of(norm, tensor.detach().double())
-
-        return hook
-
-    request.run_excised(
-        [
-            (request.modules[norm.module or owner_of(norm.node)], watch(norm))
-            for norm in norms
-            if _is_computed_by_module(norm)
-        ]
-    )
-    found = []
-    for norm in norms:
-        if norm.node in seen and seen[norm.node].numel():
-            rows = seen[norm.node]
-            centred = rows if norm.kind == "rms_norm" else rows - rows.mean(-1, keepdim=True)
-            variances = centred.square().mean(-1)
-            least = float(variances.min().sqrt()) / SPREAD_MARGIN
-            usual = float(variances.reciprocal().square().mean()) ** -0.25
-            found.append(Spread(norm, least, usual))
-    return found
-
-
-def _is_computed_by_module(norm: Norm) -> bool:
-    owner = owner_of(norm.node)
-    return bool(owner) and norm.module in ("", owner)
-
-
-def _rows_of(norm: Norm, tensor: torch.Tensor) -> torch.Tensor:
-    """What a norm reads, as rows of what it normalises together."""
-    if norm.kind in ("layer_norm", "rms_norm"):
-        return tensor.flatten(-len(argument(norm.node, "normalized_shape")))
-    groups = tensor.shape[1] if norm.kind == "instance_norm" else argument(norm.node, "num_groups")
-    return tensor.reshape(tensor.shape[0], groups, -1)
+def spreads_of(request: Request, reads: list[Read], gain: float) -> list[Spread]:
+    """The spreads of the norms among the readers, where they could be measured, if ``gain`` times x is handed on."""
+    found = [request.spreads[read.reader.node] for read in reads if read.reader.node in request.spreads]
+    return [replace(spread, least=abs(gain) * spread.least, usual=abs(gain) * spread.usual) for spread in found]
 
 
 def reading_error(

@@ -21,9 +21,8 @@ from neutralize.regime import Regime, choose
 from neutralize.rules import non_negative
 from neutralize.search import IDENTITY, Assignment, Preference, joint
 from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
+from neutralize.spread import SPREAD_MARGIN, Spread
 from neutralize.strategies.consumers import (
-    SPREAD_MARGIN,
-    Spread,
     check_readers,
     identity_norm_edits,
     norm_error,
@@ -170,7 +169,7 @@ class Passthrough:
         spreads: list[Spread] = []
         regime: Regime | None = chosen()
         if regime is not None and not trivial:
-            spreads = spreads_of(request, reads)
+            spreads = spreads_of(request, reads, self.gain)
             undoing = partial(reading_error, request, layer, reads, bound, spreads)
             undone = chosen(reading=undoing(zeros=False)) or chosen(reading=undoing(zeros=True))
             if undone is not None and self._is_good(undone, regime, dtype, bound, undoing(zeros=True)):
