@@ -245,11 +245,11 @@ def test_rows_of_no_spread_are_zero_whatever_the_scale():
 
 def test_a_gain_widens_the_spread_with_what_is_handed_on():
     model, x = Net(nn.Linear(8, 8), torch.tanh, head=nn.LayerNorm(8)).double(), unit(16, 8).double()
-    one, tenth = (
-        nz.plan(model, "layer", "passthrough", example_inputs=x, gain=gain, tolerance=9.0) for gain in (1, 0.1)
-    )
-    spreads = [float(plan.certificates[0].assumption.partition(">= ")[2].partition(" ")[0]) for plan in (one, tenth)]
-    assert spreads[1] == pytest.approx(spreads[0] / 10, rel=1e-2)
+    options = {"example_inputs": x, "tolerance": 9.0}
+    plans = [nz.plan(model, "layer", "passthrough", gain=gain, **options) for gain in (1.0, 4.0)]
+    spreads = [float(plan.certificates[0].assumption.partition(">= ")[2].partition(" ")[0]) for plan in plans]
+    assert spreads[1] == pytest.approx(4 * spreads[0], rel=1e-2)
+    assert plans[1].certificates[0].bound == pytest.approx(4 * plans[0].certificates[0].bound, rel=1e-2)
 
 
 def test_a_batch_norm_in_training_mode_is_refused_as_a_reader():

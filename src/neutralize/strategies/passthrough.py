@@ -284,7 +284,7 @@ class Passthrough:
         site = sites[0]
         dtype = request.tensors[site.affine.weight].dtype
         through_norm = max((norm_error(request, norm) for norm in unique_norms(sites)), default=0.0)
-        off_gain = abs(_stored(regime.epsilon * self.gain, dtype) / regime.epsilon - 1.0)
+        off_gain = abs(_stored(regime.epsilon * self.gain, dtype) / regime.epsilon - self.gain)
         if site.activation is None or bound == 0.0:
             reason = "the weight is the identity"
             if site.activation is not None:
