@@ -530,6 +530,7 @@ def test_progress_reaches_its_end_step_by_step(reader, tokens):
     done = [one.done for one in told]
     assert done == sorted(done)
     assert done[-1] == pytest.approx(told[-1].total) == 1 + DEPTH + DEPTH - 1
+    assert {one.total for one in told} == {1 + DEPTH + DEPTH - 1}
     assert len({round(value, 6) for value in done}) > 5 * (DEPTH + 1)  # windows count too
     assert [one.finished.off for one in told if one.finished][: DEPTH + 1] == [(), *((layer,) for layer in LAYERS)]
 

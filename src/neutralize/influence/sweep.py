@@ -221,10 +221,12 @@ def influence(
     own = isinstance(log, str | os.PathLike)
     opened = Log(log, resume=resume) if isinstance(log, str | os.PathLike) else log
     try:
+        pool = len(plans.layers) if among is None else min(among, len(plans.layers))
+        most = 0 if k is None and budget is None else pool if k is None else min(k, pool)
         run = _Run(model, subject, plans, opened, progress)
+        run.total = 1 + len(plans.layers) + sum(pool - taken for taken in range(1, most))
         run.leave_one_out()
-        steps = run.search(k, budget, among) if k is not None or budget is not None else ()
-        return run.sweep(steps, budget)
+        return run.sweep(run.search(pool, most, budget), budget)
     finally:
         if own and opened is not None:
             opened.close()
@@ -338,7 +340,7 @@ class _Run:
         self._used: dict[tuple[str, ...], Measurement] = {}
         self._resumed = 0
         self._done = 0.0
-        self._total = 1 + len(plans.layers)
+        self.total = 0  # evaluations to be told of
         if log is not None:
             identity = Identity(
                 f"{type(model).__module__}.{type(model).__qualname__} {fingerprint(model)}",
@@ -358,17 +360,20 @@ class _Run:
         for layer in self._plans.layers:
             self.measure((layer,))
 
-    def search(self, k: int | None, budget: float | None, among: int | None) -> tuple[Step, ...]:
-        """Switch off greedily what harms least, up to ``k`` layers and as long as the loss stays within the budget."""
+    def search(self, pool: int, most: int, budget: float | None) -> tuple[Step, ...]:
+        """Switch off greedily what harms least.
+
+        Args:
+            pool: how many of the layers that harm least alone are tried.
+            most: how many are switched off at most.
+            budget: how much they may add to the loss.
+        """
         base = self._used[()].loss
-        alone = sorted(self._plans.layers, key=lambda layer: _order(self._used[(layer,)].loss))
-        pool = alone[:among]
-        most = min(len(pool), len(pool) if k is None else k)
-        self._total += sum(len(pool) - taken for taken in range(1, most))
+        candidates = sorted(self._plans.layers, key=lambda layer: _order(self._used[(layer,)].loss))[:pool]
         steps: list[Step] = []
         while len(steps) < most:
             taken = [step.layer for step in steps]
-            tried = [self.measure(self._set([*taken, layer])) for layer in pool if layer not in taken]
+            tried = [self.measure(self._set([*taken, layer])) for layer in candidates if layer not in taken]
             best = min(tried, key=lambda measurement: _order(measurement.loss))
             delta = best.loss - base
             if math.isnan(delta) or (budget is not None and delta > budget):
@@ -412,15 +417,15 @@ class _Run:
             self._resumed += 1
         self._used[off] = found
         self._done = len(self._used)
-        self._report(Progress(self._done, self._total, off, found))
+        self._report(Progress(self._done, self.total, off, found))
         return found
 
     def _measured(self, off: tuple[str, ...]) -> Measurement:
-        self._report(Progress(self._done, self._total, off))
+        self._report(Progress(self._done, self.total, off))
 
         def advance(part: float) -> None:
             self._done = min(self._done + part, len(self._used) + 1.0)
-            self._report(Progress(self._done, self._total, off))
+            self._report(Progress(self._done, self.total, off))
 
         if not off:
             watch = BlockInfluences(self._plans.layers)
