@@ -61,7 +61,7 @@ def test_json_is_canonical():
 def test_digest_is_that_of_the_canonical_json():
     # A change of this figure is a change of the format: raise FORMAT_VERSION, ranks of two versions must not agree.
     plan = Plan("zero", (Rewrite("w", (2, 3), "float32", fill=0.5),), (LayerPlan("l", "null", EXACT, (0,)),))
-    assert plan.digest == "9ff533b76ba2a61bbfd3ff71a2244c268f99dbc00515565a15a9d189fa39a9e5"
+    assert plan.digest == "8f2b5db4b565b28a5b725b3018ee9395f6248e3ec409423cb85f74d9de17164a"
 
 
 def test_digest_tells_order_and_every_field():
@@ -146,11 +146,11 @@ REWRITE, FOLD, ASSIGN = ("edits", 0), ("edits", 1), ("edits", 2)
 CERTIFICATE = ("layers", 0, "certificate")
 HUGE = 10**400
 WRONG = [
-    (("format",), 1, "expected format 3, got 1; plan again with this version"),
-    (("format",), True, "expected format 3, got True"),
-    (("format",), 2.0, "expected format 3, got 2.0"),
-    (("format",), "2", "expected format 3, got '2'"),
-    (("format",), [], "expected format 3, got []"),
+    (("format",), 1, "expected format 4, got 1; plan again with this version"),
+    (("format",), True, "expected format 4, got True"),
+    (("format",), 4.0, "expected format 4, got 4.0"),
+    (("format",), "4", "expected format 4, got '4'"),
+    (("format",), [], "expected format 4, got []"),
     (("strategy",), 3, "expected str for strategy, got int"),
     (("edits",), {}, "expected list for edits, got dict"),
     (("edits",), None, "expected list for edits, got NoneType"),
@@ -161,7 +161,7 @@ WRONG = [
     (("tied",), [3], "expected list for tied, got int"),
     (("tied",), ["ab"], "expected list for tied, got str"),
     (("tied",), [["a", None]], "expected str for tied, got NoneType"),
-    (("more",), 3, "expected the keys edits, format, layers, strategy, tied for the plan, got also more"),
+    (("more",), 3, "expected the keys edits, end_to_end, format, layers, strategy, tied for the plan, got also more"),
     ((*REWRITE, "kind"), "delete", "expected one of rewrite, fold, assign, copy for the kind of an edit, got 'delete'"),
     ((*REWRITE, "kind"), [], "for the kind of an edit, got []"),
     ((*REWRITE, "kind"), None, "for the kind of an edit, got None"),
@@ -242,7 +242,7 @@ def paths(content, path=()):
 def test_refuses_a_plan_that_lacks_any_key():
     content = json.loads(SOUND.to_json())
     every = list(paths(content))
-    assert len(every) == 52
+    assert len(every) == 54
     for path in every:
         shortened = copy.deepcopy(content)
         place = shortened

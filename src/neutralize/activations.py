@@ -79,6 +79,9 @@ class Activation:
         fill: weight of the documented constant fill, or ``None``.
         composite: how many ops compute it where it is not one op of its own.
         proven: the error coefficients are proven, not sampled.
+        lipschitz: sup|φ'| over all numbers; ``None``: not known.
+        ceiling: sup|φ|, where it is finite.
+        jump: how far φ jumps at most where its formula changes.
         source: where the numbers come from.
     """
 
@@ -94,6 +97,9 @@ class Activation:
     fill: float | None = None
     composite: int = 0
     proven: bool = True
+    lipschitz: float | None = None
+    ceiling: float = math.inf
+    jump: float = 0.0
     source: str = ""
 
     @property
@@ -133,7 +139,8 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     """Return z for z >= 0 and ``negative_slope`` · z below: a kink at 0, so from 0 up."""
     return Activation(
         "leaky_relu", ("leaky_relu",), lambda z: functional.leaky_relu(z, negative_slope), (_beyond(),),
-        identity_from=0.0, odd_gain=1.0 + negative_slope, roundoffs=0.0, source="MATH §2, §3",
+        identity_from=0.0, odd_gain=1.0 + negative_slope, roundoffs=0.0, lipschitz=max(1.0, abs(negative_slope)),
+        source="MATH §2, §3",
     )  # fmt: skip
 
 
@@ -145,7 +152,9 @@ def elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0, name: 
         parts.insert(0, _origin(scale, quadratic=input_scale / 2))
     return Activation(
         name, (name,), lambda z: torch.ops.aten.elu(z, alpha, scale, input_scale), tuple(parts),
-        identity_from=0.0 if scale == 1.0 else None, source="MATH §2; φ'(0-) = alpha · input_scale · scale",
+        identity_from=0.0 if scale == 1.0 else None,
+        lipschitz=abs(scale) * max(1.0, abs(alpha * input_scale)) if input_scale >= 0 else None,
+        source="MATH §2; φ'(0-) = alpha · input_scale · scale",
     )  # fmt: skip
 
 
@@ -153,7 +162,10 @@ def celu(alpha: float = 1.0) -> Activation:
     """Return z for z > 0 and alpha · (exp(z / alpha) - 1) below: smooth for every alpha > 0."""
     row = elu(alpha, 1.0, 1.0 / alpha, "celu")
     smooth = _origin(quadratic=1.0 / (2.0 * alpha))  # alpha · (1 / alpha) is 1, whatever its rounding
-    return replace(row, function=lambda z: functional.celu(z, alpha), parts=(smooth, _beyond()) if alpha > 0 else ())
+    return replace(
+        row, function=lambda z: functional.celu(z, alpha), parts=(smooth, _beyond()) if alpha > 0 else (),
+        lipschitz=1.0 if alpha > 0 else None,
+    )  # fmt: skip
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
@@ -162,7 +174,8 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
         "softplus", ("softplus",), lambda z: functional.softplus(z, beta, threshold),
         (LinearPart("shift", tail=(1.0 / beta, beta)),) if beta > 0 else (), odd_gain=1.0 if beta > 0 else None,
         odd_error=math.exp(-threshold) / threshold if threshold > 0 else math.inf,
-        odd_floor=math.log(2.0) / beta if beta > 0 else math.inf,
+        odd_floor=math.log(2.0) / beta if beta > 0 else math.inf, lipschitz=1.0 if beta > 0 else None,
+        jump=math.exp(-threshold) / beta if beta > 0 else 0.0,
         source="MATH §2, §3; 0 < softplus(z) - z <= exp(-beta z) / beta",
     )  # fmt: skip
 
@@ -171,7 +184,7 @@ def hardtanh(low: float = -1.0, high: float = 1.0, name: str = "hardtanh") -> Ac
     """Return z clamped to [low, high]: exactly linear between them."""
     return Activation(
         name, (name,), lambda z: functional.hardtanh(z, low, high), _between(low, high) if low < high else (),
-        roundoffs=0.0, source="MATH §2; linear between its limits",
+        roundoffs=0.0, lipschitz=1.0, ceiling=max(abs(low), abs(high)), source="MATH §2; linear between its limits",
     )  # fmt: skip
 
 
@@ -180,7 +193,7 @@ def swish(beta: float = 1.0, name: str = "silu") -> Activation:
     return Activation(
         name, ("silu",) if name == "silu" else (), lambda z: z * torch.sigmoid(beta * z),
         (_origin(0.5, quadratic=abs(beta) / 2), *([_tail(4.0 / beta, 0.9 * beta)] if beta > 0 else [])), odd_gain=1.0,
-        source="MATH §2, §3; sup|φ''| = beta / 2 at 0; 0 <= z - φ(z) <= z exp(-beta z)",
+        lipschitz=1.09984, source="MATH §2, §3; sup|φ''| = beta / 2 at 0; 0 <= z - φ(z) <= z exp(-beta z)",
     )  # fmt: skip
 
 
@@ -201,42 +214,45 @@ def _identity(z: torch.Tensor) -> torch.Tensor:
 # name, ops, function, linear parts (slope at the point; quadratic or cubic error), extras.
 ACTIVATIONS: tuple[Activation, ...] = (
     Activation("identity", (), _identity, (LinearPart("window"),), identity_from=-math.inf, odd_gain=2.0, roundoffs=0.0,
-               source="φ(z) = z"),
-    Activation("tanh", ("tanh",), torch.tanh, (_origin(cubic=1 / 3),), fill=0.001, source="sup|φ'''| = 2 at 0"),
+               lipschitz=1.0, source="φ(z) = z"),
+    Activation("tanh", ("tanh",), torch.tanh, (_origin(cubic=1 / 3),), fill=0.001, lipschitz=1.0, ceiling=1.0,
+               source="sup|φ'''| = 2 at 0"),
     Activation("sigmoid", ("sigmoid",), torch.sigmoid, (_origin(0.25, cubic=1 / 12, value=0.5),), fill=0.01,
-               source="sup|φ'''| = 1/8 at 0"),
+               lipschitz=0.25, ceiling=1.0, source="sup|φ'''| = 1/8 at 0"),
     Activation("relu", ("relu",), torch.relu, (_beyond(),), identity_from=0.0, odd_gain=1.0, roundoffs=0.0, fill=1.001,
-               source="exact for z >= 0"),
+               lipschitz=1.0, source="exact for z >= 0"),
     hardtanh(0.0, 6.0, "relu6"),
     leaky_relu(),
     replace(leaky_relu(0.25), name="prelu", ops=("prelu", "_prelu_kernel"), odd_gain=None,
-            source="MATH §2; its weight is not needed for z >= 0"),
+            lipschitz=None, source="MATH §2; its weight is not needed for z >= 0"),
     elu(),
     elu(1.6732632423543772848170429916717, 1.0507009873554804934193349852946, name="selu"),
     celu(),
     Activation("gelu", ("gelu",), functional.gelu, (_origin(0.5, quadratic=0.797885), _tail(1200.0, 4.0)),
-               odd_gain=1.0, source="φ'' = (2 - z²) exp(-z²/2) / sqrt(2π), at most sqrt(2/π) at 0; "
+               odd_gain=1.0, lipschitz=1.12891,
+               source="φ'' = (2 - z²) exp(-z²/2) / sqrt(2π), at most sqrt(2/π) at 0; "
                "0 <= z - φ(z) <= exp(-z²/2) / sqrt(2π) <= exp(8 - 4z) / sqrt(2π)"),
     Activation("gelu_tanh", (), _new_gelu, (_origin(0.5, quadratic=0.797885), _tail(1200.0, 4.0)), odd_gain=1.0,
-               source="sup|φ''| = sqrt(2/π) at 0, as the erf form; "
+               lipschitz=1.129, source="sup|φ''| = sqrt(2/π) at 0, as the erf form; "
                "0 <= z - φ(z) <= z exp(-sqrt(8/π) (z + 0.044715 z³)), at most 743 exp(-4z)"),
     swish(),
     swish(1.702, "quick_gelu"),
-    Activation("mish", ("mish",), functional.mish, (_origin(0.6, quadratic=0.537), _tail(4.0, 1.8)),
+    Activation("mish", ("mish",), functional.mish, (_origin(0.6, quadratic=0.537), _tail(4.0, 1.8)), lipschitz=1.0885,
                source="φ'(0) = tanh(log 2) = 3/5; sup|φ''| = 0.6443 at -0.088; 0 <= z - φ(z) <= 2 z exp(-2 z)"),
     softplus(),
-    Activation("softsign", ("softsign",), functional.softsign, (_origin(quadratic=1.0),),
+    Activation("softsign", ("softsign",), functional.softsign, (_origin(quadratic=1.0),), lipschitz=1.0, ceiling=1.0,
                source="φ'' = -2 sign(z) / (1 + |z|)³"),
     hardtanh(),
     Activation("hardsigmoid", ("hardsigmoid",), functional.hardsigmoid, _between(-3.0, 3.0, 1 / 6, 0.5)[:1],
-               source="linear on [-3, 3]"),
+               lipschitz=1 / 6, ceiling=1.0, source="linear on [-3, 3]"),
     Activation("hardswish", ("hardswish",), functional.hardswish,
-               (_origin(0.5, quadratic=1 / 3, below=3.0, above=3.0), _beyond(3.0)), odd_gain=1.0,
+               (_origin(0.5, quadratic=1 / 3, below=3.0, above=3.0), _beyond(3.0)), odd_gain=1.0, lipschitz=1.5,
                source="φ(z) = z (z + 3) / 6 on [-3, 3]: φ'(0) = 1/2, φ'' = 1/3; z above"),
     Activation("logsigmoid", ("log_sigmoid", "log_sigmoid_forward", "logsigmoid"), functional.logsigmoid,
                (LinearPart("shift", tail=(1.0, 1.0), downward=True),), odd_gain=1.0, odd_floor=math.log(2.0),
-               source="-softplus(-z): z far below 0"),
-    Activation("sin", ("sin",), torch.sin, (_origin(cubic=1 / 6),), source="sup|φ'''| = 1 at 0"),
+               lipschitz=1.0, source="-softplus(-z): z far below 0"),
+    Activation("sin", ("sin",), torch.sin, (_origin(cubic=1 / 6),), lipschitz=1.0, ceiling=1.0,
+               source="sup|φ'''| = 1 at 0"),
     Activation("relu_squared", (), _relu_squared,
                (_origin(2.0, quadratic=0.5, point=1.0, value=1.0, below=1.0),),
                source="φ(z) = z² for z >= 0: φ'(1) = φ'' = 2"),
@@ -259,6 +275,19 @@ FUNCTION_NAMES = frozenset(
 def is_proven(name: str) -> bool:
     """Whether the error coefficients of the activation of that name are proven; a name without a row has none."""
     return name not in _REGISTERED or _REGISTERED[name].proven
+
+
+def lipschitz_within(row: Activation, reach: float) -> float | None:
+    """sup|φ'| where |z| <= reach: of the row, or by interval arithmetic for a registered function; else ``None``."""
+    if row.lipschitz is not None:
+        return row.lipschitz
+    if row.name == "relu_squared":
+        return 2.0 * reach
+    registered = _REGISTERED.get(row.name)
+    if registered is None or not math.isfinite(reach):
+        return None
+    found = coefficients(registered.function, -reach, reach)
+    return None if found is None else found[1]
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
@@ -22,7 +22,7 @@ from neutralize.errors import NeutralizeError, require_finite
 if TYPE_CHECKING:
     from neutralize.undo import Undo
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
 TARGETS = ("input", "partial", "null", "scaled", "damped", "fill", "mean", "offset")
 _COLUMN_LIMIT = 1 << 62
@@ -326,6 +326,11 @@ class Certificate:
             largest magnitude of the values entering it (the input bound); for ``exact`` 0; else ``None``.
         assumption: what must hold, in words.
         reason: what the certificate was derived from, in words.
+        inputs_within: for that of a whole plan, the largest magnitude of the model's floating-point inputs that it
+            assumes, if it assumes any.
+
+    The certificate of a whole plan has the layer ``""``, the model itself. Its bound is absolute: the largest error of
+    an element of the model's floating-point outputs; ``rounding`` may come without one there.
     """
 
     layer: str
@@ -333,11 +338,11 @@ class Certificate:
     bound: float | None = None
     assumption: str = ""
     reason: str = ""
+    inputs_within: float | None = None
 
     def __post_init__(self) -> None:
         """Check the kind and the bound."""
-        if self.bound is not None:
-            _settle_floats(self, "bound")
+        _settle_floats(self, *(name for name in ("bound", "inputs_within") if getattr(self, name) is not None))
         if self.kind not in CERTIFICATE_KINDS:
             raise NeutralizeError(
                 f"Certificate: expected one of {', '.join(CERTIFICATE_KINDS)} for kind, got {self.kind!r}; use one "
@@ -421,17 +426,25 @@ class Plan:
         edits: what is written, in this order.
         layers: one entry per selected layer.
         tied: groups of names that are one tensor, as far as the edits touch them and the planner has accepted it.
+        end_to_end: how far the model's outputs are from those of the network that the plan aims at; without one, what
+            follows from the layers' certificates alone. It is not compared, and not in the digest.
     """
 
     strategy: str
     edits: tuple[Edit, ...]
     layers: tuple[LayerPlan, ...]
     tied: tuple[tuple[str, ...], ...] = ()
+    end_to_end: Certificate | None = field(default=None, compare=False)
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
         """One certificate per layer."""
         return tuple(layer.certificate for layer in self.layers)
+
+    @property
+    def certificate(self) -> Certificate:
+        """How exactly all layers are off together, seen at the model's outputs."""
+        return self.end_to_end if self.end_to_end is not None else joined_certificate(self.layers)
 
     @property
     def written_bytes(self) -> int:
@@ -445,8 +458,12 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, as hexadecimal text."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of the canonical JSON, as hexadecimal text: of what is written and what becomes of each layer.
+
+        The certificate end to end is left out: its Lipschitz factors are those of weights which a meta model, or a rank
+        with a part of them, does not have, and the plan is the same there.
+        """
+        return hashlib.sha256(replace(self, end_to_end=None).to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return the canonical JSON: sorted keys, no white space, floats that round-trip."""
@@ -456,6 +473,7 @@ class Plan:
             "edits": [{"kind": type(edit).__name__.lower(), **asdict(edit)} for edit in self.edits],
             "layers": [asdict(layer) for layer in self.layers],
             "tied": self.tied,
+            "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end),
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -473,7 +491,7 @@ class Plan:
             raise NeutralizeError(
                 f"Plan.from_json: expected format {FORMAT_VERSION}, got {version!r}; plan again with this version"
             )
-        _check_keys("the plan", content, {"format", "strategy", "edits", "layers", "tied"})
+        _check_keys("the plan", content, {"format", "strategy", "edits", "layers", "tied", "end_to_end"})
         edits = []
         for entry in _typed(content["edits"], list, "edits"):
             kind = _typed(entry, dict, "an edit").get("kind")
@@ -497,7 +515,9 @@ class Plan:
             tuple(_typed(name, str, "tied") for name in _typed(group, list, "tied"))
             for group in _typed(content["tied"], list, "tied")
         )
-        return Plan(_typed(content["strategy"], str, "strategy"), tuple(edits), tuple(layers), tied)
+        whole = content["end_to_end"]
+        end_to_end = None if whole is None else _build(Certificate, whole)
+        return Plan(_typed(content["strategy"], str, "strategy"), tuple(edits), tuple(layers), tied, end_to_end)
 
     def apply(self, model: nn.Module, *, freeze: bool = False) -> Undo:
         """Write the edits into ``model``, after everything was checked.
@@ -530,6 +550,17 @@ class Plan:
         from neutralize.report import plan_table
 
         return plan_table(self)
+
+
+def joined_certificate(layers: Sequence[LayerPlan]) -> Certificate:
+    """What the layers' certificates alone say of the whole: no Lipschitz factor is known, so no error has a bound."""
+    kinds = {entry.certificate.kind for entry in layers}
+    if kinds <= {"exact"}:
+        assumptions = dict.fromkeys(entry.certificate.assumption for entry in layers if entry.certificate.assumption)
+        return Certificate("", "exact", 0.0, "; ".join(assumptions), "every layer is exact")
+    if kinds <= {"exact", "rounding"}:
+        return Certificate("", "rounding", None, "", "every layer is exact in real arithmetic")
+    return Certificate("", "measured", None, "", "a layer's error is not followed to the outputs")
 
 
 def matrix_extent(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -622,10 +653,10 @@ def _check_keys(where: str, content: Any, expected: set[str]) -> None:
 
 def _build(kind: type, content: Any) -> Any:
     """Make a dataclass of this module from JSON, each field checked against its annotation."""
-    _check_keys(kind.__name__, content, {field.name for field in fields(kind)})
+    _check_keys(kind.__name__, content, {entry.name for entry in fields(kind)})
     values: dict[str, Any] = {}
-    for field in fields(kind):
-        value, annotation, where = content[field.name], str(field.type), f"{kind.__name__}.{field.name}"
+    for entry in fields(kind):
+        value, annotation, where = content[entry.name], str(entry.type), f"{kind.__name__}.{entry.name}"
         if value is None and annotation.endswith("| None"):
             pass
         elif annotation.startswith("tuple["):
@@ -633,7 +664,7 @@ def _build(kind: type, content: Any) -> Any:
             value = tuple(_read(part, item, where) for part in _typed(value, list, where))
         else:
             value = _read(value, annotation.removesuffix(" | None"), where)
-        values[field.name] = value
+        values[entry.name] = value
     return kind(**values)
 
 

@@ -68,6 +68,7 @@ class Request:
     example_inputs: Inputs | None = None
     remembered: dict[str, dict[str, Any]] = field(default_factory=dict)
     _bounds: dict[str, float] = field(default_factory=dict)
+    _written: dict[str, float] = field(default_factory=dict)
     _whole: Request | None = None
 
     def part(self, layers: Iterable[str]) -> Request:
@@ -208,6 +209,18 @@ class Request:
             for name, value in assignment.items()
         )
 
+    def note_written(self, edits: tuple[Edit, ...]) -> None:
+        """Note how large the parameters are that a draft sets anew: another layer's rescale may fall on them."""
+        self._written.update(
+            (edit.parameter, abs(edit.diagonal) + abs(edit.fill))
+            for edit in edits
+            if isinstance(edit, Rewrite) and edit.scale == 0
+        )
+
+    def written_peak(self, name: str) -> float | None:
+        """The largest magnitude that a draft so far sets in a parameter; ``None``: none sets it."""
+        return self._written.get(self.canonical(name))
+
     def input_bound(self, layer: str) -> float:
         """A bound on the magnitude of what enters a layer, measured on the example inputs with ``BOUND_MARGIN``.
 
@@ -330,15 +343,17 @@ def drafted(request: Request, chosen: Strategy) -> Plan:
     Raises:
         NeutralizeError: see ``plan``.
     """
-    drafts: list[Draft] = []
-    problems: list[str] = []
-    for layer in request.layers:
+    made: dict[str, Draft] = {}
+    failed: dict[str, str] = {}
+    for layer in reversed(request.layers):  # from behind: what a layer's scale falls on is known when it is chosen
         try:
-            drafts.append(chosen.draft(request, layer))
+            made[layer] = chosen.draft(request, layer)
+            request.note_written(made[layer].edits)
         except NeutralizeError as error:
-            problems.append(str(error))
-    if problems:
-        problems = list(dict.fromkeys(problems))
+            failed[layer] = str(error)
+    drafts = [made[layer] for layer in request.layers if layer in made]
+    if failed:
+        problems = list(dict.fromkeys(failed[layer] for layer in request.layers if layer in failed))
         if len(problems) == 1:
             raise NeutralizeError(problems[0])
         listing = "".join(f"\n  - {problem}" for problem in problems)
@@ -350,6 +365,8 @@ def drafted(request: Request, chosen: Strategy) -> Plan:
 
 def _merge(request: Request, strategy: str, drafts: list[Draft]) -> Plan:
     """Join the drafts, those further down the network first: a layer's rescale falls on what they wrote."""
+    from neutralize.composition import compose
+
     order = list(range(len(drafts)))
     if "flow" in request.__dict__:
         order = sorted(order, key=lambda place: -request.calls(drafts[place].layer.layer)[-1].last)
@@ -365,10 +382,11 @@ def _merge(request: Request, strategy: str, drafts: list[Draft]) -> Plan:
             else:
                 kept.append(edits.index(edit))
         places[place] = tuple(kept)
+    _check_range(edits)
     written = {name for edit in edits for name in edit.parameters}
     tied = _accepted_ties(request, written)
     entries = tuple(_with_edits(draft.layer, places[place]) for place, draft in enumerate(drafts))
-    return Plan(strategy, tuple(edits), entries, tied)
+    return Plan(strategy, tuple(edits), entries, tied, compose(request, entries))
 
 
 def _with_edits(layer: LayerPlan, places: tuple[int, ...]) -> LayerPlan:
@@ -396,6 +414,35 @@ def _check_conflict(request: Request, edits: list[Edit], edit: Edit) -> None:
                 f"plan: expected layers that agree on {edit.parameters[0]!r}, got '{earlier.describe()}' for one and "
                 f"'{edit.describe()}' for another; plan them one after the other"
             )
+
+
+def _check_range(edits: list[Edit]) -> None:
+    """Check that a parameter that is set for one layer and rescaled for another stays inside its format.
+
+    Raises:
+        NeutralizeError: it does not.
+    """
+    peaks: dict[str, float] = {}
+    for edit in edits:
+        if isinstance(edit, Assign | Copy):
+            continue
+        name = edit.parameter
+        if isinstance(edit, Rewrite) and edit.scale == 0:
+            peaks[name] = max(peaks.get(name, 0.0) * (edit.numel < edit.extent[0] * edit.extent[1]),
+                              abs(edit.diagonal) + abs(edit.fill))  # fmt: skip
+            continue
+        grown = dict.fromkeys((name,), abs(edit.scale) * peaks[name]) if name in peaks else {}
+        if isinstance(edit, Fold) and name in peaks:
+            grown[edit.bias] = peaks.get(edit.bias, 0.0) + abs(edit.shift) * peaks[name]
+        limit = torch.finfo(getattr(torch, edit.dtype)).max
+        for what, peak in grown.items():
+            if peak > limit:
+                raise NeutralizeError(
+                    f"plan: expected {what!r} to stay inside {edit.dtype} when it undoes the scale of the layer that "
+                    f"it reads, got {peak:.3g}, for it is set for a layer of the plan itself; plan one of the two, or "
+                    "use a wider dtype"
+                )
+        peaks.update(grown)
 
 
 def _disjoint(one: Edit, other: Edit) -> bool:

@@ -24,7 +24,12 @@ def plan_rich(plan: Plan) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"plan {plan.digest[:12]}: {len(plan.layers)} layer(s), {format_bytes(plan.written_bytes)}")
+    whole = plan.certificate
+    table = Table(
+        title=f"plan {plan.digest[:12]}: {len(plan.layers)} layer(s), {format_bytes(plan.written_bytes)}",
+        caption="\n".join(part for part in (f"end to end: {whole}", whole.assumption, whole.reason) if part),
+        caption_justify="left",
+    )
     for heading in ("layer", "strategy", "edits"):
         table.add_column(heading, overflow="fold")
     table.add_column("bytes", justify="right")
@@ -72,6 +77,9 @@ def verification_table(verification: Verification) -> str:
             Text(layer), f"{error:.3g}", "" if bound is None else f"{bound:.3g}", "" if gain is None else f"{gain:.4g}"
         )
     verdict = "bit for bit" if verification.exact else f"relative error {verification.relative_error:.3g}"
+    verdict += f", largest error {verification.output_error:.3g}"
+    if verification.output_bound is not None:
+        verdict += f" (bound {verification.output_bound:.3g})"
     held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"
     if not verification.assumptions_hold:
         held += "; some inputs were larger than a certificate assumes"

@@ -50,9 +50,12 @@ class Verification:
             network, under the loss ``Σ mean(output²)``; NaN where there is none, or the model cannot be differentiated.
         exact: every output equals the reference's as a number, element by element (-0 equals 0, NaN equals NaN).
         bound_holds: no layer's measured error is above its certificate's bound, among the layers whose assumption
-            holds.
-        assumptions_hold: every layer's input stayed within the bound that its certificate assumes.
+            holds; nor, if all assumptions hold, the largest error of the outputs above that of the plan.
+        assumptions_hold: every layer's input stayed within the bound that its certificate assumes, and so did the
+            model's.
         bounds: for each layer with one, the bound of its certificate.
+        output_error: the largest error of an element of a floating-point output: absolute.
+        output_bound: the bound on it that the plan's certificate states, if it states one.
     """
 
     relative_error: float
@@ -62,6 +65,8 @@ class Verification:
     bound_holds: bool
     assumptions_hold: bool = True
     bounds: dict[str, float] = field(default_factory=dict)
+    output_error: float = 0.0
+    output_bound: float | None = None
 
     def __str__(self) -> str:
         """Return a table: layer, measured error, bound, gradient gain; then the end-to-end figures."""
@@ -343,6 +348,12 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
             unmeasured.add(entry.layer)
     renormed = {entry.layer for entry in plan.layers if entry.sides in ("around", "within")}
     bounds = {entry.layer: entry.certificate.bound for entry in plan.layers if entry.certificate.bound is not None}
+    whole = plan.certificate
+    output_error = _absolute_error(got, wanted)
+    assumptions_hold = all(within.values()) and (
+        whole.inputs_within is None or _peak((inputs, kwargs)) <= whole.inputs_within
+    )
+    is_within = whole.bound is None or not assumptions_hold or output_error <= whole.bound
     return Verification(
         relative_error=_relative_error(got, wanted),
         per_layer=per_layer,
@@ -353,11 +364,12 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
             if name not in renormed  # there it is the gradient of a multiple of the normalised values
         },
         exact=len(got) == len(wanted) and all(_equal(one, other) for one, other in zip(got, wanted, strict=True)),
-        bound_holds=all(
-            per_layer[name] <= bound for name, bound in bounds.items() if within[name] and name not in unmeasured
-        ),
-        assumptions_hold=all(within.values()),
+        bound_holds=is_within
+        and all(per_layer[name] <= bound for name, bound in bounds.items() if within[name] and name not in unmeasured),
+        assumptions_hold=assumptions_hold,
         bounds=bounds,
+        output_error=output_error,
+        output_bound=whole.bound,
     )
 
 
@@ -634,6 +646,22 @@ def _largest(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> fl
     peak = float(scale.double().abs().max())
     difference = float((got.double() - wanted.double()).abs().max())
     return difference / peak if peak else difference
+
+
+def _absolute_error(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    pairs = [(one, other) for one, other in zip(got, wanted, strict=True) if other.is_floating_point()]
+    # What equals, infinities and NaN included, has no error.
+    return max((0.0 if _equal(one, other) else _difference(one, other) for one, other in pairs), default=0.0)
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).abs().max())
+
+
+def _peak(tree: Any) -> float:
+    """The largest magnitude among floating-point tensors."""
+    floating = [tensor for tensor in tensors_in(tree) if tensor.is_floating_point() and tensor.numel()]
+    return max((float(tensor.detach().abs().max().double()) for tensor in floating), default=0.0)
 
 
 def _relative_error(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

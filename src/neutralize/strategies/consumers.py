@@ -281,6 +281,9 @@ def peak(request: Request, reads: list[Read]) -> float:
         reader = read.reader
         if reader.weight is None or (isinstance(reader, Norm) and reader.own_statistics):
             continue
+        if (written := request.written_peak(reader.weight)) is not None:
+            peaks.append(written)
+            continue
         tensor = request.tensors[reader.weight].detach()
         if tensor.is_meta or not tensor.numel():
             continue
