@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import sys
 
@@ -94,6 +95,123 @@ def test_channels_of_a_convolution(padding, groups):
             assert close(model(x), wanted)
     assert ("3.bias" in plan.parameters) is (padding == 0)  # zeros at the borders would not be shifted
     assert nz.verify(model, plan, x).relative_error <= 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("spare", [True, False], ids=["consumer's", "norm's own"])
+@pytest.mark.parametrize("activation", [torch.tanh, torch.sigmoid, F.relu, None])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_a_batch_norm_behind_the_layer(bias, spare, activation, train):
+    """It is a part of the layer: the mean is taken behind it, and its own β holds it where no reader can."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norm = nn.Linear(8, 6, bias=bias), nn.BatchNorm1d(6)
+            self.last = nn.Linear(6, 4, bias=spare)
+
+        def value(self, x):
+            y = self.norm(self.lin(x))
+            return y if activation is None else activation(y)
+
+        def forward(self, x):
+            return self.last(self.value(x))
+
+    model, given, x = perturbed(Normed()).train(train), batches(), unit(8, 8, seed=9)
+    statistics = model.norm.running_mean.clone()
+    plan = nz.plan(model, "lin", "mean", batches=given, example_inputs=x)
+    in_reader = spare and activation is not None
+    assert set(plan.parameters) == {"norm.weight", "norm.bias"} | ({"last.bias"} if in_reader else set())
+    assert torch.equal(model.norm.running_mean, statistics)
+    verification = nz.verify(model, plan, x)
+    assert verification.relative_error <= 1e-6
+    assert verification.bound_holds
+    with torch.no_grad():
+        handed_on = torch.cat([copy.deepcopy(model).value(batch) for batch in given])  # a copy's statistics move
+        wanted = model.last(handed_on.double().mean(0).float().expand(8, -1))
+        with plan.applied(model):
+            assert close(model(x), wanted)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_batch_norm_that_reads_the_layer(bias):
+    model = perturbed(nn.Sequential(nn.Linear(8, 6, bias=bias), nn.Sigmoid(), nn.BatchNorm1d(6), nn.Linear(6, 4)))
+    given, x = batches(), unit(8, 8, seed=9)
+    plan = nz.plan(model, "0", "mean", batches=given, example_inputs=x)
+    assert set(plan.parameters) == {"0.weight", "2.bias"} | ({"0.bias"} if bias else set())
+    with torch.no_grad():
+        wanted = model[2:](model[:2](torch.cat(given)).mean(0).expand(8, -1))
+        with plan.applied(model):
+            assert close(model(x), wanted)
+    assert nz.verify(model, plan, x).relative_error <= 1e-6
+    if not bias:  # in training mode the norm takes the constant out again
+        with pytest.raises(nz.NeutralizeError, match=r"no bias of its own and readers that are not affine"):
+            nz.plan(model.train(), "0", "mean", batches=given, example_inputs=x)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_convolution_with_its_batch_norm(padding):
+    model = perturbed(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=padding),
+            nn.Flatten(), nn.Linear(4 * (4 + 2 * padding) ** 2, 2),
+        )
+    )  # fmt: skip
+    given, x = [unit(4, 3, 8, 8, seed=place) for place in range(3)], unit(2, 3, 8, 8, seed=9)
+    plan = nz.plan(model, "0", "mean", batches=iter(given), example_inputs=x)
+    with torch.no_grad():
+        mean = model[:3](torch.cat(given)).mean((0, 2, 3))
+        wanted = model[3:](mean.view(1, 8, 1, 1).expand(2, 8, 6, 6))
+        with plan.applied(model):
+            assert close(model(x), wanted)
+    assert ("3.bias" in plan.parameters) is (padding == 0)
+    assert nz.verify(model, plan, x).relative_error <= 1e-6
+
+
+def test_a_container_that_ends_in_its_batch_norm():
+    part = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6))
+    model, given, x = perturbed(nn.Sequential(part, nn.Linear(6, 4))), batches(), unit(8, 8, seed=9)
+    plan = nz.plan(model, "0", "mean", batches=given, example_inputs=x)
+    assert set(plan.parameters) == {"0.1.weight", "0.1.bias"}
+    with torch.no_grad():
+        wanted = model[1](model[0](torch.cat(given)).mean(0).expand(8, -1))
+        with plan.applied(model):
+            assert close(model(x), wanted)
+    assert nz.verify(model, plan, x).relative_error <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("norms", "message"),
+    [
+        ((nn.BatchNorm1d(8, affine=False),), r"behind 'lin', got one without a gain and a bias"),
+        ((nn.BatchNorm1d(8), nn.BatchNorm1d(8)), r"behind 'lin', got one behind some of its calls"),
+    ],
+)
+def test_batch_norms_that_cannot_hold_a_mean(norms, message):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norms, self.last = nn.Linear(8, 8), nn.ModuleList(norms), nn.Linear(8, 4)
+
+        def forward(self, x):
+            for norm in self.norms:
+                x = torch.tanh(norm(self.lin(x)))
+            return self.last(x)
+
+    with pytest.raises(nz.NeutralizeError, match=message):
+        nz.plan(perturbed(Normed()), "lin", "mean", batches=batches(), example_inputs=unit(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_mean_in_a_16_bit_format_is_rounded_once(dtype):
+    model = perturbed(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))).to(dtype)
+    given = [unit(500, 8, seed=place).to(dtype) for place in range(20)]
+    plan = nz.plan(model, "0", "mean", batches=(batch for batch in given))
+    with torch.no_grad():
+        exact = torch.cat([model[0](batch) for batch in given]).double().mean(0)
+        assert torch.allclose(torch.tensor(plan.layers[0].values, dtype=torch.float64), exact, rtol=1e-12)
+        with plan.applied(model):
+            assert torch.equal(model[0].bias.detach(), exact.to(dtype))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])

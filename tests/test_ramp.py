@@ -101,6 +101,32 @@ def test_a_plain_layer_fades():
             assert torch.allclose(model(x), output, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sides", ["in", "out", "both", None])
+def test_either_side_fades_and_the_contribution_follows(sides):
+    model, x = perturbed(Mlp(torch.relu)).double(), unit(16, 8).double()
+    with torch.no_grad():
+        handed_on = torch.relu(model.middle(torch.relu(model.first(x))))
+        wanted = {factor: model.last(factor * handed_on) for factor in FACTORS["linear"]}
+        ramp = nz.ramp(model, "middle", steps=4, sides=sides, example_inputs=x)
+        for factor in FACTORS["linear"]:
+            assert ramp.step() == factor
+            assert torch.allclose(model(x), wanted[factor], rtol=1e-12, atol=1e-12)
+    assert bool(model.middle.weight.any()) is (sides == "out")
+    assert bool(model.last.weight.any()) is (sides in ("in", None))
+
+
+def test_a_weight_between_two_fading_layers_fades_for_both():
+    model = perturbed(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))).double()
+    x = unit(16, 8).double()
+    with torch.no_grad():
+        first = torch.tanh(model[0](x))
+        wanted = [model[4](factor * torch.relu(model[2](factor * first))) for factor in (0.5, 0.0)]
+        ramp = nz.ramp(model, ["0", "2"], steps=2, example_inputs=x)  # 2.weight reads the one and is the other's own
+        for output in wanted:
+            ramp.step()
+            assert torch.allclose(model(x), output, rtol=1e-12, atol=1e-12)
+
+
 def test_restore_gives_back_these_weights_and_keeps_the_training_of_the_others():
     model, x = network(), unit(16, 8)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

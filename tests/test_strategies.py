@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,9 +291,99 @@ def test_damp_of_a_block_with_a_trailing_activation_is_measured():
     assert plan.certificates[0].kind == "measured"
 
 
+@pytest.mark.parametrize("sides", ["in", "out", "both", None])
+@pytest.mark.parametrize("activation", [F.relu, F.leaky_relu, lambda z: z], ids=["relu", "leaky_relu", "none"])
+@pytest.mark.parametrize("factor", [0.5, 0.3, -0.3, 0.0])
+def test_damp_multiplies_the_contribution_whichever_side_is_written(sides, activation, factor):
+    model, x = perturbed(Mlp(activation)).double(), unit(8, 8).double()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    is_measured = sides == "in" and factor < 0 and activation in (F.relu, F.leaky_relu)  # relu(-x) is not -relu(x)
+    plan = nz.plan(model, "middle", "damp", example_inputs=x, factor=factor, sides=sides)
+    assert plan.certificates[0].kind == ("measured" if is_measured else "rounding")
+    root = abs(factor) ** 0.5
+    shares = {"in": (factor, 1.0), "out": (1.0, factor), "both": (root, math.copysign(root, factor))}
+    own, reading = shares[sides or ("out" if factor < 0 and activation in (F.relu, F.leaky_relu) else "in")]
+    with torch.no_grad():
+        wanted = model.last(factor * activation(model.middle(activation(model.first(x)))))
+        with plan.applied(model):
+            assert torch.allclose(model.middle.weight, own * before["middle.weight"], rtol=1e-15, atol=0)
+            assert torch.allclose(model.middle.bias, own * before["middle.bias"], rtol=1e-15, atol=0)
+            assert torch.allclose(model.last.weight, reading * before["last.weight"], rtol=1e-15, atol=0)
+            assert torch.equal(model.last.bias, before["last.bias"])
+            assert torch.allclose(model(x), wanted, rtol=1e-12, atol=1e-12) is not is_measured
+    if not is_measured:
+        assert nz.verify(model, plan, x).relative_error < 1e-14
+
+
+def test_damp_of_the_argument_of_an_activation_is_measured():
+    model, x = perturbed(Mlp(torch.tanh)).double(), unit(8, 8).double()
+    plan = nz.plan(model, "middle", "damp", example_inputs=x, factor=0.25, sides="in")
+    assert plan.certificates[0].kind == "measured"
+    assert plan.layers[0].note == "0.25 times the argument of tanh"
+    with torch.no_grad():
+        wanted = model.last(torch.tanh(0.25 * model.middle(torch.tanh(model.first(x)))))
+        with plan.applied(model):
+            assert torch.allclose(model(x), wanted, rtol=1e-12, atol=1e-12)
+    both = nz.plan(model, "middle", "damp", example_inputs=x, factor=0.25, sides="both")
+    assert nz.verify(model, both, x).relative_error > 0.01  # 0.5 tanh(0.5 x) is not 0.25 tanh(x), and it says so
+
+
+@pytest.mark.parametrize(("activation", "written"), [(F.relu, "in"), (torch.tanh, "out")])
+@pytest.mark.parametrize("train", [False, True])
+def test_damp_with_a_batch_norm_behind_scales_the_norm_or_what_reads_it(activation, written, train):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norm, self.last = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+        def forward(self, x, factor=1.0):
+            return self.last(factor * activation(self.norm(self.lin(x))))
+
+    model, x = perturbed(Normed()).double().train(train), unit(8, 8).double()
+    statistics = model.norm.running_mean.clone()
+    plan = nz.plan(model, "lin", "damp", example_inputs=x, factor=0.3)
+    assert set(plan.parameters) == {"in": {"norm.weight", "norm.bias"}, "out": {"last.weight"}}[written]
+    assert nz.verify(model, plan, x).relative_error < 1e-14
+    assert torch.equal(model.norm.running_mean, statistics)
+    with torch.no_grad():
+        wanted = model(x, 0.3)
+        with plan.applied(model):
+            assert torch.allclose(model(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides", ["in", "out", "both"])
+@pytest.mark.parametrize("factor", [0.5, 0.3, 0.0])
+def test_damp_of_a_block_from_either_side(sides, factor):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return x + self.down(F.relu(self.up(self.norm(x))))
+
+    model, x = perturbed(nn.Sequential(Branch(), nn.Linear(8, 2))).double(), unit(4, 8).double()
+    plan = nz.plan(model, "0", "damp", example_inputs=x, factor=factor, sides=sides)
+    assert ("0.down.weight" in plan.parameters) is (sides != "in")
+    assert ("0.norm.weight" in plan.parameters) is (sides != "out")
+    with torch.no_grad():
+        added = model[0](x) - x
+        with plan.applied(model):
+            assert torch.allclose(model[0](x), x + factor * added, rtol=1e-12, atol=1e-12)
+    assert nz.verify(model, plan, x).relative_error < 1e-14
+
+
+def test_a_block_whose_activation_is_not_homogeneous_has_no_side_in():
+    model, x = perturbed(nn.Sequential(PreNorm(), nn.Linear(8, 2))), unit(4, 8)
+    for sides in ("in", "both"):
+        with pytest.raises(nz.NeutralizeError, match=r"first parameters of '0' that scale its .* use sides='out'"):
+            nz.plan(model, "0", "damp", example_inputs=x, factor=0.5, sides=sides)
+
+
 @pytest.mark.parametrize(
     ("strategy", "options", "message"),
     [
+        ("damp", {"factor": 0.5, "sides": "left"}, r"damp: expected in, out or both for sides, got 'left'"),
         ("damp", {"factor": float("nan")}, r"damp: expected a finite number for factor, got nan"),
         ("damp", {}, r"expected factor for strategy 'damp', got none; give factor="),
         ("constant", {"weight": float("inf")}, r"constant: expected a finite number for weight, got inf"),

@@ -375,7 +375,8 @@ class LayerPlan:
         operating_point, value, slope, epsilon: of the linear regime (MATH: a, φ(a), φ'(a), ε); a block has none of
             them.
         input_bound: the bound X on the magnitude of the layer's input, where one was needed.
-        consumers: qualified names of the modules that read the layer and were rewritten for it.
+        consumers: qualified names of the modules that read the layer and were rewritten for it; with ``sides`` ``in``
+            a batch norm behind the layer, whose output is then the layer's.
         sides: which sides of the layer are rewritten, for strategies that have sides; ``around``: the norm before a
             post-norm block is rewritten too, and what enters it is a multiple of the normalised values; ``within``: it
             hands such a multiple on to the next.

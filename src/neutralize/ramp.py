@@ -27,18 +27,19 @@ class Ramp:
 
     Each step multiplies the weights that scale the contribution by the ratio of two factors, so what training did to
     them stays; the last step writes the null, exactly, whatever they had become. Where a factor is ``1 + w`` it is that
-    sum that is multiplied.
+    sum that is multiplied. Where both sides of a layer fade each has the square root of the ratio.
 
     ``restore`` puts these weights back to what they were before the ramp, bit for bit: what training did to them since
     is lost, and what it did to all others stays. In a ``with`` block this is done if the block ends with an exception.
     """
 
-    def __init__(self, model: nn.Module, null: Plan, steps: int, shape: Shape) -> None:
+    def __init__(self, model: nn.Module, null: Plan, powers: dict[str, float], steps: int, shape: Shape) -> None:
         """Start at a factor of 1; nothing is written yet.
 
         Args:
             model: the model planned for.
             null: the plan of ``damp`` by zero.
+            powers: for each parameter the power of the factor that it is multiplied by.
             steps: how many steps lead to it.
             shape: ``linear`` or ``cosine``.
         """
@@ -50,7 +51,7 @@ class Ramp:
         with null.applied(model):
             pass
         self._saved = [edit.block(tensor.detach()).clone() for tensor, edit in self._blocks]
-        self._steps, self._shape = steps, shape
+        self._steps, self._shape, self._powers = steps, shape, powers
         self.plan = null
         self.steps_done = 0
 
@@ -75,11 +76,12 @@ class Ramp:
         before = self.factor
         self.steps_done = min(self.steps_done + 1, self._steps)
         ratio = self.factor / before if before else 0.0
+        ratios = [ratio ** self._powers[edit.parameter] for _, edit in self._blocks]
         # Toward the null v: w <- r w + (1 - r) v, where v is 0, or -1 for a factor of 1 + w.
         ops.rewrite_(
             [edit.block(tensor.detach()) for tensor, edit in self._blocks],
-            scale=ratio,
-            fill=[(1.0 - ratio) * edit.fill for _, edit in self._blocks],
+            scale=ratios,
+            fill=[(1.0 - r) * edit.fill for r, (_, edit) in zip(ratios, self._blocks, strict=True)],
         )
         return self.factor
 
@@ -111,6 +113,7 @@ def ramp(
     *,
     steps: int,
     shape: Shape = "linear",
+    sides: Literal["in", "out", "both"] | None = None,
     example_inputs: Inputs | None = None,
 ) -> Ramp:
     """Switch layers off gradually: call ``step`` on the result after each step of the optimizer.
@@ -122,6 +125,7 @@ def ramp(
         layers: see ``select``.
         steps: how many steps lead from the whole contribution to none.
         shape: ``linear``, or ``cosine``: half a period, flat at both ends.
+        sides: which side of the layers fades, as for ``damp``.
         example_inputs: see ``plan``.
 
     Raises:
@@ -131,7 +135,12 @@ def ramp(
         raise NeutralizeError(f"ramp: expected a number of steps of 1 or more, got {steps!r}; give one")
     if shape not in ("linear", "cosine"):
         raise NeutralizeError(f"ramp: expected linear or cosine for shape, got {shape!r}; use one of these")
-    return Ramp(unwrap(model), plan(model, layers, Damp(0.0), example_inputs=example_inputs), steps, shape)
+    null, part = (plan(model, layers, Damp(factor, sides), example_inputs=example_inputs) for factor in (0.0, 0.25))
+    powers: dict[str, float] = {}
+    for edit in part.edits:  # a weight that one layer writes and another reads may be scaled for both
+        if isinstance(edit, Rewrite):
+            powers[edit.parameter] = powers.get(edit.parameter, 0.0) + math.log(edit.scale, 0.25)
+    return Ramp(unwrap(model), null, powers, steps, shape)
 
 
 def _factor(done: int, steps: int, shape: Shape) -> float:

@@ -500,12 +500,9 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
                 for name in entry.consumers:
                     stack.callback(modules[name].register_forward_pre_hook(_times_in(factor), with_kwargs=True).remove)
             else:
-                residual = entry.target == "damped"
-                stack.callback(
-                    modules[entry.layer]
-                    .register_forward_hook(_times_out(factor, residual=residual), with_kwargs=True)
-                    .remove
-                )
+                times = _times_out(factor, residual=entry.target == "damped")
+                for name in entry.consumers or (entry.layer,):  # a batch norm behind the layer ends it
+                    stack.callback(modules[name].register_forward_hook(times, with_kwargs=True).remove)
         for recurrent, places in _stacked({entry.layer: modules[entry.layer] for entry in nulled}):
             hand_on = _times_stacked(places, 0.0)
             stack.callback(recurrent.register_forward_hook(_by_layer(hand_on), with_kwargs=True).remove)
@@ -536,7 +533,8 @@ def _set_to_values(modules: Mapping[str, nn.Module], entry: LayerPlan) -> Iterat
             for name in entry.consumers:
                 stack.callback(modules[name].register_forward_pre_hook(enter, with_kwargs=True).remove)
         else:
-            handle = modules[entry.layer].register_forward_hook(leave, with_kwargs=True)
+            ends = entry.consumers[0] if entry.consumers else entry.layer  # a batch norm behind the layer ends it
+            handle = modules[ends].register_forward_hook(leave, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -578,7 +576,7 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
     if entry.target not in _HANDING_ON:
         # What reads a layer shows whether its contribution is as wanted, unless that is a layer of the plan itself.
         planned = {other.layer for other in plan.layers}
-        places = [name for name in entry.consumers if name not in planned] if entry.sides in ("out", "both") else []
+        places = [name for name in entry.consumers if name not in planned]
         place = places[0] if places else entry.layer
         return _largest(got.leaving[place], wanted.leaving[place], wanted.leaving[place]), True
     seen = got.handed_on.get(entry.layer)

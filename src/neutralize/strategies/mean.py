@@ -7,6 +7,9 @@ A plain layer is zeroed, ``W = 0``, and the mean μ of what it handed on goes
 - or, where those have no bias to spare, into its own bias again: ``b = φ⁻¹(μ)``, which exists because a mean of values
   of a continuous function is one of its values.
 
+A batch norm behind the layer is a part of it, and has the parameters that are written: ``γ = 0``, and μ goes into β. A
+batch norm that reads the layer takes it into β too: ``β ← β + γ (μ - φ(0)) / √(σ² + ε)``.
+
 A block adds the mean of what it added: its branches are zeroed and the mean is the bias of the last projection.
 
 Source: MATH §4 (which parameters null a branch), §2 (what a consumer's bias absorbs).
@@ -31,9 +34,9 @@ from neutralize.plan import Assign, Certificate, Edit, LayerPlan, dtype_name
 from neutralize.planner import Draft, Request
 from neutralize.rules import is_number, is_transparent
 from neutralize.search import Assignment
-from neutralize.sites import Affine, AffineSite, affine_of, affine_site
+from neutralize.sites import Affine, AffineSite, Norm, affine_of, affine_site, norm_of
 from neutralize.strategies.passthrough import identity_assignment
-from neutralize.strategies.sides import check_shared, unique
+from neutralize.strategies.sides import check_own, unique
 from neutralize.strategies.zero import zero_assignment
 from neutralize.undo import untouched
 
@@ -86,7 +89,22 @@ class _Route:
     target: str = ""
     factor: float = 1.0
     site: AffineSite | None = None
-    consumers: tuple[Affine, ...] = ()
+    consumers: tuple[Affine | Norm, ...] = ()
+
+    @property
+    def own(self) -> tuple[str, str | None]:
+        """The weight and bias that a plain layer's value ends with: those of a batch norm behind it, if there is one.
+
+        A batch norm without a gain is refused before.
+        """
+        assert self.site is not None
+        norm, affine = self.site.norm, self.site.affine
+        return (affine.weight, affine.bias) if norm is None or norm.weight is None else (norm.weight, norm.bias)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The module behind the selected one whose output ends the layer: its batch norm's."""
+        return () if self.site is None else _ends(self.site)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,40 +255,90 @@ def _plain_route(request: Request, layer: str, sites: list[AffineSite]) -> _Rout
             f"plan: expected a layer that leaves its features in their dimension, got {layer!r}, which moves them; "
             "select the affine layer inside it"
         )
-    if site.activation is None and site.affine.bias is not None and site.norm is None:
-        return _Route("bias", (layer,), axis, site=site)
-    why = _why_not_consumers(request, layer, sites)
+    _check_norms(request, layer, sites)
+    own = _Route("bias", _ends(site) or (layer,), axis, site=site)
+    if site.activation is None and own.own[1] is not None:
+        return own
+    consumers = _readers(request, sites)
+    why = _why_not_consumers(request, layer, consumers)
     if not why:
-        consumers = tuple(unique(consumer for one in sites for consumer in one.consumers))
         watched = tuple(dict.fromkeys(consumer.module for consumer in consumers))
-        return _Route("consumers", watched, _axis(consumers[0], request), site=site, consumers=consumers)
-    if site.affine.bias is not None and site.norm is None:
-        return _Route("bias", (layer,), axis, site=site)
-    missing = "a batch norm behind it" if site.norm is not None else "no bias of its own"
+        return _Route("consumers", watched, _axis(consumers[0], request), site=site, consumers=tuple(consumers))
+    if own.own[1] is not None:
+        return own
     raise NeutralizeError(
-        f"plan: expected a bias that can hold the mean of {layer!r}, got {missing} and {why}; add a zero bias, select "
-        "the block that contains it, or use strategy='zero'"
+        f"plan: expected a bias that can hold the mean of {layer!r}, got no bias of its own and {why}; add a zero "
+        "bias, select the block that contains it, or use strategy='zero'"
     )
 
 
-def _why_not_consumers(request: Request, layer: str, sites: list[AffineSite]) -> str:
+def _check_norms(request: Request, layer: str, sites: list[AffineSite]) -> None:
+    """Check that the batch norm behind a layer, if there is one, can hold its mean.
+
+    Raises:
+        NeutralizeError: it has no gain or bias, reads other layers too, is no module, or is not behind every call.
+    """
+    norms = [site.norm for site in sites]
+    norm = norms[0]
+    if norm is None and not any(norms):
+        return
+    modules = dict(request.model.named_modules(remove_duplicate=False))
+    owner = "" if norm is None else norm.module
+    if norm is None or any(other is None or other.module != owner for other in norms):
+        problem = "one behind some of its calls"
+    elif norm.weight is None or norm.bias is None:
+        problem = "one without a gain and a bias"
+    elif not isinstance(modules[owner], nn.modules.batchnorm._BatchNorm):
+        problem = f"one that is computed by a {type(modules[owner]).__name__}"
+    else:
+        check_own(request, layer, {other.node: other.parameters[:2] for other in norms if other is not None})
+        return
+    raise NeutralizeError(
+        f"plan: expected a batch norm of its own, with a gain and a bias, behind {layer!r}, got {problem}; select the "
+        "block that contains it, or use strategy='zero'"
+    )
+
+
+def _ends(site: AffineSite) -> tuple[str, ...]:
+    """The name of a batch norm behind a layer that is not a part of the selected module; else none."""
+    if site.norm is None:
+        return ()
+    position = {node: place for place, node in enumerate(site.norm.node.graph.nodes)}
+    return (site.norm.module,) if position[site.norm.node] > position[site.call.exit] else ()
+
+
+def _readers(request: Request, sites: list[AffineSite]) -> list[Affine | Norm]:
+    """What reads a layer's value, if it is nothing but ops with a bias that may absorb a constant; else none."""
+    found: list[Affine | Norm] = [*unique(consumer for site in sites for consumer in site.consumers)]
+    for reader in dict.fromkeys(reader for site in sites for reader in site.other_readers):
+        norm = norm_of(reader, request.flow)
+        if norm is None or norm.own_statistics or norm.kind != "batch_norm" or norm.data is not reader.args[0]:
+            return []
+        found.append(norm)
+    return found
+
+
+def _why_not_consumers(request: Request, layer: str, consumers: list[Affine | Norm]) -> str:
     """Why the mean cannot go into the biases of what reads a layer; empty if it can."""
-    consumers = unique(consumer for site in sites for consumer in site.consumers)
-    if any(site.norm is not None for site in sites):
-        return "a batch norm before what reads it"
-    if any(site.other_readers for site in sites) or not consumers:
+    if not consumers:
         return "readers that are not affine"
     for consumer in consumers:
         if consumer.bias is None:
             return f"no bias in {consumer.module!r}, which reads it"
-        if consumer.is_convolution and (consumer.has_padding or "conv_transpose" in op_name(consumer.node)):
+        padded = isinstance(consumer, Affine) and consumer.is_convolution and consumer.has_padding
+        if padded or "conv_transpose" in op_name(consumer.node):
             return f"a padded convolution {consumer.module!r}, whose borders do not read it"
         if consumer.module in request.layers or _axis(consumer, request) != _axis(consumers[0], request):
             return f"a selected layer {consumer.module!r} that reads it"
     if len(consumers) > 1 and len({consumer.data for consumer in consumers}) > 1:
         return "several values of it that are read"
+    nodes: dict[fx.Node, tuple[str, ...]] = {}
+    for consumer in consumers:
+        nodes[consumer.node] = tuple(name for name in (consumer.weight, consumer.bias) if name is not None)
+        if isinstance(consumer, Affine) and consumer.added is not None:
+            nodes[consumer.added] = ()
     try:
-        check_shared(request, layer, consumers)
+        check_own(request, layer, nodes)
     except NeutralizeError:
         return "a reader whose weights are shared"
     return ""
@@ -292,9 +360,11 @@ def _moves_features(node: fx.Node, axis: int) -> bool:
     return op_name(node) in _MOVES or before is None or after is None or before[axis:] != after[axis:]
 
 
-def _axis(affine: Affine, request: Request) -> int:
-    """The dimension of the features in what an affine op reads and returns, from the end."""
-    return -(len(request.flow.shapes[affine.weight]) - 1) if affine.is_convolution else -1
+def _axis(reader: Affine | Norm, request: Request) -> int:
+    """The dimension of the features in what an affine op or a batch norm reads and returns, from the end."""
+    if isinstance(reader, Norm):
+        return 1 - len(shape_of(reader.data) or (0, 0))
+    return -(len(request.flow.shapes[reader.weight]) - 1) if reader.is_convolution else -1
 
 
 def _block_route(request: Request, layer: str) -> _Route:
@@ -361,18 +431,20 @@ _MOVES = frozenset(
 def _plain(request: Request, layer: str, route: _Route, mean: torch.Tensor) -> Draft:
     site = route.site
     assert site is not None
-    own = [name for name in (site.affine.weight, site.affine.bias) if name is not None]
-    values, consumers, activation = mean, tuple(consumer.module for consumer in route.consumers), site.activation
+    weight, own_bias = route.own
+    consumers = tuple(consumer.module for consumer in route.consumers)
+    values, activation = mean, site.activation
     if route.kind == "consumers":
-        edits: list[Edit] = [request.rewrite(name) for name in own]
+        edits: list[Edit] = [request.rewrite(name) for name in (weight, own_bias) if name is not None]
         shift = mean - (activation.at_zero if activation is not None else 0.0)
         edits.extend(_absorbed(request, consumer, shift) for consumer in route.consumers)
         reason = "the layer is zero, and what reads it has its mean in the bias"
     else:
-        edits = [request.rewrite(site.affine.weight)]
+        edits = [request.rewrite(weight)]
         bias = mean if activation is None else _preimage(layer, activation, mean)
-        assert site.affine.bias is not None
-        edits.append(_assign(request, site.affine.bias, bias))
+        assert own_bias is not None
+        edits.append(_assign(request, own_bias, bias))
+        consumers = route.ends
         values = mean if activation is None or site.inside else bias
         reason = "the weight is zero and the bias the mean" + ("'s preimage" if activation is not None else "")
     certificate = Certificate(layer, "rounding", None, "finite activations", reason)
@@ -399,11 +471,17 @@ def _assign(request: Request, name: str, values: torch.Tensor) -> Assign:
     return Assign(name, tuple(tensor.shape), dtype_name(tensor.dtype), tuple(values.double().flatten().tolist()))
 
 
-def _absorbed(request: Request, consumer: Affine, shift: torch.Tensor) -> Assign:
-    """``d + V shift``, in float64, a few rows of V at a time."""
+def _absorbed(request: Request, consumer: Affine | Norm, shift: torch.Tensor) -> Assign:
+    """``d + V shift``, or ``β + γ shift / √(σ² + ε)``, in float64, a few rows of V at a time."""
     assert consumer.bias is not None
-    weight, bias = request.writable(consumer.weight).detach(), request.writable(consumer.bias).detach()
-    shift = shift.to(weight.device)
+    bias = request.writable(consumer.bias).detach()
+    shift = shift.to(bias.device)
+    if isinstance(consumer, Norm):
+        assert consumer.variance is not None
+        gain = 1.0 if consumer.weight is None else request.tensors[consumer.weight].detach().double()
+        scale = gain / (request.tensors[consumer.variance].detach().double() + consumer.eps).sqrt()
+        return _assign(request, consumer.bias, bias.double() + scale * shift)
+    weight = request.writable(consumer.weight).detach()
     if consumer.is_convolution:
         taps = weight.sum(tuple(range(2, weight.dim())), dtype=torch.float64)  # (out, in / groups)
         groups = shift.numel() // taps.shape[1]
