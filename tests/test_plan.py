@@ -61,7 +61,7 @@ def test_json_is_canonical():
 def test_digest_is_that_of_the_canonical_json():
     # A change of this figure is a change of the format: raise FORMAT_VERSION, ranks of two versions must not agree.
     plan = Plan("zero", (Rewrite("w", (2, 3), "float32", fill=0.5),), (LayerPlan("l", "null", EXACT, (0,)),))
-    assert plan.digest == "8f2b5db4b565b28a5b725b3018ee9395f6248e3ec409423cb85f74d9de17164a"
+    assert plan.digest == "c01d2f77ec8bf3fa0dd86d9a479fc3b406191fea504d928651fcc1fed23c0e3e"
 
 
 def test_digest_tells_order_and_every_field():
@@ -242,7 +242,7 @@ def paths(content, path=()):
 def test_refuses_a_plan_that_lacks_any_key():
     content = json.loads(SOUND.to_json())
     every = list(paths(content))
-    assert len(every) == 54
+    assert len(every) == 55
     for path in every:
         shortened = copy.deepcopy(content)
         place = shortened

@@ -82,6 +82,7 @@ class Activation:
         lipschitz: sup|φ'| over all numbers; ``None``: not known.
         ceiling: sup|φ|, where it is finite.
         jump: how far φ jumps at most where its formula changes.
+        parameters: of a family with parameters, the arguments that make this member.
         source: where the numbers come from.
     """
 
@@ -100,6 +101,7 @@ class Activation:
     lipschitz: float | None = None
     ceiling: float = math.inf
     jump: float = 0.0
+    parameters: tuple[float, ...] = ()
     source: str = ""
 
     @property
@@ -132,6 +134,9 @@ def _between(low: float, high: float, slope: float = 1.0, offset: float = 0.0) -
     )
 
 
+_LARGEST = torch.finfo(torch.float64).max  # stands for infinity in parameters: JSON has none
+
+
 # ---- families with parameters ----------------------------------------------------------------------------------------
 
 
@@ -140,7 +145,7 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     return Activation(
         "leaky_relu", ("leaky_relu",), lambda z: functional.leaky_relu(z, negative_slope), (_beyond(),),
         identity_from=0.0, odd_gain=1.0 + negative_slope, roundoffs=0.0, lipschitz=max(1.0, abs(negative_slope)),
-        source="MATH §2, §3",
+        parameters=(negative_slope,), source="MATH §2, §3",
     )  # fmt: skip
 
 
@@ -154,7 +159,7 @@ def elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0, name: 
         name, (name,), lambda z: torch.ops.aten.elu(z, alpha, scale, input_scale), tuple(parts),
         identity_from=0.0 if scale == 1.0 else None,
         lipschitz=abs(scale) * max(1.0, abs(alpha * input_scale)) if input_scale >= 0 else None,
-        source="MATH §2; φ'(0-) = alpha · input_scale · scale",
+        parameters=(alpha, scale, input_scale), source="MATH §2; φ'(0-) = alpha · input_scale · scale",
     )  # fmt: skip
 
 
@@ -164,7 +169,7 @@ def celu(alpha: float = 1.0) -> Activation:
     smooth = _origin(quadratic=1.0 / (2.0 * alpha))  # alpha · (1 / alpha) is 1, whatever its rounding
     return replace(
         row, function=lambda z: functional.celu(z, alpha), parts=(smooth, _beyond()) if alpha > 0 else (),
-        lipschitz=1.0 if alpha > 0 else None,
+        lipschitz=1.0 if alpha > 0 else None, parameters=(alpha,),
     )  # fmt: skip
 
 
@@ -175,7 +180,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
         (LinearPart("shift", tail=(1.0 / beta, beta)),) if beta > 0 else (), odd_gain=1.0 if beta > 0 else None,
         odd_error=math.exp(-threshold) / threshold if threshold > 0 else math.inf,
         odd_floor=math.log(2.0) / beta if beta > 0 else math.inf, lipschitz=1.0 if beta > 0 else None,
-        jump=math.exp(-threshold) / beta if beta > 0 else 0.0,
+        jump=math.exp(-threshold) / beta if beta > 0 else 0.0, parameters=(beta, threshold),
         source="MATH §2, §3; 0 < softplus(z) - z <= exp(-beta z) / beta",
     )  # fmt: skip
 
@@ -184,7 +189,9 @@ def hardtanh(low: float = -1.0, high: float = 1.0, name: str = "hardtanh") -> Ac
     """Return z clamped to [low, high]: exactly linear between them."""
     return Activation(
         name, (name,), lambda z: functional.hardtanh(z, low, high), _between(low, high) if low < high else (),
-        roundoffs=0.0, lipschitz=1.0, ceiling=max(abs(low), abs(high)), source="MATH §2; linear between its limits",
+        roundoffs=0.0, lipschitz=1.0, ceiling=max(abs(low), abs(high)),
+        parameters=tuple(max(-_LARGEST, min(_LARGEST, limit)) for limit in (low, high)),
+        source="MATH §2; linear between its limits",
     )  # fmt: skip
 
 
@@ -193,7 +200,8 @@ def swish(beta: float = 1.0, name: str = "silu") -> Activation:
     return Activation(
         name, ("silu",) if name == "silu" else (), lambda z: z * torch.sigmoid(beta * z),
         (_origin(0.5, quadratic=abs(beta) / 2), *([_tail(4.0 / beta, 0.9 * beta)] if beta > 0 else [])), odd_gain=1.0,
-        lipschitz=1.09984, source="MATH §2, §3; sup|φ''| = beta / 2 at 0; 0 <= z - φ(z) <= z exp(-beta z)",
+        lipschitz=1.09984, parameters=(beta,),
+        source="MATH §2, §3; sup|φ''| = beta / 2 at 0; 0 <= z - φ(z) <= z exp(-beta z)",
     )  # fmt: skip
 
 
@@ -258,6 +266,14 @@ ACTIVATIONS: tuple[Activation, ...] = (
                source="φ(z) = z² for z >= 0: φ'(1) = φ'' = 2"),
 )  # fmt: skip
 
+_FAMILIES: dict[str, Callable[..., Activation]] = {
+    "leaky_relu": leaky_relu,
+    "elu": elu,
+    "celu": celu,
+    "softplus": softplus,
+    "hardtanh": hardtanh,
+    "swish": lambda beta: swish(beta, "swish"),
+}
 BY_NAME = {activation.name: activation for activation in ACTIVATIONS}
 _BY_OP = {f"aten::{op}": activation for activation in ACTIVATIONS for op in activation.ops}
 _REGISTERED: dict[str, Activation] = {}
@@ -275,6 +291,15 @@ FUNCTION_NAMES = frozenset(
 def is_proven(name: str) -> bool:
     """Whether the error coefficients of the activation of that name are proven; a name without a row has none."""
     return name not in _REGISTERED or _REGISTERED[name].proven
+
+
+def function_of(name: str, parameters: tuple[float, ...] = ()) -> Function | None:
+    """The activation of that name and those parameters; ``None`` if it is not known by them (a PReLU has a weight)."""
+    if name in _REGISTERED:
+        return _REGISTERED[name].function
+    if parameters and name in _FAMILIES:
+        return _FAMILIES[name](*parameters).function
+    return BY_NAME[name].function if name in BY_NAME and name != "prelu" else None
 
 
 def lipschitz_within(row: Activation, reach: float) -> float | None:

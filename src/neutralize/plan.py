@@ -20,6 +20,8 @@ from torch import nn
 from neutralize.errors import NeutralizeError, require_finite
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from neutralize.undo import Undo
 
 FORMAT_VERSION = 4
@@ -383,6 +385,7 @@ class LayerPlan:
         note: one remark for the reader, or ``""``.
         values: for ``mean`` and ``offset``, one number per feature.
         axis: the dimension of the features in what carries them, counted from the end.
+        parameters: of the activation, where it is one of a family: the negative slope of a LeakyReLU, say.
     """
 
     layer: str
@@ -401,6 +404,7 @@ class LayerPlan:
     note: str = ""
     values: tuple[float, ...] = ()
     axis: int = -1
+    parameters: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the target and the numbers."""
@@ -411,11 +415,12 @@ class LayerPlan:
             )
         numbers = ("gain", "operating_point", "value", "slope", "epsilon", "input_bound")
         _settle_floats(self, *(name for name in numbers if getattr(self, name) is not None))
-        if not all(map(math.isfinite, self.values)):
+        if not all(math.isfinite(number) for number in (*self.values, *self.parameters)):
             raise NeutralizeError(
                 f"LayerPlan: expected finite values for {self.layer!r}, got NaN or Inf; check their source"
             )
-        object.__setattr__(self, "values", tuple(map(float, self.values)))
+        for name in ("values", "parameters"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
 
 @dataclass(frozen=True)
@@ -545,6 +550,19 @@ class Plan:
             yield undo
         finally:
             undo.restore()
+
+    def plot(self) -> Figure:
+        """Draw the activations with their operating points and linear windows; without any, the bytes per layer.
+
+        Returns:
+            A matplotlib figure, made without pyplot: ``plan.plot().savefig("plan.png")``.
+
+        Raises:
+            NeutralizeError: matplotlib is not installed.
+        """
+        from neutralize.plots import plot_plan
+
+        return plot_plan(self)
 
     def __str__(self) -> str:
         """Return a table: layer, strategy, edits, bytes, certificate."""

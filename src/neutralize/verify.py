@@ -7,10 +7,10 @@ activation (``activations.identify``), and nothing else: not the dataflow, not t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from neutralize.plan import LayerPlan, Plan
 from neutralize.select import Layers, select, unwrap
 from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
 from neutralize.undo import untouched
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _HANDING_ON = ("input", "partial")
 # Functions that work element by element; ``x * y`` comes as ``mul``, ``2 - x`` as ``__rsub__``.
@@ -67,6 +70,31 @@ class Verification:
     bounds: dict[str, float] = field(default_factory=dict)
     output_error: float = 0.0
     output_bound: float | None = None
+    _again: Callable[[float], Verification] | None = field(default=None, repr=False, compare=False)
+
+    def plot(self, scales: Sequence[float] | None = None) -> Figure:
+        """Draw measured errors and their bounds against the size of the input: the model runs again at every scale.
+
+        Args:
+            scales: what the floating-point inputs are multiplied by; by default from a hundredth to a hundred.
+
+        Returns:
+            A matplotlib figure, made without pyplot: ``verification.plot().savefig("errors.png")``. Where inputs are
+            larger than the certificates assume, no bound is drawn.
+
+        Raises:
+            NeutralizeError: matplotlib is not installed, or the model has no floating-point input to scale.
+        """
+        from neutralize.plots import SCALES, plot_verification
+
+        if self._again is None:
+            raise NeutralizeError(
+                "plot: expected floating-point inputs to scale, got none; verify with some, or print the verification"
+            )
+        given = sorted({float(scale) for scale in (SCALES if scales is None else scales)})
+        if len(given) < 2 or given[0] <= 0 or not math.isfinite(given[-1]):
+            raise NeutralizeError(f"plot: expected two or more positive finite scales, got {given}; leave them out")
+        return plot_verification(given, self._again)
 
     def __str__(self) -> str:
         """Return a table: layer, measured error, bound, gradient gain; then the end-to-end figures."""
@@ -354,6 +382,14 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         whole.inputs_within is None or _peak((inputs, kwargs)) <= whole.inputs_within
     )
     is_within = whole.bound is None or not assumptions_hold or output_error <= whole.bound
+
+    def again(scale: float) -> Verification:
+        scaled = pytree.tree_map(
+            lambda part: part * scale if isinstance(part, torch.Tensor) and part.is_floating_point() else part,
+            (inputs, kwargs),
+        )
+        return verify(model, plan, *scaled[0], **scaled[1])
+
     return Verification(
         relative_error=_relative_error(got, wanted),
         per_layer=per_layer,
@@ -370,6 +406,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         bounds=bounds,
         output_error=output_error,
         output_bound=whole.bound,
+        _again=again if any(tensor.is_floating_point() for tensor in tensors_in((inputs, kwargs))) else None,
     )
 
 

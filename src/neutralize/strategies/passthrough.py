@@ -208,6 +208,7 @@ class Passthrough:
             certificate,
             (),
             activation=activation.name if activation else "",
+            parameters=activation.parameters if activation else (),
             gain=self.gain,
             operating_point=regime.point,
             value=regime.value,
