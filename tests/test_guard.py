@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from networks import Mlp, PreNorm, perturbed
@@ -191,6 +193,83 @@ def test_several_optimizers_and_closures():
     assert all(torch.equal(after[name], before[name]) for name in plan.parameters)
     assert not torch.equal(after["0.weight"], before["0.weight"])
     assert not torch.equal(after["2.weight"], before["2.weight"])
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("warm", [0, 5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_step_that_depends_on_all_elements_together(line_search, warm, seed):
+    """LBFGS: a quasi-Newton step that is partly taken back would spoil what it knows of the curvature."""
+    torch.manual_seed(seed)
+    model, x = network(), unit(16, 8)
+    made = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5, line_search_fn=line_search)
+    train(model, made, warm, with_closure=True)
+    plan = nz.plan(model, "1", example_inputs=x)
+    plan.apply(model)
+    before = bits(model)
+    goal = unit(16, 4, seed=5)
+    with torch.no_grad():
+        loss = float((model(x) - goal).square().mean())
+    with nz.guard(model, plan, made):
+        train(model, made, 30, with_closure=True)
+        assert torch.equal(model[1](x), x)
+    after = bits(model)
+    assert all(torch.equal(after[name], before[name]) for name in plan.parameters)
+    with torch.no_grad():
+        assert float((model(x) - goal).square().mean()) < loss  # and it still trains
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_and_gradients_that_accumulate(fused):
+    model, x = network(), unit(16, 8)
+    made = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=fused)
+    train(model, made, 5)
+    plan = nz.plan(model, "1", example_inputs=x)
+    plan.apply(model)
+    before, skipped = bits(model), 0
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    with nz.guard(model, plan, made):
+        for step in range(STEPS):
+            overflow = math.inf if step % 10 == 1 else 1.0
+            scaler.scale(model(unit(16, 8, seed=step)).square().mean() * overflow).backward()
+            if step % 2:
+                scale = scaler.get_scale()
+                scaler.step(made)
+                scaler.update()
+                made.zero_grad()
+                skipped += scaler.get_scale() < scale
+    assert skipped == 10
+    assert torch.equal(model[1](x), x)
+    after = bits(model)
+    assert all(torch.equal(after[name], before[name]) for name in plan.parameters)
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_frozen_is_enough_for_whole_parameters(optimizer, set_to_none):
+    """A gradient from before, even one of zeros, would have an optimizer step a frozen parameter."""
+    model, x = network(), unit(16, 8)
+    made = OPTIMIZERS[optimizer](list(model.parameters()))
+
+    def steps(count):
+        for _ in range(count):
+            made.zero_grad(set_to_none=set_to_none)
+            model(x).square().mean().backward()
+            made.step()
+
+    steps(5)
+    plan = nz.plan(model, "1", example_inputs=x)
+    undo = plan.apply(model, freeze=True)
+    before = bits(model)
+    steps(STEPS)
+    assert torch.equal(model[1](x), x)
+    after = bits(model)
+    assert all(torch.equal(after[name], before[name]) for name in plan.parameters)
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+    undo.restore()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_gradient_that_is_not_finite_does_not_get_through():

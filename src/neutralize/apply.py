@@ -67,7 +67,8 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
     Args:
         plan: the plan.
         model: a model with the parameters that the plan names.
-        freeze: set ``requires_grad`` of the written parameters to false.
+        freeze: set ``requires_grad`` of the written parameters to false and drop their gradients, so that optimizers
+            pass them over.
 
     Returns:
         The undo.
@@ -92,6 +93,7 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
             for entry in saved:
                 if entry.tensor.requires_grad and entry.tensor.is_leaf:
                     entry.tensor.requires_grad_(False)
+                    entry.tensor.grad = None  # an optimizer steps whatever has a gradient, frozen or not
     except BaseException:
         undo.restore()
         raise

@@ -49,8 +49,9 @@ class Guard:
     nothing collects there that would move them later. Elements of the same parameter that the plan does not write go
     on training. Blocks that the plan fills are filled again and need no memory; of others a copy is held.
 
-    Between two evaluations within one step (a closure called several times, as by LBFGS) the elements may have moved;
-    when ``step`` returns they are back.
+    Between two evaluations within one step (a closure called several times) the elements may have moved; when ``step``
+    returns they are back. LBFGS, which builds a step for all elements together from what the last ones did to the
+    gradient, would be misled by that: it starts anew, and sees gradients of zero for these elements.
     """
 
     def __init__(self, held: list[_Held], optimizers: tuple[Optimizer, ...]) -> None:
@@ -65,6 +66,9 @@ class Guard:
         for optimizer in optimizers:
             self._put_back(optimizer)
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                self._handles.extend(_without_gradients(optimizer, self._due(optimizer)))
 
     @property
     def closed(self) -> bool:
@@ -96,12 +100,15 @@ class Guard:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._put_back(optimizer)
 
-    def _put_back(self, optimizer: Optimizer) -> None:
-        """Write the blocks of the tensors that an optimizer steps, and of buffers, which any forward pass may move."""
+    def _due(self, optimizer: Optimizer) -> list[_Held]:
+        """The blocks of the tensors that an optimizer steps, and of buffers, which any forward pass may move."""
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        due = [
+        return [
             entry for entry in self._held if id(entry.tensor) in stepped or not isinstance(entry.tensor, nn.Parameter)
         ]
+
+    def _put_back(self, optimizer: Optimizer) -> None:
+        due = self._due(optimizer)
         for entry in due:
             if entry.values is not None:
                 overwrite_(entry.block(entry.tensor.detach()), entry.values)
@@ -145,6 +152,24 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
     aliases = aliases_of(named)
     held = [_hold(named, plan, place, name, aliases, rescaled=rescaled) for place, name in _written(plan)]
     return Guard([entry for entry in held if entry is not None], optimizers)
+
+
+def _without_gradients(optimizer: torch.optim.LBFGS, held: list[_Held]) -> list[Any]:
+    """Make LBFGS forget its history, and give it gradients of zero for the blocks, until the handles are removed."""
+    for state in optimizer.state.values():
+        state["n_iter"] = 0  # as before its first iteration, which takes nothing over
+    handles = []
+    for entry in held:
+        if not entry.tensor.requires_grad:
+            continue
+
+        def clear(tensor: torch.Tensor, block: Callable[[torch.Tensor], torch.Tensor] = entry.block) -> None:
+            if tensor.grad is not None:
+                block(tensor.grad).zero_()
+
+        clear(entry.tensor)
+        handles.append(entry.tensor.register_post_accumulate_grad_hook(clear))
+    return handles
 
 
 def _written(plan: Plan) -> list[tuple[int, str]]:
