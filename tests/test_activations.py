@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -256,3 +257,19 @@ def test_what_cannot_be_registered_is_refused(arguments, message):
         nz.register_activation("ok", torch.sin, reach=0.0)
     with pytest.raises(nz.NeutralizeError, match=r"expected a registered name \(none\), got 'tanh'"):
         nz.forget_activation("tanh")
+
+
+def test_the_table_lists_every_activation_and_the_registered_ones(forgetful):
+    from neutralize.activations import ACTIVATIONS
+
+    nz.register_activation("snake", snake)
+    forgetful("snake")
+    text = nz.activation_table()
+    for row in (*ACTIVATIONS, nz.register_activation("snake", snake)):
+        assert re.search(rf"│ {row.name[:10]}", text), row.name
+    (tanh,) = [line for line in text.splitlines() if line.startswith("│ tanh")]
+    assert [cell.strip() for cell in tanh.split("│")[1:4]] == ["tanh", "0", "1"]
+    assert "0.3333 ε² X²" in tanh
+    nz.register_activation("bent", bent)
+    forgetful("bent")
+    assert "no bound" in nz.activation_table()

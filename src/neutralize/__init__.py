@@ -15,6 +15,7 @@ from neutralize.influence import Influence, Sweep, influence
 from neutralize.plan import Assign, Certificate, Copy, Fold, LayerPlan, Plan, Rewrite
 from neutralize.planner import Strategy, plan
 from neutralize.ramp import Ramp, ramp
+from neutralize.report import activation_table
 from neutralize.select import Layers, select
 from neutralize.strategies import STRATEGIES
 from neutralize.undo import Undo
@@ -37,6 +38,7 @@ __all__ = [
     "Sweep",
     "Undo",
     "Verification",
+    "activation_table",
     "excised",
     "forget_activation",
     "guard",

@@ -285,6 +285,11 @@ FUNCTION_NAMES = frozenset(
 )
 
 
+def rows() -> tuple[Activation, ...]:
+    """Every activation that is known: those of the table, then those that were registered."""
+    return (*ACTIVATIONS, *_REGISTERED.values())
+
+
 # ---- recognition -----------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from neutralize.activations import LinearPart
     from neutralize.plan import LayerPlan, Plan
     from neutralize.verify import Verification
 
@@ -59,6 +60,51 @@ def _strategy(plan: Plan, layer: LayerPlan) -> str:
 def _certificate(layer: LayerPlan) -> str:
     certificate = layer.certificate
     return "\n".join(part for part in (str(certificate), certificate.assumption, layer.note) if part)
+
+
+def activation_table() -> str:
+    """Return every known activation, the registered ones too, as a text table with a line per linear part.
+
+    The columns are the operating point a, the slope φ'(a), the bound on the error of what is handed on (divided by the
+    input, with ``X`` the input bound and ``ε`` the scale), where the part is valid, g of φ(x) - φ(-x) = g x, and where
+    the numbers come from.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from neutralize.activations import rows
+
+    table = Table(title="activations and where they are linear")
+    for heading in ("activation", "a", "φ'(a)", "error / X", "valid for", "pair g", "source"):
+        table.add_column(heading, overflow="fold")
+    for row in rows():
+        gain = "" if row.odd_gain is None else f"{row.odd_gain:.4g}"
+        for place, part in enumerate(row.parts):
+            shown = (row.name, gain, row.source if row.proven else f"{row.source}: no bound")
+            name, pair, source = shown if place == 0 else ("", "", "")
+            cells = (name, _point(part), f"{part.slope:.4g}", _error(part), _validity(part), pair, source)
+            table.add_row(*map(Text, cells))
+    return as_text(table)
+
+
+def _point(part: LinearPart) -> str:
+    if part.regime != "shift":
+        return f"{part.point:.4g}"
+    return f"{'≤ -' if part.downward else '≥ '}(εX + {abs(part.point):.4g})"
+
+
+def _error(part: LinearPart) -> str:
+    if part.regime == "window" or (part.regime == "shift" and part.tail is None):
+        return "0, but rounding"
+    if part.tail is not None:
+        return f"{part.tail[0]:.4g} exp(-{part.tail[1]:.4g} (|a| - εX)) / (εX)"
+    return f"{part.cubic:.4g} ε² X²" if part.cubic else f"{part.quadratic:.4g} ε X"
+
+
+def _validity(part: LinearPart) -> str:
+    if part.regime == "shift":
+        return "|z - a| ≤ εX"
+    return "all z" if part.below == part.above == float("inf") else f"a - {part.below:.4g} to a + {part.above:.4g}"
 
 
 def verification_table(verification: Verification) -> str:
