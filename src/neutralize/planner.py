@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, own_inputs, placed_inputs, trace
 from neutralize.errors import NeutralizeError
+from neutralize.parts import Part, part_of
 from neutralize.plan import Assign, Copy, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
 from neutralize.search import IDENTITY, Assignment, Preference, Search
 from neutralize.select import Layers, select, unwrap
@@ -119,8 +120,8 @@ class Request:
         found = {}
         for layer, calls in self.flow.calls.items():
             for call in calls:
-                if self.place(layer) is not None:  # what enters and leaves one stacked layer is not in the graph
-                    continue
+                if self.place(layer) is not None or self.fraction(layer) is not None:
+                    continue  # what enters and leaves it is not in the graph
                 site = affine_site(self.flow, call)
                 found[call.exit if site is None or site.inside else site.result] = call.entry
         return found
@@ -134,12 +135,22 @@ class Request:
         """Which stacked layer of its module a layer is, from 0; ``None``: it is a module."""
         return place_of(layer, self.layers[layer])
 
+    def fraction(self, layer: str) -> Part | None:
+        """Which part of its module a layer is (heads, channels, experts); ``None``: it is a module."""
+        return None if layer in self.modules else part_of(layer)
+
     def require_module(self, layer: str, strategy: str) -> None:
-        """Check that a layer is a module, and not one of the stacked layers of one.
+        """Check that a layer is a module, and not a part or one of the stacked layers of one.
 
         Raises:
             NeutralizeError: it is one.
         """
+        part = self.fraction(layer)
+        if part is not None:
+            raise NeutralizeError(
+                f"plan: expected a module for strategy {strategy!r}, got {layer!r}, {part.kind} of one; use "
+                "strategy='zero' or 'damp', or select the module"
+            )
         if self.place(layer) is not None:
             raise NeutralizeError(
                 f"plan: expected a module for strategy {strategy!r}, got {layer!r}, one of the stacked layers of one; "
@@ -284,6 +295,12 @@ class Request:
 
         given = self._inputs
         assert given is not None
+        parts = [layer for layer in self.layers if self.fraction(layer) is not None]
+        if parts:
+            raise NeutralizeError(
+                f"plan: expected modules beside layers whose input has to be measured, got {parts[0]!r}; plan them one "
+                "after the other, or give input_bound="
+            )
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
         args, kwargs = placed_inputs(self.model, given)
         selected: list[Layers] = [layer or self.model for layer in self.layers]

@@ -102,7 +102,7 @@ _PRODUCTS = frozenset(
     f"aten::{name}"
     for name in "mul mm bmm matmul dot mv outer einsum _grouped_mm linalg_vecdot inner tensordot kron".split()
 ) | {"transformers::grouped_mm_fallback"}
-_ATTENTION = frozenset(
+ATTENTION = frozenset(
     f"aten::{name}"
     for name in """scaled_dot_product_attention _scaled_dot_product_flash_attention
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
@@ -217,7 +217,7 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
     if op in _PRODUCTS:
         operands = node.args[1] if op == "aten::einsum" else node.args
         return [[operand] for operand in tensors(*operands)] if isinstance(operands, list | tuple) else None
-    if op in _ATTENTION:
+    if op in ATTENTION:
         return [tensors(argument(node, "value"))]
     if op in (_ADD, _SUB):
         one, other = node.args[0], node.args[1]

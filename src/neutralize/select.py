@@ -11,6 +11,7 @@ from typing import TypeAlias
 from torch import nn
 
 from neutralize.errors import NeutralizeError
+from neutralize.parts import owner_of, part_of
 from neutralize.stacked import module_name, names_of
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
@@ -43,13 +44,14 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         layers: a qualified name (``"model.layers.3.mlp"``), a glob over qualified names (``"*.mlp"``; ``*`` also
             matches dots), an index or slice of a ``ModuleList`` or ``Sequential`` (``"model.layers[-3:]"``, also
             followed by a name: ``"model.layers[3].mlp"``), or of the stacked layers of an ``nn.LSTM``, ``nn.GRU`` or
-            ``nn.RNN`` (``"rnn[1]"``), a module object of the model, a predicate ``(name, module) -> bool``, or an
+            ``nn.RNN`` (``"rnn[1]"``), a part of a module (``"layers[3].attn.heads[2]"``, ``kv_heads``, ``channels``,
+            ``experts``), a module object of the model, a predicate ``(name, module) -> bool``, or an
             iterable of these. A ``ModuleList`` or ``ModuleDict``, which computes nothing itself, stands for what is in
             it, and so does a slice of one.
 
     Returns:
-        Qualified name to module; for one stacked layer ``"rnn[1]"`` to the module that holds it. A module that occurs
-        under several names is listed under the first.
+        Qualified name to module; for a stacked layer ``"rnn[1]"`` or a part ``"attn.heads[2]"`` to the module that
+        holds it. A module that occurs under several names is listed under the first.
 
     Raises:
         NeutralizeError: nothing is selected, a name is unknown (near matches are listed), or one selected layer is a
@@ -64,21 +66,35 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     chosen = {_first(named, first_name, part) for name in resolved for part in _computing(named, name)}
     if not chosen:
         raise NeutralizeError(f"select: expected at least one layer, got none from {layers!r}; {_suggest(named, '')}")
-    ordered = [layer for name in named for layer in (name, *names_of(name, named[name])) if layer in chosen]
+    parts: dict[str, list[str]] = {}
+    for layer in sorted(chosen):
+        if layer not in named and part_of(layer) is not None:
+            parts.setdefault(_module(layer, named), []).append(layer)
+
+    def parts_at(name: str) -> list[str]:
+        return [*names_of(name, named[name]), *parts.get(name, [])]
+
+    ordered = [layer for name in named for layer in (name, *parts_at(name)) if layer in chosen]
     for outer in ordered:
         for part in named[outer].modules() if outer in named else ():
-            within = [first_name[id(part)], *names_of(first_name[id(part)], part)]
+            within = [first_name[id(part)], *parts_at(first_name[id(part)])]
             for inner in (layer for layer in within if layer != outer and layer in chosen):
                 raise NeutralizeError(
                     f"select: expected layers that do not contain each other, got {outer!r} and its part {inner!r}; "
                     "select one of them (* also matches dots: write 'layers[:]' for the layers of a list alone)"
                 )
-    return {layer: named[module_name(layer, named)] for layer in ordered}
+    return {layer: named[_module(layer, named)] for layer in ordered}
+
+
+def _module(layer: str, named: dict[str, nn.Module]) -> str:
+    """The name of the module that a layer is, or that holds it."""
+    part = None if layer in named else part_of(layer)
+    return module_name(layer, named) if part is None else owner_of(part, named)
 
 
 def _first(named: dict[str, nn.Module], first_name: dict[int, str], layer: str) -> str:
-    """The first of a layer's names; of one stacked layer that of its module, with the index."""
-    module = module_name(layer, named)
+    """The first of a layer's names; of what is no module that of its module, with the rest."""
+    module = _module(layer, named)
     return first_name[id(named[module])] + layer[len(module) :]
 
 
@@ -159,6 +175,10 @@ def _resolve_text(named: dict[str, nn.Module], text: str) -> list[str]:
             break  # a stacked layer has no parts with names
         return [name for child in children for name in (_resolve_text(named, child + rest) if rest else [child])]
     names = _names(named, text)
+    part = None if names else part_of(text)
+    if part is not None:
+        owners = _resolve_text(named, part.owner) if part.owner else [""]
+        return [f"{owner}.{part.kind}[{part.text}]".lstrip(".") for owner in owners]
     if not names:
         raise NeutralizeError(
             f"select: expected the name of a layer, got {text!r}, which is unknown; {_suggest(named, text)}"

@@ -17,9 +17,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from neutralize.absence import without_parts
 from neutralize.activations import FUNCTION_NAMES, GRID, identify
 from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tensors_in
 from neutralize.errors import NeutralizeError
+from neutralize.parts import Part, owner_of, part_of
 from neutralize.plan import LayerPlan, Plan
 from neutralize.select import Layers, select, unwrap
 from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
@@ -231,7 +233,16 @@ def excised(model: nn.Module, layers: Layers, *, partial: bool = False) -> Itera
         NeutralizeError: nothing is selected; or, during a forward pass, a layer's output does not have its input's
             shape.
     """
-    with _cut_out(dict(select(unwrap(model), layers)), partial=partial):
+    model = unwrap(model)
+    selected = select(model, layers)
+    named = dict(model.named_modules(remove_duplicate=False))
+    parts = [layer for layer in selected if layer not in named and part_of(layer) is not None]
+    if parts:
+        raise NeutralizeError(
+            f"excised: expected modules, got {parts[0]!r}, which hands nothing on by itself; "
+            "verify a plan for it instead"
+        )
+    with _cut_out(selected, partial=partial):
         yield
 
 
@@ -252,6 +263,11 @@ def _cut_out(layers: Mapping[str, nn.Module], gain: float = 1.0, *, partial: boo
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _part(entry: LayerPlan, modules: Mapping[str, nn.Module]) -> Part | None:
+    """The part of a module that an entry stands for; ``None``: it is a module."""
+    return None if entry.layer in modules else part_of(entry.layer)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -358,12 +374,14 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
             raise NeutralizeError("verify: expected inputs for the model, got none; pass its arguments after the plan")
         inputs, kwargs = placed_inputs(model, brought)
     modules = with_stacked(dict(model.named_modules(remove_duplicate=False)))
+    owners = {entry.layer: owner_of(part, modules) for entry in plan.layers if (part := _part(entry, modules))}
+    modules.update({layer: modules[owner] for layer, owner in owners.items() if owner in modules})
     missing = [name for entry in plan.layers for name in (entry.layer, *entry.consumers) if name not in modules]
     if missing:
         raise NeutralizeError(
             f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it"
         )
-    with _reference(modules, plan), untouched(model):
+    with _reference(modules, plan), without_parts(model, plan), untouched(model):
         wanted, wanted_probe = _run(model, modules, plan, (inputs, kwargs), watch=False)
     with plan.applied(model), untouched(model):
         got, probe = _run(model, modules, plan, (inputs, kwargs), watch=True)
@@ -374,7 +392,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         per_layer[entry.layer], within[entry.layer] = measured or (math.nan, True)
         if measured is None:
             unmeasured.add(entry.layer)
-    renormed = {entry.layer for entry in plan.layers if entry.sides in ("around", "within")}
+    renormed = {entry.layer for entry in plan.layers if entry.sides in ("around", "within") or entry.layer in owners}
     bounds = {entry.layer: entry.certificate.bound for entry in plan.layers if entry.certificate.bound is not None}
     whole = plan.certificate
     output_error = _absolute_error(got, wanted)
@@ -397,7 +415,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         | {
             name: _ratio(probe.gradients[name] * _encoding(name, plan), wanted_probe.gradients[name])
             for name in probe.gradients
-            if name not in renormed  # there it is the gradient of a multiple of the normalised values
+            if name not in renormed  # there it is the gradient of something else
         },
         exact=len(got) == len(wanted) and all(_equal(one, other) for one, other in zip(got, wanted, strict=True)),
         bound_holds=is_within
@@ -531,7 +549,7 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
                 stack.enter_context(_set_to_values(modules, entry))
                 continue
             factor = {"null": 0.0, "fill": 0.0}.get(entry.target, entry.gain)
-            if place_of(entry.layer, modules[entry.layer]) is not None:
+            if place_of(entry.layer, modules[entry.layer]) is not None or _part(entry, {}) is not None:
                 continue
             if entry.consumers and entry.sides in ("out", "both"):
                 for name in entry.consumers:
@@ -607,6 +625,12 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
 
     ``None`` where the value cannot be seen: no number is better than a wrong one.
     """
+    part = _part(entry, {})
+    if part is not None:
+        place = entry.consumers[0] if entry.consumers else entry.layer
+        if place not in got.leaving or place not in wanted.leaving:  # a module that is called through its weights only
+            return None
+        return _largest(got.leaving[place], wanted.leaving[place], wanted.leaving[place]), True
     if entry.target == "null" and entry.sides != "out":
         leaving = got.leaving[entry.layer]
         return float(leaving.double().abs().max()) if leaving.numel() else 0.0, True

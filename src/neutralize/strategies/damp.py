@@ -11,6 +11,7 @@ from neutralize.plan import Certificate, Edit, LayerPlan
 from neutralize.planner import Draft, Request, describe_refusals
 from neutralize.search import Assignment, Preference, joint, scaling
 from neutralize.sites import AffineSite, Norm, affine_site
+from neutralize.strategies.part import draft_part
 from neutralize.strategies.sides import SIDES, check_own, check_sides, outgoing_consumers, sites_of
 
 _HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
@@ -46,6 +47,8 @@ class Damp:
 
     def draft(self, request: Request, layer: str) -> Draft:
         """Draft the damping of one layer."""
+        if request.fraction(layer) is not None:
+            return draft_part(request, layer, self.factor)
         request.require_module(layer, self.name)
         if any(affine_site(request.flow, call) is None for call in request.calls(layer)):
             return self._block(request, layer)

@@ -36,6 +36,7 @@ from neutralize.strategies.consumers import (
     zeros_beside,
 )
 from neutralize.strategies.pairs import draft_pair
+from neutralize.strategies.part import draft_part
 from neutralize.strategies.postnorm import draft_postnorm
 from neutralize.strategies.recurrent import draft_recurrent, is_recurrent
 
@@ -94,6 +95,8 @@ class Passthrough:
 
     def draft(self, request: Request, layer: str) -> Draft:
         """Draft the pass-through of one layer."""
+        if request.fraction(layer) is not None:
+            return draft_part(request, layer, 0.0)
         calls = request.calls(layer)
         sites = [affine_site(request.flow, call) for call in calls]
         if is_recurrent(request.layers[layer]):

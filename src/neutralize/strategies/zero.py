@@ -12,6 +12,7 @@ from neutralize.plan import Certificate, Edit, LayerPlan
 from neutralize.planner import Draft, Request, describe_refusals
 from neutralize.search import IDENTITY, Assignment, Preference, joint, union
 from neutralize.sites import affine_site
+from neutralize.strategies.part import draft_part
 from neutralize.strategies.passthrough import block_certificate, identity_assignment
 from neutralize.strategies.recurrent import draft_recurrent_null, is_recurrent
 from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers
@@ -39,6 +40,8 @@ class Zero:
 
     def draft(self, request: Request, layer: str) -> Draft:
         """Draft the null of one layer."""
+        if request.fraction(layer) is not None:
+            return draft_part(request, layer, 0.0)
         if is_recurrent(request.layers[layer]) and self.sides != "out":
             return draft_recurrent_null(request, layer, self.sides)
         if request.is_leaf(layer):
