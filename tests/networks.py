@@ -179,6 +179,49 @@ class Experts(nn.Module):
         return x + (chosen * weight.unsqueeze(-1)).sum(2) + self.shared(y)
 
 
+class ExpertList(nn.Module):
+    """x + Σ over the chosen experts of a ModuleList, each on its own tokens: how many these are, the data say."""
+
+    def __init__(self, d: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d)
+        self.router = nn.Linear(d, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(x).flatten(0, -2)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        mixed = torch.zeros_like(tokens)
+        for place, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == place)
+            mixed.index_add_(0, token, expert(tokens[token]) * weights[token, slot, None])
+        return x + mixed.view_as(x)
+
+
+class Halves(nn.Module):
+    """Two streams, each with a branch that reads the other: reversible networks."""
+
+    def __init__(self, d: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(d // 2, d // 2), nn.Linear(d // 2, d // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = x.chunk(2, -1)
+        one = one + torch.relu(self.first(other))
+        return torch.cat([one, other + torch.relu(self.second(one))], -1)
+
+
+class RecurrentBranch(nn.Module):
+    """x + GRU(LN(x))."""
+
+    def __init__(self, d: int = 8) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(d), nn.GRU(d, d, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mixer(self.norm(x))[0]
+
+
 class DataDependent(nn.Module):
     """A model whose control flow depends on its data: it cannot be exported."""
 

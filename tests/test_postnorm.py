@@ -86,6 +86,21 @@ class Block(nn.Module):
         return self.norm(x + torch.tanh(self.branch(x)))
 
 
+class Deep(Block):
+    """DeepNorm: the stream is multiplied before each norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x * 3.7 + torch.tanh(self.branch(x)))
+
+
+class Joined(Block):
+    """Normalised together, but not by the same factor: no gain of one norm undoes that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = (x + torch.tanh(self.branch(x))).chunk(2, -1)
+        return self.norm(torch.cat([one, 2.0 * other], -1))
+
+
 class Stack(nn.Module):
     def __init__(self, norms: tuple[type[nn.Module], ...], skips_first: bool = False) -> None:
         super().__init__()
@@ -221,6 +236,24 @@ def test_rms_norms(norms: tuple[type[nn.Module], ...]) -> None:
         with plan.applied(model):
             got = model(x)
     assert (got - wanted).norm() / wanted.norm() <= 2e-6
+
+
+def test_deep_norm() -> None:
+    model = perturbed(nn.Sequential(nn.LayerNorm(16), Deep(nn.LayerNorm), Deep(nn.LayerNorm), nn.Linear(16, 3)))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+    for names in (["1"], ["2"], ["1", "2"]):
+        plan = nz.plan(model, names, example_inputs=x)
+        with torch.no_grad():
+            wanted = nn.Sequential(*(part for place, part in enumerate(model) if str(place) not in names))(x)
+            with plan.applied(model):
+                assert (model(x) - wanted).norm() / wanted.norm() <= 2e-6
+        assert nz.verify(model, plan, x).bound_holds
+
+
+def test_a_stream_of_two_multiples_is_refused() -> None:
+    model = perturbed(nn.Sequential(nn.LayerNorm(16), Joined(nn.LayerNorm)))
+    with pytest.raises(NeutralizeError, match="got '1'"):
+        nz.plan(model, "1", example_inputs=torch.randn(5, 16))
 
 
 def test_a_layer_norm_of_an_rms_norm_is_something_else() -> None:

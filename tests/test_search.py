@@ -7,12 +7,15 @@ import torch
 from networks import (
     Bottleneck,
     DataDependent,
+    ExpertList,
     Experts,
     Flipped,
     GatedBlock,
+    Halves,
     KeywordNet,
     LayerScale,
     PreNorm,
+    RecurrentBranch,
     Shifted,
     perturbed,
 )
@@ -57,6 +60,9 @@ BLOCKS = {
     "shifted windows": (lambda: nn.Sequential(Shifted(), nn.Linear(8, 2)), grid, "0"),
     "keywords": (KeywordNet, features, "blocks[0:2]"),
     "experts": (lambda: nn.Sequential(Experts(), nn.Linear(8, 2)), features, "0"),
+    "a list of experts": (lambda: nn.Sequential(ExpertList(), nn.Linear(8, 2)), features, "0"),
+    "two streams": (lambda: nn.Sequential(Halves(), nn.Linear(8, 2)), features, "0"),
+    "a recurrent branch": (lambda: nn.Sequential(RecurrentBranch(), nn.Linear(8, 2)), features, "0"),
     "torch transformer": (lambda: transformer(norm_first=True), features, "layers[1:]"),
     "data dependent": (DataDependent, features, "block"),
 }

@@ -233,6 +233,8 @@ class Interpretation:
                 parts.append(value.indices)
             else:
                 return None
+        if self._normalised is not None and len(parts) > 1:
+            return None  # of multiples of normalised values each might be another
         return Rearranged(node.target(parts, *node.args[1:], **node.kwargs))  # type: ignore[operator]
 
 

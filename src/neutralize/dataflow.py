@@ -111,9 +111,12 @@ def is_mark(node: fx.Node) -> bool:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of the node's tensor, or ``None`` if it is no tensor."""
+    """Shape of the node's tensor, or ``None`` if it is no tensor, or if its sizes depend on the data."""
     value = node.meta.get("val")
-    return tuple(int(size) for size in value.shape) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes = [size if isinstance(size, int) else size.node.maybe_as_int() for size in value.shape]
+    return None if None in sizes else tuple(sizes)
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:

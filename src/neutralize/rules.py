@@ -126,6 +126,7 @@ _SCATTER = {
     "aten::masked_scatter": ("self", "source"),
     "aten::copy": ("self", "src"),
 }
+_RECURRENT = frozenset(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"))
 _ZERO_SOURCES = frozenset(("aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::zero"))
 _NON_NEGATIVE = frozenset(
     f"aten::{name}"
@@ -165,6 +166,11 @@ def zero_clauses(node: fx.Node) -> list[list[fx.Node]]:
         if op in _NORMS_OWN_STATISTICS:  # zero in, bias out
             return [*homogeneous, tensors(node.args[0], argument(node, "bias"))]
         return homogeneous
+    if op in _RECURRENT:  # without weights, biases and states even half-open gates pass zeros on
+        states, parameters = node.args[1], node.args[2]
+        if isinstance(parameters, list | tuple):
+            return [tensors(*(states if isinstance(states, list | tuple) else [states]), *parameters)]
+        return []
     if op in _ZERO_SOURCES:
         return [[]]
     if op in ("aten::full", "aten::full_like", "aten::new_full"):
@@ -321,13 +327,28 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
     return []
 
 
+def multiple_of(node: fx.Node) -> float | None:
+    """The positive number that a node multiplies (or divides) one tensor by, else ``None``."""
+    if op_name(node) not in ("aten::mul", *_DIV) or len(node.args) != 2 or node.kwargs:
+        return None
+    one, other = node.args
+    if isinstance(other, fx.Node) and op_name(node) == "aten::mul":
+        one, other = other, one
+    if not (isinstance(one, fx.Node) and is_number(other)) or other <= 0:  # type: ignore[operator]
+        return None
+    return float(other) if op_name(node) == "aten::mul" else 1.0 / float(other)  # type: ignore[arg-type]
+
+
 def renorm_clauses(node: fx.Node, before: fx.Node) -> list[Carry]:
     """Conditions under which a norm hands on what another norm, ``before``, has normalised already.
 
-    A layer norm of a value of mean 0 and variance 1 is that value, an RMS norm of one of mean square 1 too, up to ε.
+    A layer norm of a value of mean 0 and variance 1 is that value, an RMS norm of one of mean square 1 too, up to ε. A
+    positive multiple of it will do as well, as in DeepNorm.
 
     Source: MATH §5.
     """
+    if multiple_of(node) is not None:
+        return [Carry(tensors(*node.args[:2])[0])]
     data, over = argument(node, "input"), argument(node, "normalized_shape")
     kinds = (op_name(before), op_name(node))
     if kinds not in (("aten::layer_norm",) * 2, ("aten::layer_norm", "aten::rms_norm"), ("aten::rms_norm",) * 2):

@@ -23,7 +23,17 @@ from torch import fx
 
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, is_empty, is_mark, op_name, shape_of
-from neutralize.rules import CAST, REARRANGE, carry_clauses, is_number, renorm_clauses, scaled_clauses, zero_clauses
+from neutralize.rules import (
+    CAST,
+    JOIN,
+    REARRANGE,
+    carry_clauses,
+    is_number,
+    renorm_clauses,
+    scaled_clauses,
+    tensors,
+    zero_clauses,
+)
 
 IDENTITY: Literal["identity"] = "identity"
 Assignment: TypeAlias = "dict[str, float | str]"
@@ -74,6 +84,9 @@ class Search:
                 if clause.identity is not None:
                     found = self._all([self._identity(clause.identity)], before=found)
                 answers.append(found)
+            if op_name(node) in JOIN and isinstance(node.args[0], list | tuple):  # every part, or zeros
+                parts = [self.same(part) or self.zero(part) for part in tensors(*node.args[0])]
+                answers = [self._all(parts, before=[{}])] if any(answers) else []
             self._same[node] = self._any(answers)
 
     def _inside(self) -> Iterable[fx.Node]:

@@ -25,7 +25,7 @@ from neutralize.dataflow import Call, dtype_of, shape_of
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Certificate, Copy, Edit, LayerPlan, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request
-from neutralize.rules import is_transparent
+from neutralize.rules import is_transparent, multiple_of
 from neutralize.search import Assignment, Preference, Search
 from neutralize.sites import Norm, describe, norm_of
 
@@ -42,12 +42,14 @@ class _PostNorm:
         call: its one call.
         before: the norm that makes its input.
         inside: the norms on its stream, in order; the last makes its output.
+        factors: what the stream is multiplied by on the way to each of them.
         assignment: what nulls its branches.
     """
 
     call: Call
     before: Norm
     inside: tuple[Norm, ...]
+    factors: tuple[float, ...]
     assignment: Assignment
 
 
@@ -71,7 +73,8 @@ def draft_postnorm(request: Request, layer: str, edit: Preference) -> Draft | No
         chain.insert(0, previous)
     following = _neighbour(request, edit, lambda other: other.before.node is block.inside[-1].node)
     norms = [chain[0].before, *(norm for each in chain for norm in each.inside)]
-    gains, factor, nonlinearity = _multiples(request, norms)
+    factors = [1.0, *(factor for each in chain for factor in each.factors)]
+    gains, factor, nonlinearity = _multiples(request, norms, factors)
 
     edits: list[Edit] = []
     if following is None:
@@ -129,15 +132,23 @@ def _find(request: Request, layer: str, edit: Preference) -> _PostNorm | str | N
         proof = Interpretation(flow, call, assignment, request.cut, before.node)
         if not proof.is_identity:
             continue
-        inside = [norm for node in proof.stream if (norm := norm_of(node, flow)) is not None]
-        if not inside or inside[-1].node is not last.node:
+        inside: list[Norm] = []
+        factors = [1.0]
+        for node in proof.stream:
+            norm = norm_of(node, flow)
+            if norm is None:
+                factors[-1] *= multiple_of(node) or 1.0
+            else:
+                inside.append(norm)
+                factors.append(1.0)
+        if not inside or inside[-1].node is not last.node or factors.pop() != 1.0:
             continue
         reason = _why_not(request, layer, call, before, inside)
         if reason:
             return reason
         written = {name for norm in inside for name in (norm.weight, norm.bias)}
         nulls = {name: value for name, value in assignment.items() if name not in written}
-        return _PostNorm(call, before, tuple(inside), nulls)
+        return _PostNorm(call, before, tuple(inside), tuple(factors), nulls)
     return None
 
 
@@ -195,7 +206,7 @@ def _why_not(request: Request, layer: str, call: Call, before: Norm, inside: lis
     return ""
 
 
-def _multiples(request: Request, norms: list[Norm]) -> tuple[list[float], float, float]:
+def _multiples(request: Request, norms: list[Norm], factors: list[float]) -> tuple[list[float], float, float]:
     """Gains of all norms but the last, the factor of the last one's, and the error that ε and variance leave.
 
     Norm ``i`` is to hand on ``k`` times the normalised values, with ``k² <= 2^-(p+1) ε`` of the next norm, ``p`` the
@@ -207,6 +218,7 @@ def _multiples(request: Request, norms: list[Norm]) -> tuple[list[float], float,
     gains: list[float] = []
     multiple, error = 1.0, 0.0
     for place, norm in enumerate(norms):
+        multiple *= factors[place]
         is_linear = place > 0 and dtype != torch.float16 and norm.eps > 0.0
         passed = multiple / math.sqrt(norm.eps) if is_linear else 1.0  # per unit of gain
         if is_linear:
@@ -216,6 +228,7 @@ def _multiples(request: Request, norms: list[Norm]) -> tuple[list[float], float,
         ahead = norms[place + 1].eps
         wanted = 1.0
         if dtype != torch.float16 and ahead > 0.0:
+            ahead /= factors[place + 1] ** 2
             wanted = 2.0 ** math.floor(math.log2(math.sqrt(ahead)) - (bits + 1) / 2)
         stored = torch.tensor(wanted / passed, dtype=torch.float64).to(dtype)
         gains.append(float(stored.double()))
