@@ -211,6 +211,27 @@ class Halves(nn.Module):
         return torch.cat([one, other + torch.relu(self.second(one))], -1)
 
 
+class Cropping(nn.Module):
+    """A skip that crops, strides or pads: what is left of the input when the branch is null is no whole of it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        channels, options = {"crop": (8, {}), "pad": (12, {"padding": 1}), "stride": (12, {"padding": 1, "stride": 2})}[
+            kind
+        ]
+        self.branch = nn.Conv2d(8, channels, 3, **options)
+
+    def skip(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "crop":
+            return x[:, :, 1:-1, 1:-1]
+        x = x[:, :, ::2, ::2] if self.kind == "stride" else x
+        return nn.functional.pad(x, (0, 0, 0, 0, 1, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.skip(x) + torch.relu(self.branch(x))
+
+
 class RecurrentBranch(nn.Module):
     """x + GRU(LN(x))."""
 

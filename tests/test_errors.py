@@ -83,7 +83,7 @@ OPTIONS = {
     "the option of another": (
         "damp",
         {"factor": 1, "gain": 2},
-        "plan: expected factor for strategy 'damp', got gain; leave out",
+        "plan: expected factor, sides for strategy 'damp', got gain; leave out",
     ),
     "several unknown options": (
         "auto",

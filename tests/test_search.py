@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks import (
     Bottleneck,
+    Cropping,
     DataDependent,
     ExpertList,
     Experts,
@@ -192,6 +193,32 @@ def test_a_block_that_changes_the_shape_is_refused_with_both_shapes():
     model = perturbed(nn.Sequential(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6)), nn.Linear(6, 2)))
     with pytest.raises(nz.NeutralizeError, match=r"turns shape \[2, 5, 8\] into \[2, 5, 6\]"):
         nz.plan(model, "0", example_inputs=features())
+
+
+@pytest.mark.parametrize("kind", ["crop", "pad", "stride"])
+@pytest.mark.parametrize("strategy", ["auto", "zero"])
+def test_a_skip_that_crops_or_pads_is_what_the_block_hands_on(kind, strategy):
+    model, x = perturbed(nn.Sequential(Cropping(kind), nn.Flatten(2))), picture().repeat(1, 3, 1, 1)[:, :8]
+    plan = nz.plan(model, "0", strategy, example_inputs=x)
+    with torch.no_grad(), plan.applied(model):
+        assert torch.equal(model(x), model[0].skip(x).flatten(2))
+    assert plan.layers[0].target == "partial"
+    assert plan.layers[0].note.startswith("its skip connection crops or pads") or strategy == "zero"
+    measured = nz.verify(model, plan, x)
+    assert measured.exact
+    assert measured.per_layer == {"0": 0.0}
+    assert nz.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_block_that_crops_is_damped():
+    model, x = perturbed(nn.Sequential(Cropping("stride"))), picture().repeat(1, 3, 1, 1)[:, :8]
+    plan = nz.plan(model, "0", "damp", factor=0.25, example_inputs=x)
+    with torch.no_grad():
+        skip = model[0].skip(x)
+        wanted = skip + 0.25 * (model(x) - skip)
+        with plan.applied(model):
+            torch.testing.assert_close(model(x), wanted)
+    assert nz.verify(model, plan, x).relative_error <= 1e-6
 
 
 def test_parameters_that_another_block_reads_are_left_alone():

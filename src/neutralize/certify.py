@@ -108,6 +108,43 @@ class Interpretation:
         return isinstance(start, Rearranged) and torch.equal(output.indices, start.indices)
 
     @property
+    def window(self) -> tuple[int, ...] | None:
+        """How the output crops, strides over or pads the input, or ``None`` if it is no such part of it.
+
+        Returns:
+            For each dimension four numbers: how many zeros come first, the first element, the step, how many elements.
+        """
+        output, start = self.output, self._values[self.call.entry]
+        if not isinstance(output, Rearranged) or not isinstance(start, Rearranged):
+            return None
+        indices, shape = output.indices, start.indices.shape
+        if indices.dim() != len(shape) or dtype_of(self.call.exit) != dtype_of(self.call.entry):
+            return None
+        kept = indices != _FILLED
+        window: list[int] = []
+        expected = torch.zeros_like(indices)
+        inside = torch.ones_like(kept)
+        for dim, coordinate in enumerate(torch.unravel_index(indices.clamp(min=0), shape)):
+            places = [other for other in range(indices.dim()) if other != dim]
+            line = kept.amax(places) if places else kept
+            along = torch.where(kept, coordinate, -1)
+            along = (along.amax(places) if places else along)[line]
+            if not len(along):
+                return None
+            before, step = int(line.nonzero()[0]), int(along[1] - along[0]) if len(along) > 1 else 1
+            if step < 1:
+                return None  # turned around
+            window += [before, int(along[0]), step, len(along)]
+            full = torch.full((len(line),), 0)
+            full[before : before + len(along)] = int(along[0]) + step * torch.arange(len(along))
+            within = torch.zeros(len(line), dtype=torch.bool)
+            within[before : before + len(along)] = True
+            view = [-1 if other == dim else 1 for other in range(indices.dim())]
+            inside = inside & within.view(view)
+            expected = expected * shape[dim] + full.view(view)
+        return tuple(window) if torch.equal(torch.where(inside, expected, _FILLED), indices) else None
+
+    @property
     def stream(self) -> list[fx.Node]:
         """The nodes that carry the block's input to its output, in order, both ends included."""
         path = [self.call.exit]

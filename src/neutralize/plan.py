@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from neutralize.undo import Undo
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
 TARGETS = ("input", "partial", "null", "scaled", "damped", "fill", "mean", "offset")
 _COLUMN_LIMIT = 1 << 62
@@ -385,6 +385,8 @@ class LayerPlan:
         note: one remark for the reader, or ``""``.
         values: for ``mean`` and ``offset``, one number per feature.
         axis: the dimension of the features in what carries them, counted from the end.
+        window: for a block whose skip connection crops, strides over or pads its input, what is left of it: for each
+            dimension how many zeros come first, the first element, the step, and how many elements; else empty.
         parameters: of the activation, where it is one of a family: the negative slope of a LeakyReLU, say.
     """
 
@@ -404,6 +406,7 @@ class LayerPlan:
     note: str = ""
     values: tuple[float, ...] = ()
     axis: int = -1
+    window: tuple[int, ...] = ()
     parameters: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

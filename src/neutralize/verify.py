@@ -541,6 +541,11 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
         for entry in plan.layers:
             if entry.layer in cut:
                 continue
+            if entry.window:
+                factor = entry.gain if entry.target == "damped" else 0.0
+                handle = modules[entry.layer].register_forward_hook(_windowed(entry.window, factor), with_kwargs=True)
+                stack.callback(handle.remove)
+                continue
             if entry.target in _HANDING_ON:
                 partial = entry.target == "partial"
                 stack.enter_context(_cut_out({entry.layer: modules[entry.layer]}, entry.gain, partial=partial))
@@ -592,6 +597,30 @@ def _set_to_values(modules: Mapping[str, nn.Module], entry: LayerPlan) -> Iterat
             handle = modules[ends].register_forward_hook(leave, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+def _windowed(window: tuple[int, ...], factor: float) -> Callable[..., Any]:
+    """A hook that leaves of a block what its skip connection does, and a factor of the rest."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+        if entering is None or leaving is None:
+            return None
+        kept = _through(window, entering, leaving)
+        return replace_first_tensor(output, kept + factor * (leaving - kept) if factor else kept)
+
+    return hook
+
+
+def _through(window: tuple[int, ...], entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+    """The elements of what enters that the window leaves, in zeros of the shape of what leaves."""
+    kept = torch.zeros_like(leaving)
+    target, source = kept, entering
+    for dim, (before, first, step, count) in enumerate(zip(*[iter(window)] * 4, strict=True)):
+        target = target.narrow(dim, before, count)
+        source = source[(slice(None),) * dim + (slice(first, first + step * (count - 1) + 1, step),)]
+    target.copy_(source)
+    return kept
 
 
 def _times_in(factor: float) -> Callable[..., Any]:
@@ -656,7 +685,9 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
     handed_on = seen.value.double() if entry.epsilon is None else _decode(entry, seen.value.double())
     if entry.activation in ("lstm", "gru", "rnn"):
         entering = per_direction(entering, handed_on)
-    if entry.target == "partial":
+    if entry.window:
+        entering = _through(entry.window, entering, handed_on)
+    elif entry.target == "partial":
         entering = _fitted(entering, handed_on)
     if handed_on.numel() != entering.numel():
         return None

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from neutralize.dataflow import shape_of
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan
 from neutralize.planner import Draft, Request, describe_refusals
 from neutralize.search import Assignment, Preference, joint, scaling
 from neutralize.sites import AffineSite, Norm, affine_site
 from neutralize.strategies.part import draft_part
+from neutralize.strategies.passthrough import skip_window
 from neutralize.strategies.sides import SIDES, check_own, check_sides, outgoing_consumers, sites_of
 
 _HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
@@ -108,9 +110,20 @@ class Damp:
                 )
             edits.extend(request.rewrite(name, scale=share, fill=float(value)) for name, value in found.items())
         note = "each branch of the block is scaled by itself" if branches > 1 else ""
+        call = request.calls(layer)[0]
+        window: tuple[int, ...] = ()
+        if branches and shape_of(call.entry) != shape_of(call.exit):
+            cropped = skip_window(request, layer, "outgoing")
+            if cropped is None:
+                raise NeutralizeError(
+                    f"plan: expected a skip connection that hands the input of {layer!r} on, crops or pads it, got "
+                    f"another from {list(shape_of(call.entry) or ())} to {list(shape_of(call.exit) or ())}; select the "
+                    "affine layers inside it"
+                )
+            window = cropped[1]
         entry = LayerPlan(
             layer, "damped" if branches else "scaled", self._certificate(layer, branches, sides), (), gain=self.factor,
-            sides=sides, note=note
+            sides=sides, note=note, window=window,
         )  # fmt: skip
         return Draft(tuple(edits), entry)
 

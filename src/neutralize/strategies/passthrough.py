@@ -126,6 +126,9 @@ class Passthrough:
             pair = draft_pair(request, layer, self.gain, self.input_bound)
             if pair is not None:
                 return pair
+            windowed = skip_window(request, layer, self.edit) if self.gain == 1.0 else None
+            if windowed is not None:
+                return _cropped(request, layer, *windowed)
             raise NeutralizeError(_why_no_identity(request, layer, self.edit))
         if self.gain != 1.0:
             raise NeutralizeError(
@@ -344,6 +347,27 @@ def identity_assignment(request: Request, layer: str, edit: Preference) -> Assig
         if all(Interpretation(request.flow, search.call, assignment, request.cut).is_identity for search in searches):
             return assignment
     return None
+
+
+def skip_window(request: Request, layer: str, edit: Preference) -> tuple[Assignment, tuple[int, ...]] | None:
+    """What nulls the branches of a block whose skip connection crops or pads its input, and what that leaves of it."""
+    searches = request.search(layer, edit)
+    for assignment in joint([(search, search.same(search.call.exit)) for search in searches]):
+        found = {Interpretation(request.flow, search.call, assignment, request.cut).window for search in searches}
+        window = found.pop()
+        if not found and window is not None and IDENTITY not in assignment.values():
+            return assignment, window
+    return None
+
+
+def _cropped(request: Request, layer: str, assignment: Assignment, window: tuple[int, ...]) -> Draft:
+    call = request.calls(layer)[0]
+    before, after = shape_of(call.entry) or (), shape_of(call.exit) or ()
+    reason = "the dataflow's output evaluates to what its skip connection leaves of its input"
+    certificate = block_certificate(request, layer, assignment, "finite activations", reason)
+    note = f"its skip connection crops or pads {list(before)} to {list(after)}: that is what it hands on"
+    entry = LayerPlan(layer, "partial", certificate, (), note=note, window=window)
+    return Draft(request.edits_for(assignment), entry)
 
 
 def block_certificate(

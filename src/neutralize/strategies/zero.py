@@ -13,7 +13,7 @@ from neutralize.planner import Draft, Request, describe_refusals
 from neutralize.search import IDENTITY, Assignment, Preference, joint, union
 from neutralize.sites import affine_site
 from neutralize.strategies.part import draft_part
-from neutralize.strategies.passthrough import block_certificate, identity_assignment
+from neutralize.strategies.passthrough import block_certificate, identity_assignment, skip_window
 from neutralize.strategies.recurrent import draft_recurrent_null, is_recurrent
 from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers
 
@@ -73,11 +73,13 @@ class Zero:
         }  # fmt: skip
         whole: Assignment = {}
         target = "input"
+        window: tuple[int, ...] = ()
         for preference in preferences[self.sides]:
             found = identity_assignment(request, layer, preference)
             if found is None or IDENTITY in found.values():
-                target = "null"
-                found = zero_assignment(request, layer, preference)
+                cropped = skip_window(request, layer, preference)
+                found, window = cropped or (zero_assignment(request, layer, preference), ())
+                target = "partial" if cropped else "null"
             if found is None:
                 raise NeutralizeError(_why_not_zero(request, layer, preference))
             joined = union(whole, found)
@@ -87,9 +89,12 @@ class Zero:
                     "use sides='out'"
                 )
             whole = joined
-        reason = f"the dataflow's output evaluates to {'its input' if target == 'input' else 'zero'}"
+        left = {"input": "its input", "partial": "what its skip connection leaves of its input", "null": "zero"}[target]
+        reason = f"the dataflow's output evaluates to {left}"
         certificate = block_certificate(request, layer, whole, "finite activations", reason)
-        return Draft(request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides))
+        return Draft(
+            request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides, window=window)
+        )
 
 
 def zero_assignment(request: Request, layer: str, preference: Preference) -> Assignment | None:
