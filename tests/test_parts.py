@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from networks import perturbed
 from torch import nn
 
 import neutralize as nz
@@ -15,15 +16,6 @@ from neutralize.parts import part_of
 IDS = {"input_ids": torch.arange(20).reshape(2, 10) * 7 % 90 + 5}
 TINY = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "bos_token_id": 1}
 GROUPED = {**TINY, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 2}
-
-
-def perturbed(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + 1.0 if parameter.eq(1).all() else noise)
-    return model.eval()
 
 
 def llama(attention: str = "sdpa") -> nn.Module:

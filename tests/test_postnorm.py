@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from networks import perturbed
 from torch import nn
 
 import neutralize as nz
@@ -23,16 +24,6 @@ SMALL = {
 }
 ATTENTION = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 IDS = torch.arange(20).reshape(2, 10) * 7 % 90 + 5
-
-
-def perturbed(model: nn.Module) -> nn.Module:
-    """No weight is 0 or 1, so that nothing is right by chance."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + 1.0 if parameter.eq(1).all() else noise)
-    return model.eval()
 
 
 def bert() -> tuple[nn.Module, dict[str, Any]]:

@@ -30,8 +30,30 @@ TARGETS = ("input", "partial", "null", "scaled", "damped", "fill", "mean", "offs
 _COLUMN_LIMIT = 1 << 62
 
 
+class _OfOneParameter:
+    """What edits have in common that write one parameter."""
+
+    parameter: str
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """How many elements are written."""
+        raise NotImplementedError
+
+    @property
+    def written_bytes(self) -> int:
+        """How many bytes are written."""
+        return self.numel * _itemsize(self.dtype)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names that are written."""
+        return (self.parameter,)
+
+
 @dataclass(frozen=True)
-class Rewrite:
+class Rewrite(_OfOneParameter):
     """The affine rewrite ``W <- scale * W + diagonal * D + fill`` of a parameter, or of a block of it.
 
     Attributes:
@@ -82,16 +104,6 @@ class Rewrite:
         """How many elements are written."""
         spans = zip((self.rows, self.columns), self.extent, strict=True)
         return math.prod(extent if given is None else given[1] - given[0] for given, extent in spans)
-
-    @property
-    def written_bytes(self) -> int:
-        """How many bytes are written."""
-        return self.numel * _itemsize(self.dtype)
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The names that are written."""
-        return (self.parameter,)
 
     def block(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the view of ``tensor`` (shape ``self.shape``) that this edit writes."""
@@ -218,7 +230,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Assign:
+class Assign(_OfOneParameter):
     """The assignment of explicit values to a small vector.
 
     Attributes:
@@ -251,23 +263,13 @@ class Assign:
         """How many elements are written."""
         return len(self.values)
 
-    @property
-    def written_bytes(self) -> int:
-        """How many bytes are written."""
-        return self.numel * _itemsize(self.dtype)
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The names that are written."""
-        return (self.parameter,)
-
     def describe(self) -> str:
         """Say in a few characters what is written."""
         return f"{self.parameter} <- {self.numel} values"
 
 
 @dataclass(frozen=True)
-class Copy:
+class Copy(_OfOneParameter):
     """One parameter becomes another, times a factor: ``W <- scale * S``, with ``S`` as it was before the plan.
 
     Attributes:
@@ -292,16 +294,6 @@ class Copy:
     def numel(self) -> int:
         """How many elements are written."""
         return math.prod(self.shape)
-
-    @property
-    def written_bytes(self) -> int:
-        """How many bytes are written."""
-        return self.numel * _itemsize(self.dtype)
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The names that are written."""
-        return (self.parameter,)
 
     def values(self, source: torch.Tensor) -> torch.Tensor:
         """Return what is written, in the written dtype, from the tensor that is read."""
