@@ -1,0 +1,258 @@
+"""Find the repeated blocks of a model, switch a middle one of each stack off, and compare with the network without it.
+
+The network without the block is made here, by a forward hook, and shares no code with the library.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import neutralize as nz
+
+from .build import Built, run, tensors
+
+TOLERANCE = 2e-5  # of post-norm blocks, float32, relative
+ORDER = ("WRONG", "crashed", "blind", "refused", "measured", "folded", "exact")  # of verdicts, the worst first
+
+
+@dataclass
+class Row:
+    """The verdict on one stack of blocks.
+
+    Attributes:
+        stack, block: qualified names; ``kind`` is the class of the block.
+        verdict: one of ``ORDER``; ``blind``: the outputs are the same with and without the block, so nothing is shown.
+        error: end to end against the network without the block, relative; 0: every bit.
+        reason: why it was refused, or how it failed.
+        certificate: kind of the certificate.
+        written, total: bytes written, of how many in the block.
+        effect: how much the block changes the outputs, relative.
+    """
+
+    stack: str
+    block: str
+    kind: str
+    verdict: str
+    error: float | None = None
+    reason: str = ""
+    certificate: str = ""
+    written: int = 0
+    total: int = 0
+    effect: float = 0.0
+
+
+@dataclass
+class _Seen:
+    """What entered and left a block in its calls."""
+
+    entering: list[torch.Tensor]
+    leaving: list[torch.Tensor]
+
+    @property
+    def keeps_shape(self) -> bool:
+        pairs = zip(self.entering, self.leaving, strict=True)
+        return bool(self.entering) and all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
+
+
+def judge(built: Built) -> list[dict[str, Any]]:
+    """One row per stack of like blocks."""
+    return [asdict(_judged(built, stack, block)) for stack, block in stacks(built)]
+
+
+def stacks(built: Built) -> list[tuple[str, str]]:
+    """Stacks of like blocks that hand on a tensor of the shape that they take, with a middle block of each.
+
+    Of nested stacks the outer one, unless it holds stages that change the shape; of stacks that differ in numbers only
+    (the stages of a hierarchical network) the longest.
+    """
+    model = built.model
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and _are_alike(module)
+    }
+    seen = _observe(built, lists)
+    found: dict[str, tuple[str, str, int, bool]] = {}
+    chosen: list[str] = []
+    for name, module in lists.items():
+        if any(name.startswith(f"{outer}.") for outer in chosen):
+            continue
+        calls = {child: seen[f"{name}.{child}"] for child, _ in module.named_children() if f"{name}.{child}" in seen}
+        keeping = [child for child, each in calls.items() if each.keeps_shape]
+        is_outer = any(inner.startswith(f"{name}.") for inner in lists)
+        if not keeping or (is_outer and len(keeping) < len(calls)):
+            continue
+        if len(module) == 1 and len(calls["0"].entering) == 1 and is_outer:
+            continue
+        if all(not calls[child].entering[0].is_floating_point() for child in keeping):
+            continue
+        chosen.append(name)
+        places = sorted(keeping, key=lambda child: abs(list(calls).index(child) - len(calls) // 2))
+        block = f"{name}.{places[0]}"
+        chained = any(
+            torch.equal(calls[one].leaving[0], calls[other].entering[0])
+            for one, other in zip(keeping, keeping[1:], strict=False)
+            if calls[one].leaving[0].shape == calls[other].entering[0].shape
+        )
+        key = f"{re.sub(r'[0-9]+', '#', name)} {type(model.get_submodule(block)).__name__}"
+        if key not in found or len(keeping) > found[key][2]:
+            found[key] = (name, block, len(keeping), chained)
+    rows = list(found.values())
+    if any(row[3] for row in rows):  # lists of heads and the like stand beside the stacks
+        rows = [row for row in rows if row[3]]
+    return [(row[0], row[1]) for row in rows]
+
+
+def _are_alike(module: nn.Module) -> bool:
+    """Whether most children are of one class that has parameters and parts of its own."""
+    children = list(module.children())
+    if not children:
+        return False
+    kinds = [type(child) for child in children]
+    usual = max(set(kinds), key=kinds.count)
+    sample = next(child for child in children if type(child) is usual)
+    has_parts = next(sample.children(), None) is not None
+    return has_parts and next(sample.parameters(), None) is not None and kinds.count(usual) * 2 > len(kinds)
+
+
+def _observe(built: Built, lists: dict[str, nn.Module]) -> dict[str, _Seen]:
+    seen: dict[str, _Seen] = {}
+    handles = []
+    for name, module in lists.items():
+        for child, block in module.named_children():
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, place: str = f"{name}.{child}") -> None:
+                leaving = next(iter(tensors(output)), None)
+                if leaving is None:
+                    return
+                entering = stream(args, kwargs, leaving)
+                if entering is not None:
+                    each = seen.setdefault(place, _Seen([], []))
+                    each.entering.append(entering.detach().clone())
+                    each.leaving.append(leaving.detach().clone())
+
+            handles.append(block.register_forward_hook(hook, with_kwargs=True))
+    try:
+        run(built.model, built.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def stream(args: Any, kwargs: Any, leaving: torch.Tensor) -> torch.Tensor | None:
+    """The input that the first output continues: the first one of its shape and dtype, else the first one."""
+    entering = tensors((args, kwargs))
+    fitting = [each for each in entering if each.shape == leaving.shape and each.dtype == leaving.dtype]
+    return next(iter([*fitting, *entering]), None)
+
+
+@contextmanager
+def without(block: nn.Module) -> Any:
+    """The network without a block: its first output is its input."""
+
+    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        leaving = next(iter(tensors(output)))
+        return _with_first(output, stream(args, kwargs, leaving))[0]
+
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _with_first(tree: Any, tensor: torch.Tensor | None) -> tuple[Any, bool]:
+    if isinstance(tree, torch.Tensor):
+        return tensor, True
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            new, is_done = _with_first(value, tensor)
+            if is_done:
+                tree[key] = new
+                return tree, True
+    if isinstance(tree, list | tuple):
+        for place, value in enumerate(tree):
+            new, is_done = _with_first(value, tensor)
+            if is_done:
+                return type(tree)([*tree[:place], new, *tree[place + 1 :]]), True
+    return tree, False
+
+
+def _judged(built: Built, stack: str, block: str) -> Row:
+    model, inputs = built.model, built.inputs
+    module = model.get_submodule(block)
+    total = sum(each.numel() * each.element_size() for each in module.parameters())
+    row = Row(stack, block, type(module).__name__, "crashed", total=total)
+    before = _bits(model)
+    intact = run(model, inputs)
+    with without(module):
+        wanted = run(model, inputs)
+    row.effect = distance(intact, wanted)
+    try:
+        plan = nz.plan(model, block, example_inputs=inputs)
+        if not _same_bits(before, _bits(model)):
+            row.verdict, row.reason = "WRONG", "planning changed the model"
+            return row
+        undo = plan.apply(model)
+        try:
+            got = run(model, inputs)
+        finally:
+            undo.restore()
+    except nz.NeutralizeError as error:
+        row.verdict, row.reason = "refused", str(error)
+        return row
+    except Exception as error:
+        row.reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-600:]}"
+        return row
+    certificate = plan.certificates[0]
+    row.written, row.certificate, row.error = plan.written_bytes, certificate.kind, distance(got, wanted)
+    row.reason = certificate.reason if certificate.kind == "measured" else ""
+    row.verdict = _verdict(row, got, wanted)
+    if not _same_bits(before, _bits(model)):
+        row.verdict, row.reason = "WRONG", "restore left other bits"
+    return row
+
+
+def _verdict(row: Row, got: list[torch.Tensor], wanted: list[torch.Tensor]) -> str:
+    assert row.error is not None
+    if row.certificate == "exact":
+        if not _equal(got, wanted):
+            return "WRONG"
+        return "exact" if row.effect > 0 else "blind"
+    if row.certificate in ("rounding", "bounded"):
+        return "folded" if row.error <= TOLERANCE else "WRONG"
+    return "measured"
+
+
+def _bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    flat: Callable[[torch.Tensor], torch.Tensor] = lambda each: each.contiguous().reshape(-1).view(torch.uint8)  # noqa: E731
+    return one.keys() == other.keys() and all(torch.equal(flat(one[name]), flat(other[name])) for name in one)
+
+
+def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """``|one - other| / |other|`` over all floating-point outputs, in float64."""
+    if len(one) != len(other):
+        return float("inf")
+    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if b.is_floating_point()]
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    difference = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+    size = sum(float(b.square().sum()) for _, b in pairs) ** 0.5
+    return difference / size if size else difference
