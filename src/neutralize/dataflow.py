@@ -380,6 +380,8 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         program = torch.export.export(wrapped, args, kwargs, strict=False)
     if _reads_stale_values(program.graph):
         program = program.run_decompositions({})
+    if any(_depends_on_data(node) for node in program.graph.nodes):
+        raise ValueError("its shapes depend on data")  # a run on the example inputs knows them
     signature = program.graph_signature
     by_name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {
@@ -401,6 +403,17 @@ def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         with recorder:
             outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
     return _dataflow(wrapped.model, recorder.finish(outputs), recorder.names)
+
+
+def _depends_on_data(node: fx.Node) -> bool:
+    """Whether a value of the node has a size that the export does not know."""
+    values = node.meta.get("val")
+    return any(
+        not isinstance(size, int)
+        for value in (values if isinstance(values, list | tuple) else [values])
+        if isinstance(value, torch.Tensor)
+        for size in value.shape
+    )
 
 
 def copied(value: Any) -> Any:

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _WholeOps(TorchFunctionMode):
-    """Gives recurrent ops to the recorder as the export shows them: the dispatcher shows what they are made of."""
+    """Gives composite ops to the recorder as the export shows them: the dispatcher shows what they are made of."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -138,8 +138,7 @@ class _WholeOps(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        is_torch = getattr(torch, name, None) is func if name in _WHOLE else False
-        if not is_torch:
+        if name not in _WHOLE or not any(getattr(home, name, None) is func for home in (torch, nn.functional)):
             return func(*args, **(kwargs or {}))
         packet = getattr(torch.ops.aten, name)
         if "data" in packet.overloads():  # of a packed sequence: the parameters are the fourth operand, not the third
@@ -149,8 +148,10 @@ class _WholeOps(TorchFunctionMode):
         return self._recorder.whole(op, func, args, kwargs or {})
 
 
+# Those whose function in torch or torch.nn.functional takes what the op of that name takes, in the same order.
 _WHOLE = frozenset(
-    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pad_packed_sequence".split()
+    """lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pad_packed_sequence
+    linear layer_norm rms_norm group_norm""".split()
 )
 
 

@@ -29,7 +29,7 @@ from neutralize.dataflow import argument, is_mark, op_name, shape_of
 REARRANGE = frozenset(
     f"aten::{name}"
     for name in """alias clone contiguous detach expand expand_as flatten flip lift_fresh lift_fresh_copy movedim
-    narrow permute repeat reshape roll select slice squeeze t transpose unflatten unsqueeze view view_as _unsafe_view
+    narrow permute repeat reshape reshape_as roll select slice squeeze t transpose unflatten unsqueeze view view_as _unsafe_view
     _reshape_alias swapaxes swapdims moveaxis tile unfold pixel_shuffle pixel_unshuffle channel_shuffle rot90
     mT numpy_T""".split()
 ) | {"neutralize::mark"}

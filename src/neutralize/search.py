@@ -187,10 +187,14 @@ class Search:
         return found
 
     def _best(self, assignments: Iterable[Assignment]) -> list[Assignment]:
-        distinct = {
-            tuple(sorted(assignment.items(), key=lambda item: item[0])): assignment for assignment in assignments
-        }
-        return sorted(distinct.values(), key=self.cost)[:_KEPT]
+        """The cheapest assignments of which none contains another: those would only crowd out other ways."""
+        best: list[Assignment] = []
+        for assignment in sorted(assignments, key=self.cost):
+            if not any(kept.items() <= assignment.items() for kept in best):
+                best.append(assignment)
+                if len(best) == _KEPT:
+                    break
+        return best
 
     def cost(self, assignment: Assignment) -> tuple[int, int]:
         """Bytes written; then the number of parameters."""

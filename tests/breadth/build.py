@@ -157,8 +157,8 @@ def small_config(default: Any, *, mrope: bool = False) -> Any:
         new = _shrunk(name, value, taken)
         if name == "num_key_value_heads" and value == heads:
             new = HEADS
-        if is_staged and name == "image_size" and isinstance(value, int):
-            new = 2 * IMAGE
+        if is_staged and isinstance(value, int) and name in ("image_size", "patch_size", "window_size"):
+            new = {"image_size": 2 * IMAGE, "patch_size": value, "window_size": 2}[name]
         if isinstance(new, list | tuple):
             new = _shrink_list(name, new, 0 if is_staged else layers)
         if new != value or isinstance(value, list | tuple):
@@ -259,7 +259,7 @@ def _unlisted(config: Any) -> list[Any]:
     ][:3]
 
 
-def build_transformers(kind: str) -> Built:
+def build_transformers(kind: str, noise: float = 0.1) -> Built:
     """A tiny random model of a type, perturbed, with inputs that it runs on.
 
     Raises:
@@ -282,7 +282,7 @@ def build_transformers(kind: str) -> Built:
     for part in parts:
         for model_class in _classes(kind, part):
             try:
-                model = _instance(model_class, part)
+                model = _instance(model_class, part, noise)
             except Exception as error:
                 reasons.append(f"{model_class.__name__}: {type(error).__name__}: {_line(error)}")
                 continue
@@ -293,13 +293,13 @@ def build_transformers(kind: str) -> Built:
     raise NotBuilt(reasons[0] if reasons else "no model class among those tried (text, vision, audio, base)")
 
 
-def _instance(model_class: Any, config: Any) -> nn.Module:
+def _instance(model_class: Any, config: Any, noise: float) -> nn.Module:
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > MOST_PARAMETERS:
         raise NotBuilt(f"{size / 1e6:.0f} M parameters after shrinking")
     torch.manual_seed(0)
-    return perturbed(model_class(config).float())
+    return perturbed(model_class(config).float(), noise)
 
 
 def _accepted(model: nn.Module, config: Any) -> tuple[dict[str, Any] | None, str]:
@@ -377,6 +377,8 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
         for name, parameter in parameters.items()
         if parameter.default is inspect.Parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
+    if not isinstance(main, str):
+        main = main[0]
     if main not in known or main not in parameters:
         main = next((name for name in parameters if name in known), "input_ids")
     starts = [main, *(name for name in ("input_ids", "pixel_values", "input_features", "input_values", "past_values") if name in parameters)]
@@ -405,7 +407,7 @@ def timm_modules() -> list[str]:
     return sorted(timm.list_modules())
 
 
-def build_timm(module: str) -> Built:
+def build_timm(module: str, noise: float = 0.1) -> Built:
     """The smallest model of a timm module, perturbed, with an image that it takes.
 
     Raises:
@@ -418,52 +420,62 @@ def build_timm(module: str) -> Built:
         raise NotBuilt("no models in this module")
     sizes = {}
     with torch.device("meta"):
-        for name in names:
+        for name in names[:40]:
             try:
                 sizes[name] = sum(each.numel() for each in timm.create_model(name, num_classes=10).parameters())
             except Exception:
                 continue
-            if len(sizes) >= 24:
-                break
     reason = "none of its models could be made"
     for name in sorted(sizes, key=lambda each: sizes[each])[:3]:
-        if sizes[name] > MOST_PARAMETERS:
-            reason = f"{name}: {sizes[name] / 1e6:.0f} M parameters"
-            break
-        for size in (64, None):
+        for options in ({"img_size": 64, "depth": LAYERS}, {"depth": LAYERS}, {"img_size": 64}, {}):
             try:
-                options = {"img_size": size} if size and "img_size" in inspect.signature(timm.create_model).parameters else {}
-                torch.manual_seed(0)
-                model, extent = _timm_model(name, size, options)
-                model = perturbed(model)
-                inputs = {"x": torch.randn(2, 3, extent, extent, generator=torch.Generator().manual_seed(1))}
-                outputs = run(model, inputs)
+                return _timm(name, options, noise)
             except Exception as error:
                 reason = f"{name}: {type(error).__name__}: {_line(error)}"
-                continue
-            if all(bool(torch.isfinite(each).all()) for each in outputs):
-                return Built(model, inputs, name)
-            reason = f"{name}: its output is not finite"
     raise NotBuilt(reason)
 
 
-def _timm_model(name: str, size: int | None, options: dict[str, Any]) -> tuple[nn.Module, int]:
+def _timm(name: str, options: dict[str, int], noise: float) -> Built:
     import timm
 
-    if size is not None:
+    with torch.device("meta"):
+        size = sum(each.numel() for each in timm.create_model(name, num_classes=10, **options).parameters())
+    if size > MOST_PARAMETERS:
+        raise NotBuilt(f"{size / 1e6:.0f} M parameters")
+    torch.manual_seed(0)
+    model = perturbed(timm.create_model(name, num_classes=10, **options), noise)
+    extents = [options["img_size"]] if "img_size" in options else [64, int(model.default_cfg["input_size"][-1])]
+    for extent in extents:
+        inputs = {"x": torch.randn(2, 3, extent, extent, generator=torch.Generator().manual_seed(1))}
         try:
-            return timm.create_model(name, num_classes=10, img_size=size), size
-        except TypeError:
-            model = timm.create_model(name, num_classes=10)
-            return model, size
-    model = timm.create_model(name, num_classes=10)
-    return model, int(model.default_cfg["input_size"][-1])
+            outputs = run(model, inputs)
+        except Exception:
+            if extent == extents[-1]:
+                raise
+            continue
+        if all(bool(torch.isfinite(each).all()) for each in outputs):
+            return Built(model, inputs, name)
+    raise NotBuilt("its output is not finite")
 
 
 # ---- both ---------------------------------------------------------------------------------------------------------------
 
 
-def perturbed(model: nn.Module, amount: float = 0.1) -> nn.Module:
+def build(family: str, kind: str, noise: float = 0.1) -> Built:
+    """A model of a type of transformers, or of a module of timm.
+
+    Args:
+        family: ``transformers`` or ``timm``.
+        kind: model type, or module.
+        noise: what the parameters are moved by.
+
+    Raises:
+        NotBuilt: with the reason.
+    """
+    return (build_timm if family == "timm" else build_transformers)(kind, noise)
+
+
+def perturbed(model: nn.Module, amount: float) -> nn.Module:
     """Move every parameter, and every buffer that is saved like one, off its initial value: none is trivially 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     saved = model.state_dict(keep_vars=True)

@@ -20,7 +20,7 @@ import neutralize as nz
 from .build import Built, run, tensors
 
 TOLERANCE = 2e-5  # of post-norm blocks, float32, relative
-ORDER = ("WRONG", "crashed", "blind", "refused", "measured", "folded", "exact")  # of verdicts, the worst first
+ORDER = ("WRONG", "crashed", "refused", "measured", "folded", "exact")  # of verdicts, the worst first
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Row:
 
     Attributes:
         stack, block: qualified names; ``kind`` is the class of the block.
-        verdict: one of ``ORDER``; ``blind``: the outputs are the same with and without the block, so nothing is shown.
+        has_skip: whether the block, its weights zero, hands its input on: found by running it.
+        verdict: one of ``ORDER``.
         error: end to end against the network without the block, relative; 0: every bit.
         reason: why it was refused, or how it failed.
         certificate: kind of the certificate.
@@ -40,6 +41,7 @@ class Row:
     stack: str
     block: str
     kind: str
+    has_skip: bool
     verdict: str
     error: float | None = None
     reason: str = ""
@@ -63,83 +65,114 @@ class _Seen:
 
 
 def judge(built: Built) -> list[dict[str, Any]]:
-    """One row per stack of like blocks."""
-    return [asdict(_judged(built, stack, block)) for stack, block in stacks(built)]
+    """One row per stack of like blocks; what changes no output (a head that the model does not return) is left out."""
+    rows = [_judged(built, *found) for found in stacks(built)]
+    return [asdict(row) for row in rows if row.effect != 0]
 
 
-def stacks(built: Built) -> list[tuple[str, str]]:
-    """Stacks of like blocks that hand on a tensor of the shape that they take, with a middle block of each.
+def stacks(built: Built) -> list[tuple[str, str, bool]]:
+    """Stacks of like blocks that hand on a tensor of the shape that they take: name, a middle block, whether it has a skip.
 
-    Of nested stacks the outer one, unless it holds stages that change the shape; of stacks that differ in numbers only
-    (the stages of a hierarchical network) the longest.
+    Of nested stacks the outermost one whose blocks have a skip connection; if there is none in the whole model, the
+    outermost ones. Of stacks that differ in numbers only (the stages of a hierarchical network) the longest.
     """
     model = built.model
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and _are_alike(module)
+    lists = {name: module for name, module in model.named_modules() if name and _are_alike(module)}
+    seen = _observe(built, [f"{name}.{child}" for name, module in lists.items() for child, _ in module.named_children()])
+    calls = {
+        name: {child: seen[f"{name}.{child}"] for child, _ in module.named_children() if f"{name}.{child}" in seen}
+        for name, module in lists.items()
     }
-    seen = _observe(built, lists)
-    found: dict[str, tuple[str, str, int, bool]] = {}
+    keeping = {
+        name: [child for child, each in calls[name].items() if each.keeps_shape and _has_parts(module.get_submodule(child))]
+        for name, module in lists.items()
+    }
+    blocks = {name: f"{name}.{_middle(keeping[name], list(calls[name]))}" for name in lists if keeping[name]}
+    skips = {name: _has_skip(built, block) for name, block in blocks.items()}
+    found: dict[str, tuple[str, str, bool, int]] = {}
     chosen: list[str] = []
-    for name, module in lists.items():
+    for name, block in blocks.items():
         if any(name.startswith(f"{outer}.") for outer in chosen):
             continue
-        calls = {child: seen[f"{name}.{child}"] for child, _ in module.named_children() if f"{name}.{child}" in seen}
-        keeping = [child for child, each in calls.items() if each.keeps_shape]
-        is_outer = any(inner.startswith(f"{name}.") for inner in lists)
-        if not keeping or (is_outer and len(keeping) < len(calls)):
-            continue
-        if len(module) == 1 and len(calls["0"].entering) == 1 and is_outer:
-            continue
-        if all(not calls[child].entering[0].is_floating_point() for child in keeping):
+        inner = any(skips[other] for other in blocks if other.startswith(f"{name}."))
+        if inner and (not skips[name] or len(keeping[name]) < len(calls[name])):
+            continue  # stages of blocks, one of which keeps its shape
+        is_list = isinstance(lists[name], nn.ModuleList | nn.Sequential)
+        if not is_list and (not skips[name] or len(keeping[name]) < 2):
             continue
         chosen.append(name)
-        places = sorted(keeping, key=lambda child: abs(list(calls).index(child) - len(calls) // 2))
-        block = f"{name}.{places[0]}"
-        chained = any(
-            torch.equal(calls[one].leaving[0], calls[other].entering[0])
-            for one, other in zip(keeping, keeping[1:], strict=False)
-            if calls[one].leaving[0].shape == calls[other].entering[0].shape
-        )
         key = f"{re.sub(r'[0-9]+', '#', name)} {type(model.get_submodule(block)).__name__}"
-        if key not in found or len(keeping) > found[key][2]:
-            found[key] = (name, block, len(keeping), chained)
-    rows = list(found.values())
-    if any(row[3] for row in rows):  # lists of heads and the like stand beside the stacks
-        rows = [row for row in rows if row[3]]
-    return [(row[0], row[1]) for row in rows]
+        if key not in found or len(keeping[name]) > found[key][3]:
+            found[key] = (name, block, skips[name], len(keeping[name]))
+    rows = [row[:3] for row in found.values()]
+    return [row for row in rows if row[2]] or rows
+
+
+def _middle(among: list[str], children: list[str]) -> str:
+    return min(among, key=lambda child: abs(children.index(child) - len(children) // 2))
+
+
+def _has_skip(built: Built, block: str) -> bool:
+    """Whether a block with its weights and biases zero still hands its input on: as it is, or through a norm.
+
+    Gains are left alone; what comes out as a multiple of the input went through a gate, not past the block.
+    """
+    module = built.model.get_submodule(block)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            last = name.rpartition(".")[2]
+            if tensor.is_floating_point() and (tensor.dim() > 1 or "bias" in last or last in ("running_mean", "beta")):
+                kept.append((tensor, tensor.clone()))
+                tensor.zero_()
+        try:
+            seen = _observe(built, [block]).get(block)
+        except Exception:
+            return False
+        finally:
+            for tensor, values in kept:
+                tensor.copy_(values)
+    if seen is None or not seen.keeps_shape:
+        return False
+    entering, leaving = seen.entering[0].double().flatten(), seen.leaving[0].double().flatten()
+    if not bool(torch.isfinite(leaving).all()) or not float(leaving.norm()):
+        return False
+    if float((leaving - entering).norm() / entering.norm()) < 1e-3:
+        return True
+    alike = float(torch.corrcoef(torch.stack([entering, leaving]))[0, 1])
+    return 0.7 < alike < 1 - 1e-6
 
 
 def _are_alike(module: nn.Module) -> bool:
-    """Whether most children are of one class that has parameters and parts of its own."""
+    """Whether most children are of one class, and that has parameters and parts of its own."""
     children = list(module.children())
     if not children:
         return False
     kinds = [type(child) for child in children]
     usual = max(set(kinds), key=kinds.count)
     sample = next(child for child in children if type(child) is usual)
-    has_parts = next(sample.children(), None) is not None
-    return has_parts and next(sample.parameters(), None) is not None and kinds.count(usual) * 2 > len(kinds)
+    return _has_parts(sample) and kinds.count(usual) * 2 > len(kinds)
 
 
-def _observe(built: Built, lists: dict[str, nn.Module]) -> dict[str, _Seen]:
+def _has_parts(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None and next(module.parameters(), None) is not None
+
+
+def _observe(built: Built, places: list[str]) -> dict[str, _Seen]:
+    """What entered and left the modules of these names in one run."""
     seen: dict[str, _Seen] = {}
     handles = []
-    for name, module in lists.items():
-        for child, block in module.named_children():
+    for place in places:
 
-            def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, place: str = f"{name}.{child}") -> None:
-                leaving = next(iter(tensors(output)), None)
-                if leaving is None:
-                    return
-                entering = stream(args, kwargs, leaving)
-                if entering is not None:
-                    each = seen.setdefault(place, _Seen([], []))
-                    each.entering.append(entering.detach().clone())
-                    each.leaving.append(leaving.detach().clone())
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, place: str = place) -> None:
+            leaving = next(iter(tensors(output)), None)
+            entering = None if leaving is None else stream(args, kwargs, leaving)
+            if entering is not None and leaving is not None and leaving.is_floating_point():
+                each = seen.setdefault(place, _Seen([], []))
+                each.entering.append(entering.detach().clone())
+                each.leaving.append(leaving.detach().clone())
 
-            handles.append(block.register_forward_hook(hook, with_kwargs=True))
+        handles.append(built.model.get_submodule(place).register_forward_hook(hook, with_kwargs=True))
     try:
         run(built.model, built.inputs)
     finally:
@@ -187,16 +220,18 @@ def _with_first(tree: Any, tensor: torch.Tensor | None) -> tuple[Any, bool]:
     return tree, False
 
 
-def _judged(built: Built, stack: str, block: str) -> Row:
+def _judged(built: Built, stack: str, block: str, has_skip: bool) -> Row:
     model, inputs = built.model, built.inputs
     module = model.get_submodule(block)
     total = sum(each.numel() * each.element_size() for each in module.parameters())
-    row = Row(stack, block, type(module).__name__, "crashed", total=total)
+    row = Row(stack, block, type(module).__name__, has_skip, "crashed", total=total)
     before = _bits(model)
     intact = run(model, inputs)
     with without(module):
         wanted = run(model, inputs)
     row.effect = distance(intact, wanted)
+    if not row.effect:
+        return row
     try:
         plan = nz.plan(model, block, example_inputs=inputs)
         if not _same_bits(before, _bits(model)):
@@ -225,9 +260,7 @@ def _judged(built: Built, stack: str, block: str) -> Row:
 def _verdict(row: Row, got: list[torch.Tensor], wanted: list[torch.Tensor]) -> str:
     assert row.error is not None
     if row.certificate == "exact":
-        if not _equal(got, wanted):
-            return "WRONG"
-        return "exact" if row.effect > 0 else "blind"
+        return "exact" if _equal(got, wanted) else "WRONG"
     if row.certificate in ("rounding", "bounded"):
         return "folded" if row.error <= TOLERANCE else "WRONG"
     return "measured"

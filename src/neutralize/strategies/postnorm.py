@@ -153,8 +153,13 @@ def _find(request: Request, layer: str, edit: Preference) -> _PostNorm | str | N
 
 
 def _assignments(request: Request, call: Call, norm: fx.Node, edit: Preference) -> list[Assignment]:
-    search = Search(request.flow, call, request.regions, edit, normalised=norm)
-    return search.same(call.exit)
+    """What nulls the branches; from their ends, if the cheapest ways all null a norm that the stream passes."""
+    preferences: list[Preference] = [edit, "outgoing"]
+    for preference in preferences:
+        found = Search(request.flow, call, request.regions, preference, normalised=norm).same(call.exit)
+        if found:
+            return found
+    return []
 
 
 def _norm_that_made(request: Request, node: fx.Node) -> Norm | None:
