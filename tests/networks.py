@@ -103,6 +103,20 @@ class LayerScale(nn.Module):
         return x + self.drop(self.gamma * self.lin(self.norm(x)))
 
 
+class Gated(nn.Module):
+    """α x + β W LN(x), α and β functions of one gate: α² = (1 - β) (1 + β)."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.norm, self.lin, self.gate = nn.LayerNorm(width), nn.Linear(width, width), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        gate = self.gate / 1.5
+        beta = torch.sigmoid(gate)
+        alpha = torch.sqrt(torch.clamp(torch.sigmoid(-gate) * (1.0 + beta), min=1e-3))
+        return alpha * x + beta * self.lin(self.norm(x))
+
+
 class Bottleneck(nn.Module):
     """relu(x + BN(conv(relu(BN(conv(x)))))), in place where it can be, with squeeze-excitation."""
 

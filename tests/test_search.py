@@ -11,6 +11,7 @@ from networks import (
     ExpertList,
     Experts,
     Flipped,
+    Gated,
     GatedBlock,
     Halves,
     KeywordNet,
@@ -57,6 +58,7 @@ BLOCKS = {
     "pre-norm": (lambda: nn.Sequential(PreNorm(), PreNorm(scale=0.5), nn.Linear(8, 4)), features, ["0", "1"]),
     "gated (1+w)": (lambda: nn.Sequential(GatedBlock(), GatedBlock(), nn.Linear(16, 4)), wide, "1"),
     "layer scale": (lambda: nn.Sequential(LayerScale(), nn.Linear(8, 4)), features, "0"),
+    "gate": (lambda: nn.Sequential(Gated(), nn.Linear(8, 2)), features, "0"),
     "bottleneck": (lambda: nn.Sequential(stem(), Bottleneck(), Bottleneck(), nn.Flatten()), picture, ["1", "2"]),
     "shifted windows": (lambda: nn.Sequential(Shifted(), nn.Linear(8, 2)), grid, "0"),
     "keywords": (KeywordNet, features, "blocks[0:2]"),
@@ -148,6 +150,16 @@ def test_layer_scale_is_cheaper_than_a_projection():
     assert nz.plan(model, "0", example_inputs=features()).parameters == ("0.gamma",)
 
 
+def test_a_gate_is_shut_where_its_functions_round_to_one_and_zero():
+    model = nn.Sequential(perturbed(Gated()), nn.Linear(8, 2)).eval()
+    (edit,) = nz.plan(model, "0", example_inputs=features()).edits
+    assert (edit.parameters, edit.fill) == (
+        ("0.gate",),
+        -256.0,
+    )  # sigmoid(-256 / 1.5) is 0 in float32, and of -128 / 1.5 not
+    assert torch.sigmoid(torch.tensor(-128 / 1.5)) > 0
+
+
 def test_batch_norm_at_the_end_of_a_branch_is_nulled_by_gain_and_bias():
     model = perturbed(nn.Sequential(stem(), Bottleneck(), nn.Flatten()))
     assert nz.plan(model, "1", example_inputs=picture()).parameters == ("1.bn2.weight", "1.bn2.bias")
@@ -172,6 +184,40 @@ def test_a_skip_that_is_not_the_identity_is_refused():
         nz.plan(model, "0", example_inputs=features())
 
 
+def test_what_stands_on_the_stream_is_named():
+    class Ends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.gelu(x + self.lin(x))
+
+    model = nn.Sequential(Ends(), nn.Linear(8, 2)).eval()
+    with pytest.raises(
+        nz.NeutralizeError, match=r"of type Ends, on whose residual stream stands gelu in '0', which no param"
+    ):
+        nz.plan(model, "0", example_inputs=features())
+
+
+def test_what_cannot_be_written_is_blamed_only_where_writing_it_would_help():
+    class Looked(nn.Module):
+        """A table of integers, a skip that is turned round: the table is not what is in the way."""
+
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 8, bias=False)
+            self.register_buffer("table", torch.arange(8))
+
+        def forward(self, x):
+            return x.flip(-1) + self.lin(x) * self.table
+
+    model = nn.Sequential(Looked(), nn.Linear(8, 2)).eval()
+    with pytest.raises(nz.NeutralizeError) as refusal:
+        nz.plan(model, "0", example_inputs=features())
+    assert "table" not in str(refusal.value)
+
+
 def test_an_active_dropout_on_the_stream_is_refused():
     class Dropped(PreNorm):
         def forward(self, x):
@@ -179,7 +225,7 @@ def test_an_active_dropout_on_the_stream_is_refused():
 
     model = perturbed(nn.Sequential(Dropped(), nn.Linear(8, 2)))
     nz.plan(model, "0", example_inputs=features())
-    with pytest.raises(nz.NeutralizeError, match="no skip connection"):
+    with pytest.raises(nz.NeutralizeError, match="on whose residual stream stands an active dropout"):
         nz.plan(model.train(), "0", example_inputs=features())
 
 

@@ -20,6 +20,7 @@ from neutralize.rules import (
     CAST,
     DROPOUT,
     JOIN,
+    POINTWISE,
     REARRANGE,
     SPLIT,
     carry_clauses,
@@ -27,6 +28,7 @@ from neutralize.rules import (
     is_number,
     non_negative,
     norm_operands,
+    pointwise_value,
     renorm_clauses,
     zero_clauses,
 )
@@ -195,20 +197,15 @@ class Interpretation:
         return None
 
     def _constant(self, node: fx.Node, op: str) -> Constant | None:
-        """Arithmetic of constants with numbers: what ``1 + w`` is when w is -1."""
-        if op in ("aten::add", "aten::sub", "aten::mul") and len(node.args) == 2 and not node.kwargs:
-            numbers = []
-            for operand in node.args:
-                if is_number(operand):
-                    numbers.append(float(operand))  # type: ignore[arg-type]
-                elif isinstance(operand, fx.Node) and isinstance(value := self.value(operand), Constant):
-                    numbers.append(value.value)
-            if len(numbers) == 2:
-                one, other = numbers
-                return Constant(one + other if op == "aten::add" else one - other if op == "aten::sub" else one * other)
+        """Functions of constants: what ``1 + w`` is when w is -1, and ``sigmoid(w)`` when w is -128."""
+        if op in POINTWISE and node.all_input_nodes:
+            values = [self.value(operand) for operand in node.all_input_nodes]
+            if all(isinstance(value, Constant) for value in values):
+                value = pointwise_value(node, [value.value for value in values])  # type: ignore[union-attr]
+                return None if value is None else Constant(value)
         if (op in REARRANGE or op in CAST) and isinstance(node.args[0], fx.Node):
-            value = self.value(node.args[0])
-            return value if isinstance(value, Constant) else None
+            carried = self.value(node.args[0])
+            return carried if isinstance(carried, Constant) else None
         return None
 
     def _carry(self, node: fx.Node, op: str, carrier: fx.Node, carried: Rearranged | tuple[Any, ...]) -> Value:

@@ -16,12 +16,13 @@ Where a rule is missing nothing is concluded: an op that is not in the table is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from neutralize.dataflow import argument, is_mark, op_name, shape_of
+from neutralize.dataflow import argument, dtype_of, is_mark, op_name, shape_of
 
 # ---- ops by what they do ------------------------------------------------------------------------------------------
 
@@ -29,9 +30,9 @@ from neutralize.dataflow import argument, is_mark, op_name, shape_of
 REARRANGE = frozenset(
     f"aten::{name}"
     for name in """alias clone contiguous detach expand expand_as flatten flip lift_fresh lift_fresh_copy movedim
-    narrow permute repeat reshape reshape_as roll select slice squeeze t transpose unflatten unsqueeze view view_as _unsafe_view
-    _reshape_alias swapaxes swapdims moveaxis tile unfold pixel_shuffle pixel_unshuffle channel_shuffle rot90
-    mT numpy_T""".split()
+    narrow permute repeat reshape reshape_as roll select slice squeeze t transpose unflatten unsqueeze view view_as
+    _unsafe_view _reshape_alias swapaxes swapdims moveaxis tile unfold pixel_shuffle pixel_unshuffle channel_shuffle
+    rot90 mT numpy_T""".split()
 ) | {"neutralize::mark"}
 # Return a tuple of rearranged parts; ``getitem`` picks one.
 SPLIT = frozenset(
@@ -64,6 +65,12 @@ _ZERO_AT_ZERO = frozenset(
     for name in """tanh gelu silu mish elu selu celu sin sinh asinh atan hardswish hardswish_
     sqrt square erf expm1 log1p sign relu6 tan asin atanh hardshrink softshrink rrelu nan_to_num round floor ceil trunc
     """.split()
+)
+# Work element by element: of constants they make a constant.
+POINTWISE = frozenset(
+    f"aten::{name}"
+    for name in """add sub rsub mul div neg reciprocal abs square sqrt rsqrt pow exp expm1 log log1p tanh sigmoid
+    softplus silu gelu relu hardsigmoid hardtanh clamp clamp_min clamp_max minimum maximum sin cos erf""".split()
 )
 _NORMS = {  # op: places of (gain, bias) in its schema
     "aten::layer_norm": ("weight", "bias"),
@@ -156,6 +163,25 @@ def drops(node: fx.Node) -> bool:
     training = argument(node, "train", argument(node, "training", False))
     probability = argument(node, "p", 0.0)
     return bool(training) and probability != 0
+
+
+def pointwise_value(node: fx.Node, operands: Sequence[float | None]) -> float | None:
+    """What an op of ``POINTWISE`` makes of constants, computed by itself in their dtypes; ``None``: unknown.
+
+    Args:
+        node: a call of the op.
+        operands: the value of each of its input nodes.
+    """
+    known = dict(zip(node.all_input_nodes, operands, strict=True))
+    if op_name(node) not in POINTWISE or any(value is None for value in operands):
+        return None
+
+    def stand_in(operand: fx.Node) -> torch.Tensor:
+        return torch.full((1,), known[operand], dtype=dtype_of(operand))  # type: ignore[arg-type]
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), stand_in)
+    value = float(node.target(*args, **kwargs))  # type: ignore[operator]
+    return value if math.isfinite(value) else None
 
 
 def zero_clauses(node: fx.Node) -> list[list[fx.Node]]:

@@ -13,7 +13,7 @@ Source: MATH §4; DESIGN §3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal, TypeAlias
@@ -26,9 +26,11 @@ from neutralize.dataflow import Call, Dataflow, is_empty, is_mark, op_name, shap
 from neutralize.rules import (
     CAST,
     JOIN,
+    POINTWISE,
     REARRANGE,
     carry_clauses,
     is_number,
+    pointwise_value,
     renorm_clauses,
     scaled_clauses,
     tensors,
@@ -39,6 +41,8 @@ IDENTITY: Literal["identity"] = "identity"
 Assignment: TypeAlias = "dict[str, float | str]"
 Preference: TypeAlias = Literal["cheapest", "outgoing", "incoming"]
 
+# What is tried for a parameter behind a function, sigmoid(w) say: a gate is shut for good where it rounds to 0 or 1.
+_LADDER = tuple(sign * float(2**power) for power in range(16) for sign in (1, -1))
 _KEPT = 6  # alternatives kept per node; the cheapest of a union need not be the union of the cheapest
 
 
@@ -53,6 +57,8 @@ class Search:
             ours to write.
         preference: ``cheapest`` (fewest bytes), ``outgoing`` (the last affine parameters), ``incoming`` (the first).
         normalised: the norm whose output enters the block, if norms inside may be taken to hand it on.
+        all_writable: suppose that every parameter may be written: what the refusals are to blame for.
+        refused: parameters that would have been used but may not be written, with the reason.
     """
 
     flow: Dataflow
@@ -60,14 +66,15 @@ class Search:
     regions: list[tuple[int, int]]
     preference: Preference = "cheapest"
     normalised: fx.Node | None = None
-    refused: dict[str, str] = field(default_factory=dict)
-    _zero: dict[fx.Node, list[Assignment]] = field(default_factory=dict)
-    _same: dict[fx.Node, list[Assignment]] = field(default_factory=dict)
+    all_writable: bool = False
+    refused: dict[str, str] = field(default_factory=dict, init=False)
+    _zero: dict[fx.Node, list[Assignment]] = field(default_factory=dict, init=False)
+    _same: dict[fx.Node, list[Assignment]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Answer both questions for every node, operands first."""
         self._same[self.call.entry] = [{}]
-        for node in self._inside():
+        for node in self.inside():
             self._zero[node] = self._any(
                 self._all((self.zero(operand) for operand in clause), before=[{}])
                 for clause in self._ordered(node, zero_clauses(node))
@@ -89,7 +96,8 @@ class Search:
                 answers = [self._all(parts, before=[{}])] if any(answers) else []
             self._same[node] = self._any(answers)
 
-    def _inside(self) -> Iterable[fx.Node]:
+    def inside(self) -> Iterable[fx.Node]:
+        """The nodes of the block in order, without its entry."""
         node = self.call.entry.next
         while node is not self.call.exit.next:
             yield node
@@ -149,7 +157,26 @@ class Search:
                 if op == "aten::mul":
                     return self._constant(one, value / number) if number else []
                 return self._constant(one, value - number if op == "aten::add" else value + number)
+        if op in POINTWISE and (name := self._parameter_behind(node)) is not None and self._writable(name):
+            return [{name: tried} for tried in _LADDER if constant_value(node, {name: tried}, self.flow.names) == value]
         return []
+
+    def _parameter_behind(self, node: fx.Node) -> str | None:
+        """The parameter that a value is computed from element by element, if it is the only one."""
+        found: set[str] = set()
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            name = self.flow.names.get(current)
+            if name is not None:
+                found.add(name)
+            elif is_mark(current) or op_name(current) not in POINTWISE | REARRANGE | CAST:
+                return None
+            else:
+                operands = [operand for operand in current.all_input_nodes if operand not in seen]
+                seen.update(operands)
+                stack.extend(operands)
+        return found.pop() if len(found) == 1 else None
 
     def _identity(self, weight: fx.Node) -> list[Assignment]:
         name = self.flow.names.get(weight)
@@ -159,6 +186,8 @@ class Search:
 
     def _writable(self, name: str) -> bool:
         """Whether the parameter is of a floating-point type and read inside the selected layers only."""
+        if self.all_writable:
+            return True
         if name in self.refused:
             return False
         if self.flow.dtypes[name] not in ops.DTYPES:
@@ -201,6 +230,25 @@ class Search:
         return sum(self.flow.nbytes(name) for name in assignment), len(assignment)
 
 
+def constant_value(node: fx.Node, assignment: Assignment, names: Mapping[fx.Node, str]) -> float | None:
+    """The value that a node has everywhere if it is computed element by element from assigned parameters."""
+    memory: dict[fx.Node, float | None] = {}
+
+    def of(current: fx.Node) -> float | None:
+        if current not in memory:
+            name = names.get(current)
+            if name is not None:
+                assigned = assignment.get(name)
+                memory[current] = assigned if isinstance(assigned, float) else None
+            elif op_name(current) in REARRANGE or op_name(current) in CAST:
+                memory[current] = of(current.all_input_nodes[0])
+            else:
+                memory[current] = pointwise_value(current, [of(operand) for operand in current.all_input_nodes])
+        return memory[current]
+
+    return of(node)
+
+
 def union(one: Assignment, other: Assignment) -> Assignment | None:
     """Both assignments together, or ``None`` if they disagree on a parameter."""
     if any(name in one and one[name] != value for name, value in other.items()):
@@ -237,7 +285,7 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
         return scaled.get(node, [])
 
     branches: list[list[Assignment]] = []
-    for node in search._inside():
+    for node in search.inside():
         offset = _offset_parameter(node)
         if offset is not None and search._is_parametric(offset[0]) and of(offset[0]):
             # c + w: w <- f w + (f - 1) c
@@ -271,7 +319,7 @@ def _offset_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
 def _stream(search: Search) -> set[fx.Node]:
     """The residual stream: nodes that would hold the block's input if what is added to it were zero, whatever it is."""
     stream = {search.call.entry}
-    for node in search._inside():
+    for node in search.inside():
         for clause in carry_clauses(node):
             if clause.carrier in stream and not clause.ones and clause.identity is None:
                 if shape_of(node) is not None and clause.zeros:

@@ -1,4 +1,4 @@
-"""Run the breadth suite: each type in a process of its own, with a time limit; write docs/breadth.json and docs/breadth.md."""
+"""Run the breadth suite: each type in a process of its own, with a time limit; write docs/breadth.json and .md."""
 
 from __future__ import annotations
 
@@ -45,11 +45,15 @@ def examine(family: str, kind: str) -> dict[str, Any]:
 def _work(family: str, kind: str, answers: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # what libraries print while they build
+    sink = os.open(os.devnull, os.O_WRONLY)  # what libraries print while they build
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
     try:
         answers.send(examine(family, kind))
     except Exception:
-        answers.send({"family": family, "type": kind, "verdict": "crashed", "reason": traceback.format_exc()[-600:], "rows": []})
+        answers.send(
+            {"family": family, "type": kind, "verdict": "crashed", "reason": traceback.format_exc()[-600:], "rows": []}
+        )
 
 
 def _everything() -> list[tuple[str, str]]:
@@ -69,7 +73,9 @@ def _warm_up() -> None:
     import neutralize
 
     torch.set_num_threads(1)
-    neutralize.plan(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), "0", example_inputs=torch.ones(1, 2))
+    neutralize.plan(
+        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), "0", example_inputs=torch.ones(1, 2)
+    )
 
 
 def main() -> int:
@@ -86,7 +92,9 @@ def main() -> int:
     todo = []
     for family, kind in _everything():
         name = f"{family}/{kind}"
-        if options.only and not any(fnmatch.fnmatch(name, glob) or fnmatch.fnmatch(kind, glob) for glob in options.only):
+        if options.only and not any(
+            fnmatch.fnmatch(name, glob) or fnmatch.fnmatch(kind, glob) for glob in options.only
+        ):
             continue
         if options.resume and name in results:
             continue
@@ -135,7 +143,10 @@ def _run(todo: list[tuple[str, str]], results: dict[str, Any], options: argparse
             results[f"{family}/{kind}"] = result
             reason = result.get("reason") or next((row["reason"] for row in result["rows"] if row["reason"]), "")
             seconds = time.monotonic() - started
-            print(f"{done:4}/{len(todo)} {seconds:5.1f} s  {family}/{kind:32} {result['verdict']:10} {reason[:110]}", flush=True)
+            print(
+                f"{done:4}/{len(todo)} {seconds:5.1f} s  {family}/{kind:32} {result['verdict']:10} {reason[:110]}",
+                flush=True,
+            )
             table.save(results, options.json)
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of every type, built offline: no weights, no tokenizers, attributes of the configs shrunk by their name."""
+"""Tiny models of every type, built offline: no weights, no tokenizers, configs shrunk attribute by attribute."""
 
 from __future__ import annotations
 
@@ -29,50 +29,49 @@ class Built:
     kind: str
 
 
-# ---- configs: attribute name (a whole match) -> new value, first match wins --------------------------------------------
+# ---- configs: what an attribute is at most, by its name; the first pattern that matches all of the name counts ------
 
-_RULES: list[tuple[str, Any]] = [
-    (r"type_vocab_size|.*_loss.*|.*_cost|initializer.*|.*_prob|.*dropout.*", lambda v: v),
-    (r".*vocab_size(_per_layer_input)?|n_vocab|char_vocab_size|.*vocabulary_size", lambda v: min(v, VOCABULARY)),
-    (r"(.*max_(2d_)?position_embeddings|n_positions|max_.*_positions|n_ctx|max_sequence_length|max_seq_len(gth)?)",
-     lambda v: min(v, POSITIONS)),
-    (r"hidden_size_per_layer_input|.*lora_rank.*|.*(low_rank|lora|rank)_dim|rank", lambda v: min(v, 8)),
-    (r"(moe|expert|shared_expert|moe_shared_expert|shared)_?.*intermediate_size|expert_ffn_hidden_size", lambda v: min(v, 16)),
-    (r".*intermediate_(size|dim)|.*ffn_(dim|hidden_size|size)|d_ff|.*mlp_(dim|hidden_size)|dim_feedforward|n_inner|d_inner|"
-     r"ffn_intermediate_size|feed_?forward_.*|.*ff_dim|d_ffn|.*inter_dim", lambda v: min(v, FFN)),
-    (r"num_kv_shared_layers", lambda v: 0),
-    (r"rotary_dim|rope_dim", lambda v: min(v, WIDTH // HEADS)),
-    (r"qk_head_dim", lambda v: min(v, 16)),
-    (r"index_topk", lambda v: min(v, 8)),
-    (r".*head_dim|d_kv|.*head_size|d_head|qk_nope.*dim|qk_rope.*dim|v_head.*|attention_head_dim|kv_channels|"
-     r"kq?v_size|linear_(key|value)_head_dim|mamba_d_head|d_qk|d_v", lambda v: min(v, 8)),
-    (r".*(num|n)_(key_value|kv)_heads|num_.*key_value_heads|kv_heads|num_kv_heads|linear_num_key_heads|index_n_heads|"
-     r"mamba_n_groups|n_groups|.*num_query_groups|multi_query_group_num", lambda v: min(v, 2)),
-    (r"mamba_n(um)?_heads|mamba_num_heads", lambda v: 8),
-    (r".*(attention_|num_|n_)heads?|n_head(s)?|attention_heads|.*_attention_heads|num_.*_heads|linear_num_value_heads|n_heads|nhead|num_head",
-     lambda v: min(v, HEADS)),
-    (r"(moe_)?(num_(local_|routed_|moe_|total_)?experts|n_routed_experts|moe_num_experts|num_expert|n_experts)", lambda v: min(v, 4) if v else v),
-    (r".*(experts_per_tok(en)?|moe_top_?k|top_k_experts|num_selected_experts|moe_k|expert_top_k|topk_experts|moe_router_topk)", lambda v: min(v, 2)),
-    (r"(bit_)?num_groups", lambda v: min(v, 8)),
-    (r"n_group|topk_group|num_expert_groups?|expert_groups?", lambda v: 1),
-    (r"n?_?(num_)?shared_experts?|first_k_dense_replace|n_shared_experts|num_nextn_predict_layers|moe_layer_start_index|num_dense_layers",
-     lambda v: min(v, 1)),
-    (r"moe_layer_end_index|num_feature_levels|.*_every|.*interval|.*_period|.*_offset|decoder_sparse_step", lambda v: v),
-    (r"num_feat_extract_layers|num_conv_layers|iou_head_depth|num_upsample_layers|.*conv_pos.*|max_window_layers|.*residual_layers",
-     lambda v: v),
-    (r"num_.*hidden_layers|num_(hidden_)?layers|n_layers?|.*_layers|depth|num_(.*_)?blocks|n_blocks|.*_depth|num_hidden_groups",
-     lambda v: min(v, LAYERS)),
-    (r".*(d_state|state_size)|state_dim", lambda v: min(v, 8)),
-    (r"(mamba_)?dt_rank|time_step_rank", lambda v: min(v, 4)),
-    (r"(mamba_|ssm_)?chunk_size|block_size|attention_chunk_size|local_attention_window", lambda v: min(v, 8) if v > 0 else v),
-    (r"sliding_window(_size)?|attention_window|local_window_size|window_attention", lambda v: min(v, 8) if v else v),
-    (r"num_conv_pos_embedding_groups", lambda v: 2),
-    (r"n_embd|d_model|hidden_size|dim|n_embed|.*hidden_(size|dim)|.*embed(ding)?_(dim|size)|.*_dim|.*proj(ection)?_(size|dim)|.*d_model|"
-     r"emb_size|.*_width|width|.*hidden_channels|embed_dim|model_dim|fusion_hidden_size|.*_size_per_head|"
-     r"lru_width|attention_hidden_size|word_embed_proj_dim|pooler_output_size|bottleneck_size|rnn_hidden_size|hidden_act_size|q_hidden_size",
-     lambda v: min(v, WIDTH)),
-]  # fmt: skip
-_COMPILED = [(re.compile(pattern), change) for pattern, change in _RULES]
+_LIMITS: list[tuple[int | None, str]] = [
+    (None, r"type_vocab_size .*_loss.* .*_cost initializer.* .*_prob .*dropout.*"),
+    (VOCABULARY, r".*vocab_size(_per_layer_input)? n_vocab .*vocabulary_size"),
+    (
+        POSITIONS,
+        r".*max_(2d_)?position_embeddings n_positions max_.*_positions n_ctx max_sequence_length max_seq_len(gth)?",
+    ),
+    (8, r"hidden_size_per_layer_input .*lora_rank.* .*(low_rank|lora|rank)_dim rank"),
+    (16, r"(moe|expert|shared).*intermediate_size expert_ffn_hidden_size"),
+    (
+        FFN,
+        r".*intermediate_(size|dim) .*ffn_(dim|hidden_size|size) d_ff .*mlp_(dim|hidden_size) dim_feedforward n_inner",
+    ),
+    (FFN, r"d_inner feed_?forward_.* .*ff_dim d_ffn .*inter_dim"),
+    (0, r"num_kv_shared_layers"),
+    (WIDTH // HEADS, r"rotary_dim rope_dim"),
+    (16, r"qk_head_dim"),
+    (8, r"index_topk .*head_dim d_kv .*head_size d_head qk_nope.*dim qk_rope.*dim v_head.* kv_channels kq?v_size"),
+    (8, r"mamba_d_head d_qk d_v mamba_(n|num)_heads (bit_)?num_groups"),
+    (2, r".*(num|n)_(key_value|kv)_heads num_.*key_value_heads kv_heads linear_num_key_heads index_n_heads"),
+    (2, r"mamba_n_groups n_groups .*num_query_groups multi_query_group_num num_conv_pos_embedding_groups"),
+    (HEADS, r".*(attention_|num_|n_)heads? n_heads? num_.*_heads nhead"),
+    (4, r"(moe_)?num_(local_|routed_|moe_|total_)?experts n_routed_experts moe_num_experts num_expert n_experts"),
+    (2, r".*experts_per_tok(en)? moe_top_?k top_k_experts num_selected_experts moe_k expert_top_k topk_experts"),
+    (1, r"n_group topk_group num_expert_groups? expert_groups? .*shared_experts? first_k_dense_replace"),
+    (1, r"num_nextn_predict_layers moe_layer_start_index num_dense_layers"),
+    (None, r"moe_layer_end_index num_feature_levels .*_every .*interval .*_period .*_offset decoder_sparse_step"),
+    (
+        None,
+        r"num_feat_extract_layers num_conv_layers iou_head_depth num_upsample_layers .*conv_pos.* max_window_layers",
+    ),
+    (None, r".*residual_layers"),
+    (LAYERS, r".*layers n_layer depth num_(.*_)?blocks n_blocks .*_depth num_hidden_groups"),
+    (8, r".*(d_state|state_size) state_dim"),
+    (4, r"(mamba_)?dt_rank time_step_rank"),
+    (8, r"(mamba_|ssm_)?chunk_size block_size attention_chunk_size sliding_window(_size)? attention_window"),
+    (8, r"local_(attention_)?window(_size)? window_attention"),
+    (WIDTH, r"n_embd d_model hidden_size dim n_embed .*hidden_(size|dim) .*embed(ding)?_(dim|size) .*_dim .*d_model"),
+    (WIDTH, r".*proj(ection)?_(size|dim) emb_size .*width .*hidden_channels pooler_output_size bottleneck_size"),
+]
+_COMPILED = [(limit, re.compile("|".join(names.split()))) for limit, names in _LIMITS]
 _IMAGE_SIZES = re.compile(r"(pretrain_|input_)?image_size|img_size|crop_size|spec_size")
 _PATCH_SIZES = re.compile(r"patch_size|(encoder|patch)_stride")
 _TOKENS = re.compile(r".*token_(id|index|ids)|.*_idx|.*_token|bos_index|eos_index|.*pad_index|unk_index|mask_index")
@@ -95,9 +94,9 @@ def _shrunk(name: str, value: Any, taken: dict[int, int]) -> Any:
             return min(value, PATCH)
         return type(value)(min(each, PATCH) for each in value) if len(value) <= 2 else value
     if isinstance(value, int):
-        for pattern, change in _COMPILED:
+        for limit, pattern in _COMPILED:
             if pattern.fullmatch(name):
-                return change(value)
+                return value if limit is None else min(value, limit)
         return value
     return value
 
@@ -109,22 +108,47 @@ def _shrink_list(name: str, value: Any, layers: int) -> Any:
         return kind(value[:LAYERS])
     if "heads" in name and value and all(isinstance(each, int) and each > 0 for each in value):
         return kind(1 << min(3, each.bit_length() - 1) for each in value)
-    if name in ("depths", "depth", "num_blocks", "layer_depths", "stage_depths") and all(isinstance(each, int) for each in value):
+    if name in ("depths", "depth", "num_blocks", "layer_depths", "stage_depths") and all(
+        isinstance(each, int) for each in value
+    ):
         return kind(min(each, 2) for each in value)
-    wide = name in ("hidden_sizes", "embed_dim", "embed_dims", "dims", "encoder_hidden_sizes", "neck_hidden_sizes", "decoder_hidden_sizes")
+    wide = name in (
+        "hidden_sizes",
+        "embed_dim",
+        "embed_dims",
+        "dims",
+        "encoder_hidden_sizes",
+        "neck_hidden_sizes",
+        "decoder_hidden_sizes",
+    )
     if wide and value and all(isinstance(each, int) for each in value) and min(value) > 0:
         return kind(max(16, round(each * 32 / min(value) / 16) * 16) for each in value)
     return value
 
 
-_ABSENT = {"num_experts_per_tok": 2, "n_routed_experts": 4, "vocab_size": VOCABULARY, "num_experts": 4, "prediction_length": 8, "n_shared_experts": 1}
+_ABSENT = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "vocab_size": VOCABULARY,
+    "num_experts": 4,
+    "prediction_length": 8,
+    "n_shared_experts": 1,
+}
 _BACKBONE = {
-    "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [2, 2, 2, 2], "layer_type": "basic",
-    "out_features": ["stage2", "stage3", "stage4"],
+    "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [2, 2, 2, 2],
+    "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
 }  # fmt: skip
 _STAGES = ("depths", "hidden_sizes", "embed_dims", "dims", "num_blocks_per_stage", "encoder_depths")
 _COUNTS = re.compile(r"num_.*(layers|blocks|stages)|n_layers?|depth|hidden_size|embed_dim|num_channels|embedding_size")
-_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "depth", "num_decoder_layers")
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "depth",
+    "num_decoder_layers",
+)
 
 
 def small_config(default: Any, *, mrope: bool = False) -> Any:
@@ -197,7 +221,7 @@ def _agree(default: Any, changed: dict[str, Any], *, mrope: bool) -> None:
         changed.update({"backbone_config": _BACKBONE, "use_timm_backbone": False, "backbone": None})
 
 
-# ---- transformers -------------------------------------------------------------------------------------------------------
+# ---- transformers ---------------------------------------------------------------------------------------------------
 
 
 def transformers_types() -> list[str]:
@@ -275,7 +299,15 @@ def build_transformers(kind: str, noise: float = 0.1) -> Built:
     reasons = []
     parts = list(wholes)
     for whole in wholes:
-        for name in ("text_config", "thinker_config", "vision_config", "audio_config", "encoder", "decoder", "backbone_config"):
+        for name in (
+            "text_config",
+            "thinker_config",
+            "vision_config",
+            "audio_config",
+            "encoder",
+            "decoder",
+            "backbone_config",
+        ):
             part = getattr(whole, name, None)
             if part is not None and hasattr(part, "to_dict"):
                 parts.append(part)
@@ -318,6 +350,16 @@ def _accepted(model: nn.Module, config: Any) -> tuple[dict[str, Any] | None, str
     return None, reason
 
 
+_TOGETHER = (
+    ("decoder_input_ids",),
+    ("attention_mask",),
+    ("bbox",),
+    ("decoder_input_ids", "attention_mask"),
+    ("past_time_features", "past_observed_mask", "future_values", "future_time_features"),
+    ("pixel_values",),
+)
+
+
 def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
     """Candidates: what the signature requires, then more."""
     parameters = inspect.signature(model.forward).parameters
@@ -330,7 +372,10 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
         return torch.randn(shape, generator=generator)
 
     def of(*names: str, default: int) -> int:
-        for holder in (config, *(getattr(config, part, None) for part in ("vision_config", "audio_config", "backbone_config"))):
+        for holder in (
+            config,
+            *(getattr(config, part, None) for part in ("vision_config", "audio_config", "backbone_config")),
+        ):
             for name in names:
                 value = getattr(holder, name, None)
                 if isinstance(value, list | tuple):
@@ -339,10 +384,14 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
                     return value
         return default
 
-    channels, size = of("num_channels", "in_channels", "in_chans", default=3), of("image_size", "img_size", default=IMAGE)
+    channels, size = (
+        of("num_channels", "in_channels", "in_chans", default=3),
+        of("image_size", "img_size", default=IMAGE),
+    )
     bins = of("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", default=80)
     frames = of("num_frames", "max_source_positions", default=8)
     history = of("context_length", default=32) + max(getattr(config, "lags_sequence", None) or [0])
+    ahead = of("prediction_length", default=8)
     series = of("num_input_channels", default=1)
     known: dict[str, list[Any]] = {
         "input_ids": [ids(), ids(64)],
@@ -355,14 +404,17 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
         ],
         "pixel_values_videos": [noise(2, frames, channels, size, size)],
         "input_features": [
-            noise(2, bins, 2 * of("max_source_positions", default=32)), noise(2, 64, bins), noise(2, bins, 64), noise(2, 1, 64, bins),
+            noise(2, bins, 2 * of("max_source_positions", default=32)), noise(2, 64, bins), noise(2, bins, 64),
+            noise(2, 1, 64, bins),
         ],
-        "input_values": [noise(2, 4000), noise(2, 1, 4000), noise(2, of("max_length", default=64), bins), noise(2, 64, bins)],
+        "input_values": [
+            noise(2, 4000), noise(2, 1, 4000), noise(2, of("max_length", default=64), bins), noise(2, 64, bins),
+        ],
         "past_values": [noise(2, history, series), noise(2, history)],
-        "past_time_features": [noise(2, history, max(1, of("num_time_features", default=1)))],
+        "past_time_features": [noise(2, history, of("num_time_features", default=1))],
         "past_observed_mask": [torch.ones(2, history, series), torch.ones(2, history)],
-        "future_values": [noise(2, of("prediction_length", default=8))],
-        "future_time_features": [noise(2, of("prediction_length", default=8), max(1, of("num_time_features", default=1)))],
+        "future_values": [noise(2, ahead)],
+        "future_time_features": [noise(2, ahead, of("num_time_features", default=1))],
         "inputs": [ids(), noise(2, channels, size, size), noise(2, LENGTH, of("d_model", default=WIDTH))],
         "inputs_embeds": [noise(2, LENGTH, of("hidden_size", "d_model", default=WIDTH))],
         "hidden_states": [noise(2, LENGTH, of("hidden_size", "d_model", default=WIDTH))],
@@ -375,20 +427,27 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
     required = [
         name
         for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
     if not isinstance(main, str):
         main = main[0]
     if main not in known or main not in parameters:
         main = next((name for name in parameters if name in known), "input_ids")
-    starts = [main, *(name for name in ("input_ids", "pixel_values", "input_features", "input_values", "past_values") if name in parameters)]
+    starts = [
+        main,
+        *(
+            name
+            for name in ("input_ids", "pixel_values", "input_features", "input_values", "past_values")
+            if name in parameters
+        ),
+    ]
     candidates: list[dict[str, Any]] = []
     for start in dict.fromkeys(starts):
         for choice in known[start]:
             base = {start: choice, **{name: known[name][0] for name in required if name in known and name != start}}
             candidates.append(base)
-            for more in (("decoder_input_ids",), ("attention_mask",), ("bbox",), ("decoder_input_ids", "attention_mask"),
-                         ("past_time_features", "past_observed_mask", "future_values", "future_time_features"), ("pixel_values",)):  # fmt: skip
+            for more in _TOGETHER:
                 extra = {name: known[name][0] for name in more if name in parameters and name not in base}
                 if len(extra) == len(more):
                     candidates.append({**base, **extra})
@@ -397,7 +456,7 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
     return candidates
 
 
-# ---- timm ---------------------------------------------------------------------------------------------------------------
+# ---- timm -----------------------------------------------------------------------------------------------------------
 
 
 def timm_modules() -> list[str]:
@@ -458,7 +517,7 @@ def _timm(name: str, options: dict[str, int], noise: float) -> Built:
     raise NotBuilt("its output is not finite")
 
 
-# ---- both ---------------------------------------------------------------------------------------------------------------
+# ---- both -----------------------------------------------------------------------------------------------------------
 
 
 def build(family: str, kind: str, noise: float = 0.1) -> Built:
@@ -476,7 +535,7 @@ def build(family: str, kind: str, noise: float = 0.1) -> Built:
 
 
 def perturbed(model: nn.Module, amount: float) -> nn.Module:
-    """Move every parameter, and every buffer that is saved like one, off its initial value: none is trivially 0 or 1."""
+    """Move every parameter, and every saved buffer, off its initial value: none is trivially 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     saved = model.state_dict(keep_vars=True)
     with torch.no_grad():

@@ -61,7 +61,9 @@ class _Seen:
     @property
     def keeps_shape(self) -> bool:
         pairs = zip(self.entering, self.leaving, strict=True)
-        return bool(self.entering) and all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
+        return bool(self.entering) and all(
+            one.shape == other.shape and one.dtype == other.dtype for one, other in pairs
+        )
 
 
 def judge(built: Built) -> list[dict[str, Any]]:
@@ -71,20 +73,24 @@ def judge(built: Built) -> list[dict[str, Any]]:
 
 
 def stacks(built: Built) -> list[tuple[str, str, bool]]:
-    """Stacks of like blocks that hand on a tensor of the shape that they take: name, a middle block, whether it has a skip.
+    """Stacks of like blocks that keep the shape of what they take: name, a middle block, whether it has a skip.
 
     Of nested stacks the outermost one whose blocks have a skip connection; if there is none in the whole model, the
     outermost ones. Of stacks that differ in numbers only (the stages of a hierarchical network) the longest.
     """
     model = built.model
     lists = {name: module for name, module in model.named_modules() if name and _are_alike(module)}
-    seen = _observe(built, [f"{name}.{child}" for name, module in lists.items() for child, _ in module.named_children()])
+    seen = _observe(
+        built, [f"{name}.{child}" for name, module in lists.items() for child, _ in module.named_children()]
+    )
     calls = {
         name: {child: seen[f"{name}.{child}"] for child, _ in module.named_children() if f"{name}.{child}" in seen}
         for name, module in lists.items()
     }
     keeping = {
-        name: [child for child, each in calls[name].items() if each.keeps_shape and _has_parts(module.get_submodule(child))]
+        name: [
+            child for child, each in calls[name].items() if each.keeps_shape and _has_parts(module.get_submodule(child))
+        ]
         for name, module in lists.items()
     }
     blocks = {name: f"{name}.{_middle(keeping[name], list(calls[name]))}" for name in lists if keeping[name]}

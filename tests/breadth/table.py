@@ -52,9 +52,10 @@ def _page(results: dict[str, Any], about: dict[str, Any]) -> str:
     lines = [
         "# Breadth",
         "",
-        "Made by `make breadth`; do not edit. A middle block of every repeated stack of every architecture that transformers and timm",
-        "build offline (tiny, random, every parameter perturbed) is switched off with `strategy=\"auto\"` and compared, output by",
-        "output, with the same network with the block cut out by a forward hook; then restored and compared bit by bit.",
+        "Made by `make breadth`; do not edit. A middle block of every repeated stack of every architecture that",
+        "transformers and timm build offline (tiny, random, every parameter perturbed) is switched off by",
+        "`nz.plan(model, block)` and compared, output by output, with the same network with the block cut out by a",
+        "forward hook; then restored, and compared bit by bit.",
         "",
         f"**transformers**: {headline(results, 'transformers/')}.",
         "",
@@ -84,7 +85,13 @@ def _page(results: dict[str, Any], about: dict[str, Any]) -> str:
     for reason, names in sorted(grouped.items(), key=lambda item: -len(item[1])):
         unique = list(dict.fromkeys(names))
         lines.append(f"| {_cell(reason)} | {len(names)} | {', '.join(unique)} |")
-    lines += ["", "## Every type", "", "| type | model | block | verdict | error | certificate | bytes written | of |", "|-|-|-|-|-|-|-|-|"]
+    lines += [
+        "",
+        "## Every type",
+        "",
+        "| type | model | block | verdict | error | certificate | bytes written | of |",
+        "|-|-|-|-|-|-|-|-|",
+    ]
     for name, each in built.items():
         for row in each["rows"]:
             error = "" if row["error"] is None else f"{row['error']:.1e}" if row["error"] else "0"

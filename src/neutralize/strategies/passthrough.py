@@ -18,8 +18,8 @@ from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
 from neutralize.readers import Read, per_dim, reads_of
 from neutralize.regime import Regime, choose
-from neutralize.rules import non_negative
-from neutralize.search import IDENTITY, Assignment, Preference, joint
+from neutralize.rules import carry_clauses, non_negative
+from neutralize.search import IDENTITY, Assignment, Preference, Search, joint
 from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
 from neutralize.spread import SPREAD_MARGIN, Spread
 from neutralize.strategies.consumers import (
@@ -395,10 +395,17 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
             "the block that contains it"
         )
     refused = describe_refusals(searches)
-    if refused:
+    blocked = [search for search in searches if not search.same(search.call.exit)]
+    if refused and blocked and all(replace(search, all_writable=True).same(search.call.exit) for search in blocked):
         return (
             f"{start}some of whose parameters cannot be written: {refused}; select every layer that reads them, or "
             "untie them"
+        )
+    stopped = _what_stops_the_stream(request, searches[0])
+    if stopped:
+        return (
+            f"{start}of type {type(request.layers[layer]).__name__}, on whose residual stream stands {stopped}, which "
+            "no parameters make the identity; use strategy='zero' or 'damp', or select the branch before it"
         )
     if not any(search.same(search.call.exit) for search in searches):
         return (
@@ -409,6 +416,17 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
         f"{start}whose parameters can be nulled, but whose output is not proven to be its input then (a norm or an "
         "activation stands on the residual stream); use strategy='zero' or 'damp'"
     )
+
+
+def _what_stops_the_stream(request: Request, search: Search) -> str:
+    """What reads the last sum that would hold the block's input, in words; empty if there is none, or it is the end."""
+    held = [node for node in search.inside() if search.same(node)]
+    sums = [node for node in held if any(clause.zeros for clause in carry_clauses(node))]
+    if not sums or search.same(search.call.exit):
+        return ""
+    behind = held[held.index(sums[-1]) :]
+    readers = [user for node in behind for user in node.users if not search.same(user) and shape_of(user) is not None]
+    return describe(readers[0], request.flow) if readers else ""
 
 
 def _which_pass(entering: int, leaving: int) -> str:

@@ -114,12 +114,19 @@ def _block(request: Request, layer: str, edit: Preference) -> _PostNorm | str | 
 def _find(request: Request, layer: str, edit: Preference) -> _PostNorm | str | None:
     calls = request.calls(layer)
     flow = request.flow
-    if len(calls) != 1 or shape_of(calls[0].entry) != shape_of(calls[0].exit):
-        return None
     call = calls[0]
+    if shape_of(call.entry) != shape_of(call.exit):
+        return None
     before, last = _norm_that_made(request, call.entry), _norm_that_made(request, call.exit)
     if last is None or flow.position[last.node] <= call.first:
         return None
+    if len(calls) != 1:
+        if not _assignments(request, call, last.node, edit):
+            return None
+        return (
+            f"plan: expected a post-norm block that is called once, got {layer!r}, called {len(calls)} times: the norm "
+            "before each call would have to be folded; use strategy='zero' or 'damp'"
+        )
     if before is None:
         # Would it be one behind a norm? Its own last norm stands in for that norm.
         if not _assignments(request, call, last.node, edit):
