@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from bits import Block, Plain, Stack, refusal, weights
 from networks import Mlp, PreNorm, perturbed
 from torch import nn
@@ -742,3 +743,34 @@ def test_a_tiny_llama_is_swept_exactly():
         assert entry.kl > 0
     labelled = [model(window, labels=window).loss.item() for window in ids.split(20) for window in [window[None]]]
     assert sweep.loss == pytest.approx(sum(labelled) / 2, rel=1e-5)
+
+
+def test_heads_are_worth_something_and_hand_nothing_on():
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": torch.arange(12).reshape(1, 12), "labels": torch.arange(12).reshape(1, 12)}]
+    sweep = nz.influence(model, "model.layers[0].self_attn.heads[0:1]", batches)
+    more = nz.influence(model, ["model.layers[0].self_attn.heads[1]", "model.layers[1].self_attn.kv_heads[0]"], batches)
+    for each in (*sweep, *more):
+        assert each.delta_loss != 0
+        assert each.block_influence is None or each.block_influence != each.block_influence
+
+
+def test_stacked_layers_are_looked_at_one_by_one():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.LSTM(6, 6, num_layers=2, batch_first=True))
+
+    class First(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = model[0], torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    batches = [torch.randn(2, 5, 6)]
+    found = nz.influence(First(), ["rnn[0]", "rnn[1]"], batches, loss=lambda outputs, batch: outputs.square().mean())
+    assert found[0].block_influence != found[1].block_influence

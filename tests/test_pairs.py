@@ -209,3 +209,46 @@ def test_shared_layers_are_refused():
     model = perturbed(nn.Sequential(nn.Sequential(shared, nn.ReLU(), nn.Linear(16, 8)), shared))
     with pytest.raises(nz.NeutralizeError, match=r"weight', which is also read elsewhere"):
         nz.plan(model, "0", example_inputs=unit(4, 8))
+
+
+# ---- registered activations ------------------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(6, 14), nn.Linear(14, 6), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+def test_a_registered_activation_does_in_pairs_where_its_ops_prove_it():
+    def tilted(z):  # its odd part is 1.25 z, its even part is not
+        return 0.75 * z + nn.functional.silu(z) + torch.cos(z)
+
+    nz.register_activation("tilted", tilted)
+    try:
+        model = nn.Sequential(_Block(tilted), nn.Linear(6, 3)).eval()
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+        plan = nz.plan(model, "0", example_inputs=x)
+        assert plan.certificates[0].kind == "measured"
+        with torch.no_grad(), plan.applied(model):
+            for scale in (1.0, 50.0):
+                wanted = model[1](scale * x)
+                assert (model(scale * x) - wanted).norm() / wanted.norm() <= 1e-5
+    finally:
+        nz.forget_activation("tilted")
+
+
+def test_a_registered_activation_whose_ops_prove_nothing_is_refused_in_pairs():
+    def bent(z):
+        return torch.tanh(z) * z + torch.sin(z)
+
+    nz.register_activation("bent", bent)
+    try:
+        model = nn.Sequential(_Block(bent), nn.Linear(6, 3)).eval()
+        with pytest.raises(nz.NeutralizeError, match="got bent, whose ops do not prove that"):
+            nz.plan(model, "0", example_inputs=torch.randn(5, 6))
+    finally:
+        nz.forget_activation("bent")

@@ -450,7 +450,7 @@ def test_verify_prints_its_figures():
     assert headings == ["layer", "measured error", "bound", "gradient gain"]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert rows == [["layers.1", "0", "0", "1"], ["layers.2", "0", "0", "1"]]
-    assert lines[-1] == "end to end: bit for bit; bounds hold"
+    assert lines[-1] == "end to end: bit for bit, largest error 0 (bound 0); bounds hold"
 
 
 def test_verify_wants_inputs_and_the_planned_model():

@@ -28,6 +28,7 @@ from torch.nn import functional
 from neutralize.dataflow import argument, op_name
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.intervals import coefficients
+from neutralize.parity import odd_gain
 
 Function: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -298,6 +299,11 @@ def is_proven(name: str) -> bool:
     return name not in _REGISTERED or _REGISTERED[name].proven
 
 
+def is_registered(name: str) -> bool:
+    """Whether the activation of that name came by ``register_activation``."""
+    return name in _REGISTERED
+
+
 def function_of(name: str, parameters: tuple[float, ...] = ()) -> Function | None:
     """The activation of that name and those parameters; ``None`` if it is not known by them (a PReLU has a weight)."""
     if name in _REGISTERED:
@@ -354,16 +360,23 @@ def _make_grid() -> torch.Tensor:
 
 GRID = _make_grid()
 _RELATIVE, _ABSOLUTE = 1e-9, 1e-12
+_FAR = 64.0  # exp overflows in float32 from 88 on; nearer to 0 an activation has values
 _MOST_OPS = 16
 
 
 def identify(values: torch.Tensor | None) -> Activation | None:
     """The activation that has these values on ``GRID``, or ``None``; the identity is none.
 
+    Far from 0 the values may be infinite or no numbers, as those of log(1 + exp(z)) are: then it is the activation on
+    the inputs that it can be computed for, and there are no pairs of it, which hold for all.
+
     Args:
         values: float64, as many as the grid has points.
     """
     if values is None or values.shape != GRID.shape or values.dtype != torch.float64 or torch.equal(values, GRID):
+        return None
+    finite = values.isfinite()
+    if not bool((finite | (GRID.abs() > _FAR)).all()):
         return None
     known = (row for row in (*_REGISTERED.values(), *ACTIVATIONS) if row.name != "identity")
     for row in (*known, *_fitted(values)):
@@ -371,8 +384,8 @@ def identify(values: torch.Tensor | None) -> Activation | None:
             wanted = row.function(GRID)
         except Exception:  # a registered function that has no float64
             continue
-        if torch.allclose(values, wanted, rtol=_RELATIVE, atol=_ABSOLUTE):
-            return row
+        if torch.allclose(values[finite], wanted[finite], rtol=_RELATIVE, atol=_ABSOLUTE):
+            return row if bool(finite.all()) else replace(row, odd_gain=None)
     return None
 
 
@@ -499,7 +512,8 @@ def register_activation(
     It is recognised by its values: every pointwise computation in a model that has those of ``function`` is it. Its
     slope comes from autograd; its curvature is given, or bounded by interval arithmetic, which is a proof. Where the
     function uses an op without an interval rule, the curvature is sampled, and certificates say ``measured``. Where a
-    model computes it by several ops, their rounding is counted, and tried on samples at the operating point.
+    model computes it by several ops, their rounding is counted, and tried on samples at the operating point. Where its
+    ops prove that φ(x) - φ(-x) is a multiple of x (``parity``), it will do in pairs as well.
 
     Args:
         name: a name that no other activation has.
@@ -548,7 +562,9 @@ def register_activation(
         LinearPart("origin", point, float(value.detach()), slope, quadratic, cubic, reach, reach)
         for quadratic, cubic in errors
     )
-    row = Activation(name, (), function, parts, proven=proven, roundoffs=8.0, source=source)
+    row = Activation(
+        name, (), function, parts, odd_gain=odd_gain(function), proven=proven, roundoffs=8.0, source=source
+    )
     _REGISTERED[name] = row
     return row
 

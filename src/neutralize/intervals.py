@@ -198,16 +198,19 @@ class Taylor:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute a torch function of a Taylor; raise ``NotImplementedError`` where there is no rule for it."""
-        return cls._called(getattr(func, "__name__", str(func)).strip("_"), args, kwargs or {})
+        return cls._called(getattr(func, "__name__", str(func)), args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         """Return a method of a tensor."""
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: self._called(name.rstrip("_"), (self, *args), kwargs)
+        return lambda *args, **kwargs: self._called(name, (self, *args), kwargs)
 
     @classmethod
     def _called(cls, name: str, args: Any, kwargs: Any) -> Taylor:
+        if (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
+            raise NotImplementedError(f"no rule for {name} in place")
+        name = name.strip("_")
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         if name in _UNARY and len(args) == 1 and not kwargs:
             return cls(_UNARY[name](args[0].series))

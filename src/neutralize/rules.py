@@ -429,6 +429,8 @@ def non_negative(node: fx.Node, cut: Mapping[fx.Node, fx.Node] | None = None) ->
             op in ("aten::hardtanh", "aten::clamp", "aten::clamp_min") and _clamped_at_zero(current)
         ):
             operands = []
+        elif op == "aten::pow" and is_number(current.args[1]):
+            operands = [] if current.args[1] % 2 == 0 else tensors(first)  # type: ignore[operator]
         elif (
             op in REARRANGE or op in SPLIT or op in CAST or op in DROPOUT or op in _ORDER_PRESERVING or op == "getitem"
         ):

@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 from neutralize.dataflow import Inputs, first_tensor, placed_inputs
 from neutralize.errors import NeutralizeError
 from neutralize.language import next_token_losses
+from neutralize.parts import part_of
 from neutralize.progress import Advance
 from neutralize.side_by_side import side_by_side
+from neutralize.stacked import place_of, run_by_layer
 from neutralize.undo import untouched
 
 Evaluate: TypeAlias = Callable[[nn.Module], float]
@@ -306,6 +308,7 @@ class BlockInfluences:
     """How much each layer turns its input: the mean of ``1 - cos(input, output)`` over tokens, of one pass.
 
     The cosine is taken over the last dimension, and over all but the first for tensors of more than three (images).
+    A stacked layer of a recurrent module is looked at by itself; a part, such as a head, hands nothing on to compare.
 
     Source: Men et al. 2024, ShortGPT, equation 1 (block influence).
     """
@@ -331,8 +334,12 @@ class BlockInfluences:
         """Look at the layers for the length of a ``with`` block."""
         handles = []
         for name, module in self._layers.items():
-            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave(name)))
+            place = place_of(name, module)
+            if place is not None:
+                handles.append(module.register_forward_hook(self._leave_stacked(name, place), with_kwargs=True))
+            elif part_of(name) is None:
+                handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave(name)))
         try:
             yield
         finally:
@@ -365,16 +372,33 @@ class BlockInfluences:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             entered = self._here.entered.pop(name, None) if hasattr(self._here, "moved") else None
             leaving = first_tensor(output)
-            if entered is None or leaving is None or entered.shape != leaving.shape or not leaving.is_floating_point():
-                return
-            cosines = _cosines(entered, leaving.detach())
-            mask = self._here.mask
-            if mask is not None and mask.shape == cosines.shape:
-                cosines = cosines[mask.to(cosines.device) != 0]
-            total, count = self._here.moved.get(name, (0.0, 0))
-            self._here.moved[name] = (total + float((1 - cosines).sum()), count + cosines.numel())
+            if entered is not None and leaving is not None:
+                self._collect(name, entered, leaving)
 
         return hook
+
+    def _leave_stacked(self, name: str, wanted: int) -> Callable[..., None]:
+        def look(place: int, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+            if place == wanted:
+                self._collect(name, entering, leaving)
+            return leaving
+
+        def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
+            # With an active dropout in between, a second run would draw other numbers.
+            if hasattr(self._here, "moved") and not (module.training and module.dropout):
+                run_by_layer(module, args, kwargs, look)
+
+        return hook
+
+    def _collect(self, name: str, entered: torch.Tensor, leaving: torch.Tensor) -> None:
+        if entered.shape != leaving.shape or not leaving.is_floating_point():
+            return
+        cosines = _cosines(entered, leaving.detach())
+        mask = self._here.mask
+        if mask is not None and mask.shape == cosines.shape:
+            cosines = cosines[mask.to(cosines.device) != 0]
+        total, count = self._here.moved.get(name, (0.0, 0))
+        self._here.moved[name] = (total + float((1 - cosines).sum()), count + cosines.numel())
 
 
 def _cosines(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from neutralize.activations import Activation, activation_after, is_activation
+from neutralize.activations import BY_NAME, Activation, activation_after, is_activation, is_registered
 from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_mark, op_name, shape_of
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Certificate, Edit, LayerPlan, dtype_name
@@ -94,10 +94,14 @@ def draft_pair(request: Request, layer: str, gain: float, input_bound: float | N
         reason = f"x and -x on two units per feature: {activation.name}(x) - {activation.name}(-x) is a multiple of x"
     if gain != 1.0:
         kind = "bounded"
+    total: float | None = error * abs(gain) + off
+    if activation is not None and is_registered(activation.name):
+        kind, total = "measured", None
+        reason += ", by the parity of the ops that compute it; their rounding is not bounded"
     assumption = "finite activations, matrix products in full precision"
     if bound is not None:
         assumption += f", |x| <= {bound:.6g} ({_source(input_bound)})"
-    certificate = Certificate(layer, kind, error * abs(gain) + off, assumption, reason)
+    certificate = Certificate(layer, kind, total, assumption, reason)
     name = activation.name if activation is not None else ""
     entry = LayerPlan(layer, "input", certificate, (), activation=name, gain=gain, input_bound=bound)
     return Draft(tuple(edits), entry)
@@ -149,10 +153,19 @@ def _odd_gain(layer: str, activation: Activation) -> float:
     if not activation.odd_gain:
         raise NeutralizeError(
             f"plan: expected an activation with φ(x) - φ(-x) proportional to x in the pair {layer!r} (relu, "
-            f"leaky_relu, gelu, silu, quick_gelu, hardswish, softplus, logsigmoid), got {activation.name}; use "
-            "strategy='zero' or 'damp', or select the block that adds it to the residual stream"
+            f"leaky_relu, gelu, silu, quick_gelu, hardswish, softplus, logsigmoid), got {_why_unpaired(activation)}; "
+            "use strategy='zero' or 'damp', or select the block that adds it to the residual stream"
         )
     return activation.odd_gain
+
+
+def _why_unpaired(activation: Activation) -> str:
+    if is_registered(activation.name):
+        return f"{activation.name}, whose ops do not prove that"
+    known = BY_NAME.get(activation.name)
+    if known is not None and known.odd_gain:
+        return f"{activation.name} in a form that overflows far from 0"
+    return activation.name
 
 
 def _pair_of(flow: Dataflow, call: Call) -> Pair | None:

@@ -17,7 +17,7 @@ from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
 from neutralize.readers import Read, per_dim, reads_of
-from neutralize.regime import Regime, choose
+from neutralize.regime import Regime, choose, unit_roundoff
 from neutralize.rules import carry_clauses, non_negative
 from neutralize.search import IDENTITY, Assignment, Preference, Search, joint
 from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
@@ -206,6 +206,7 @@ class Passthrough:
             f"not exact beside {' and '.join(zeros)}: zeros stand there, not φ(a)" if zeros else "",
             f"holds in eval mode: the batch norm {site.norm.module!r} is the identity there" if site.norm else "",
             _which_pass(entering_width, leaving_width),
+            _floor(site),
         ):
             note = "; ".join(filter(None, (note, remark)))
         entry = LayerPlan(
@@ -291,7 +292,9 @@ class Passthrough:
         site = sites[0]
         dtype = request.tensors[site.affine.weight].dtype
         through_norm = max((norm_error(request, norm) for norm in unique_norms(sites)), default=0.0)
+        # The diagonal rounds when it is stored; unless it is a power of two, its product with x rounds once more.
         off_gain = abs(_stored(regime.epsilon * self.gain, dtype) / regime.epsilon - self.gain)
+        off_gain += 0.0 if math.frexp(abs(self.gain))[0] == 0.5 else unit_roundoff(dtype) * abs(self.gain)
         if site.activation is None or bound == 0.0:
             reason = "the weight is the identity"
             if site.activation is not None:
@@ -429,6 +432,20 @@ def _what_stops_the_stream(request: Request, search: Search) -> str:
     return describe(readers[0], request.flow) if readers else ""
 
 
+def _floor(site: AffineSite) -> str:
+    """Say why a layer in front of ReLU² is handed on no better, and what would be.
+
+    (x + a)² = a² + 2 a x + x²: x²/(2 a) is wrong, and a² rounds by u a², that is u a / 2 of x: their sum is least at
+    a = X / √u, and never below √u X, whatever the scale.
+    """
+    if site.activation is None or site.activation.name != "relu_squared":
+        return ""
+    return (
+        "no square is linear: the error is at least the root of the roundoff; with twice as many hidden units as "
+        "features, the block of this layer and the next is a pair, up to rounding"
+    )
+
+
 def _which_pass(entering: int, leaving: int) -> str:
     """Say which features a layer hands on whose widths differ."""
     if entering == leaving:
@@ -464,35 +481,42 @@ def _identity_edit(request: Request, layer: str, site: AffineSite, *, partial: b
     kernel = request.flow.shapes[affine.weight][2:]
     before, after = shape_of(site.source) or (), shape_of(node) or ()
     space = slice(-len(kernel), None)  # the channels are what ``widths`` has compared
-    if before[space] != after[space] or any(size % 2 == 0 for size in kernel) or _is_off_centre(site, kernel):
+    taps = _own_taps(site, kernel)
+    if before[space] != after[space] or taps is None:
         raise NeutralizeError(
-            f"plan: expected a convolution that keeps its input's shape for {layer!r}, got "
-            f"{list(before)} to {list(after)} with kernel {list(kernel)}; use strategy='zero'"
+            f"plan: expected a convolution that keeps its input's shape for {layer!r}, with a tap on each sample's own "
+            f"place, got {list(before)} to {list(after)} with kernel {list(kernel)}; use strategy='zero'"
         )
-    volume = math.prod(kernel)
-    return volume // 2, volume
+    start = sum(tap * math.prod(kernel[place + 1 :]) for place, tap in enumerate(taps))
+    return start, math.prod(kernel)
 
 
-def _is_off_centre(site: AffineSite, kernel: tuple[int, ...]) -> bool:
-    """Whether the middle tap of a kernel that keeps the shape reads another sample than that of its own place."""
+def _own_taps(site: AffineSite, kernel: tuple[int, ...]) -> list[int] | None:
+    """The tap of the kernel, in each dimension, that reads the sample at the result's own place; ``None``: none does.
+
+    Tap k reads k · dilation samples behind the padding in front: the tap is that padding over the dilation.
+    """
     node = site.affine.node
     extra = argument(node, "output_padding", 0)
     if any(extra) if isinstance(extra, list | tuple) else bool(extra):
-        return True  # samples are appended, and as many cropped
-    if site.padding is None or argument(node, "padding") == "same":
-        return site.padding is not None
+        return None  # samples are appended, and as many cropped
     rank = len(kernel)
-    amounts = list(site.padding.args[1])  # type: ignore[arg-type]  # before, after; the last dimension first
-    before = [amounts[2 * place] if 2 * place < len(amounts) else 0 for place in reversed(range(rank))]
-    padding = argument(node, "padding", 0)
-    own = [0] * rank if padding == "valid" else per_dim(padding, rank)
     dilation = per_dim(argument(node, "dilation", 1), rank)
-    wanted = [step * (size - 1) // 2 for step, size in zip(dilation, kernel, strict=True)]
-    return (
-        len(amounts) > 2 * rank
-        or min(amounts) < 0
-        or [one + other for one, other in zip(before, own, strict=True)] != wanted
-    )
+    padding = argument(node, "padding", 0)
+    if padding == "same":
+        front = [step * (size - 1) // 2 for step, size in zip(dilation, kernel, strict=True)]
+    else:
+        front = [0] * rank if padding == "valid" else per_dim(padding, rank)
+    if site.padding is not None:
+        amounts = list(site.padding.args[1])  # type: ignore[arg-type]  # before, after; the last dimension first
+        if len(amounts) > 2 * rank or min(amounts) < 0:
+            return None
+        before = [amounts[2 * place] if 2 * place < len(amounts) else 0 for place in reversed(range(rank))]
+        front = [one + other for one, other in zip(front, before, strict=True)]
+    taps = [divmod(amount, step) for amount, step in zip(front, dilation, strict=True)]
+    if any(rest or tap >= size for (tap, rest), size in zip(taps, kernel, strict=True)):
+        return None
+    return [tap for tap, _ in taps]
 
 
 def _incoming_edits(
