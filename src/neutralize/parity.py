@@ -73,7 +73,7 @@ class Parity:
 
     def __rsub__(self, other: Any) -> Parity:
         """Return the difference from a number."""
-        return self * -1.0 + other
+        return Parity.__add__(self * -1.0, other)
 
     def __truediv__(self, other: Any) -> Parity:
         """Return the quotient."""
@@ -81,7 +81,7 @@ class Parity:
 
     def __rtruediv__(self, other: Any) -> Parity:
         """Return a number divided by this."""
-        return _unary("reciprocal", self) * other
+        return Parity.__mul__(_unary("reciprocal", self), other)
 
     def __pow__(self, exponent: Any) -> Parity:
         """Return an integer power."""
