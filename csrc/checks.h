@@ -62,6 +62,8 @@ inline Matrix matrix_of(const char* op, const char* parameter, size_t index, con
   if (matrix.numel() == 0) return matrix;
   void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor.get(), &data));
+  STD_TORCH_CHECK(data != nullptr, op, ": expected a tensor with memory for ", parameter, "[", index,
+                  "], got one whose memory was freed; gather or load the weights first");
   matrix.data = static_cast<char*>(data);
   STD_TORCH_CHECK(native && aligned(matrix), op, ": expected contiguous memory or rows of contiguous memory for ",
                   parameter, "[", index, "], got another layout; use neutralize.ops, which takes every layout");

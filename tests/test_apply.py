@@ -489,6 +489,35 @@ def test_the_plan_of_one_model_serves_another():
         assert torch.equal(second(x), excised)
 
 
+def test_autocast_sees_what_was_written_and_put_back():
+    """It keeps casts of the weights for as long as it lasts."""
+    model, x = Stack(), torch.randn(5, 8)
+    plan = nz.plan(model, "layers[1]")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        with plan.applied(model):
+            off = model(x)
+        after = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        entered = model.layers[0](model.embed(x))
+        assert torch.equal(off, model.head(model.layers[3](model.layers[2](entered))))
+    assert torch.equal(before, after)
+
+
+def test_refuses_memory_that_was_freed():
+    """As sharding wrappers do between uses: the shape is there, the bytes are not."""
+    model = Stack()
+    plan = nz.plan(model, "layers[1]")
+    before = {name: tensor.clone() for name, tensor in tensors(model).items()}
+    model.layers[1].norm.weight.untyped_storage().resize_(0)
+    text = refusal(lambda: plan.apply(model))
+    assert text.endswith(
+        "expected 'layers.1.norm.weight' to hold data, got a tensor whose memory was freed; gather the weights first"
+    )
+    del before["layers.1.norm.weight"]
+    assert all(torch.equal(tensors(model)[name], tensor) for name, tensor in before.items())
+
+
 def test_weights_made_under_inference_mode_are_written_and_restored():
     with torch.inference_mode():
         model = Stack()

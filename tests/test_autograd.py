@@ -175,6 +175,15 @@ def test_compile_with_a_coefficient_as_argument() -> None:
         assert torch.equal(x, torch.ones(4) * scale)
 
 
+def test_compile_refuses_what_float32_does_not_hold_in_every_layout() -> None:
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        ops.rewrite_(x.t(), scale=1e39)
+        return x
+
+    with pytest.raises(Exception, match="expected a number that float32 holds for scale"):
+        torch.compile(wrong, backend="eager", fullgraph=True)(torch.ones(2, 3))
+
+
 def test_compile_refuses_too() -> None:
     def wrong(x: torch.Tensor) -> torch.Tensor:
         ops.rewrite_(x, scale=float("nan"))

@@ -477,6 +477,15 @@ REFUSED_TENSORS = [
         "rewrite_: expected a dense tensor for tensors[1], got torch.sparse_coo; call to_dense() first",
     ),
     (
+        lambda: [torch._efficientzerotensor(2)],
+        "rewrite_: expected a tensor with memory for tensors[1], got one without, or with too little (freed, inside "
+        "torch.vmap, or all zeros by construction); gather or clone it first",
+    ),
+    (
+        lambda: [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])],
+        "rewrite_: expected a dense tensor for tensors[1], got a nested one; call to_dense() first",
+    ),
+    (
         lambda: [Quantized()],
         "rewrite_: expected a plain tensor for tensors[1], got the subclass Quantized; rewrite the plain "
         "tensors inside it",
@@ -564,14 +573,25 @@ REFUSED_COEFFICIENTS = [
         {"diagonal": 3e38, "fill": 3e38},
         "expected a number that float32 holds for diagonal + fill, got 6e+38 for tensors[0]",
     ),
-    ({"scale": [1.0]}, "rewrite_: expected 1 or 2 numbers for scale, got 1; pass one for all tensors or one for each"),
+    (
+        {"scale": [1.0]},
+        "rewrite_: expected one number or a sequence of 2 numbers for scale, got a sequence of 1; "
+        "pass one for all tensors or one for each",
+    ),
     (
         {"scale": [1.0] * 3},
-        "rewrite_: expected 1 or 2 numbers for scale, got 3; pass one for all tensors or one for each",
+        "rewrite_: expected one number or a sequence of 2 numbers for scale, got a sequence of 3; "
+        "pass one for all tensors or one for each",
     ),
-    ({"step": [1] * 3}, "rewrite_: expected 1 or 2 integers for step, got 3; pass one for all tensors or one for each"),
+    (
+        {"step": [1] * 3},
+        "rewrite_: expected one number or a sequence of 2 integers for step, got a sequence of 3; "
+        "pass one for all tensors or one for each",
+    ),
     ({"scale": "1"}, "rewrite_: expected numbers for scale, got str; pass one for all tensors or one for each"),
     ({"scale": None}, "rewrite_: expected numbers for scale, got NoneType; pass one for all tensors or one for each"),
+    ({"scale": np.array(0.5)}, "rewrite_: expected numbers for scale, got ndarray; pass one for all"),
+    ({"fill": torch.tensor(0.5)}, "rewrite_: expected numbers for fill, got Tensor; pass one for all"),
     ({"scale": 1j}, "rewrite_: expected numbers for scale, got complex; pass one for all tensors or one for each"),
     ({"scale": [1.0, "2"]}, "rewrite_: expected numbers for scale, got str; pass Python floats, one or one per tensor"),
     ({"start": 1.5}, "rewrite_: expected integers for start, got float; pass Python ints, one or one per tensor"),
@@ -599,6 +619,26 @@ def test_refused_coefficients(keywords: dict[str, object], message: str) -> None
         ops.rewrite_(tensors, **keywords)
     assert message in str(caught.value)
     assert all(tensor.tolist() == [7.0] * 3 for tensor in tensors)
+
+
+def test_the_largest_coefficients_are_those_that_round_to_a_number() -> None:
+    half_above = 2.0**128 - 2.0**103
+    tensor = torch.zeros(2)
+    ops.rewrite_(tensor, fill=math.nextafter(half_above, 0))
+    assert tensor.tolist() == [torch.finfo(torch.float32).max] * 2
+    with pytest.raises(NeutralizeError, match="that float32 holds for fill"):
+        ops.rewrite_(tensor, fill=half_above)
+
+
+def test_refuses_inside_vmap() -> None:
+    def scale(x: torch.Tensor) -> torch.Tensor:
+        ops.rewrite_(x, scale=2.0)
+        return x
+
+    tensor = torch.ones(2, 3)
+    with pytest.raises(NeutralizeError, match=r"expected a tensor with memory for tensors\[0\]"):
+        torch.vmap(scale)(tensor)
+    assert tensor.eq(1).all()
 
 
 def test_float64_holds_what_float32_does_not() -> None:
@@ -653,7 +693,10 @@ def test_refused_fold_coefficients() -> None:
     for keywords, message in (
         ({"scale": math.nan, "shift": 0.0}, "rescale_fold_: expected a finite number for scale, got nan"),
         ({"scale": 1.0, "shift": -4e38}, "expected a number that float32 holds for shift, got -4e+38 for weights[0]"),
-        ({"scale": [1.0, 2.0], "shift": 1.0}, "rescale_fold_: expected 1 or 1 numbers for scale, got 2"),
+        (
+            {"scale": [1.0, 2.0], "shift": 1.0},
+            "rescale_fold_: expected one number or a sequence of 1 numbers for scale, got a sequence of 2",
+        ),
     ):
         with pytest.raises(NeutralizeError) as caught:
             ops.rescale_fold_(weight, bias, **keywords)

@@ -202,6 +202,8 @@ REFUSED = {
         "expected the name of a layer, got 'hed', which is unknown; near match",
     ),
     "a class": (nn.Linear, "got the class Linear; write lambda name, module: isinstance(module, Linear)"),
+    "a parameter": (STACK.head.weight, "expected a layer for layers, got a tensor; pass the module that holds it"),
+    "a tensor without dimensions": (torch.tensor(1.0), "got a tensor; pass the module that holds it, or its name"),
     "a foreign module": (
         Block(),
         "expected a module of the model for layers, got a Block that is not part of it; pass a",

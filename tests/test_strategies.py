@@ -94,6 +94,54 @@ def test_zero_needs_no_inputs_for_a_layers_own_side():
         nz.plan(model, "lin", "zero")
 
 
+class Leaf(nn.Module):
+    """A layer without layers inside, whose output is not zero where its parameter is."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, 16))
+        self.compute = forward
+
+    def forward(self, x):
+        return self.compute(x, self.w)
+
+
+def test_zero_of_a_layer_that_starts_from_one_is_zero():
+    model, x = nn.Sequential(nn.Linear(16, 16), Leaf(lambda x, w: x * (1 + w)), nn.Linear(16, 4)), unit(5, 16)
+    with nz.plan(model, "1", "zero", example_inputs=x).applied(model):
+        assert model[:2](x).count_nonzero() == 0
+
+
+def test_zero_claims_nothing_that_the_dataflow_does_not_show():
+    model, x = nn.Sequential(nn.Linear(16, 16), Leaf(lambda x, w: x * w.softmax(0)), nn.Linear(16, 4)), unit(5, 16)
+    with pytest.raises(nz.NeutralizeError, match="a Leaf whose output is not proven to be zero"):
+        nz.plan(model, "1", "zero", example_inputs=x)
+
+
+def test_zero_says_so_where_there_is_nothing_to_write():
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)), unit(5, 16)
+    with pytest.raises(nz.NeutralizeError, match="got '1', a GELU without any; dequantize it if"):
+        nz.plan(model, "1", "zero", example_inputs=x, sides="in")
+
+
+def test_zero_of_a_weight_norm_leaves_the_direction():
+    """Zeroing the direction too would divide zero by zero."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    model, x = nn.Sequential(nn.Linear(16, 16), normed, nn.Linear(16, 4)), unit(5, 16)
+    plan = nz.plan(model, "1", "zero", example_inputs=x)
+    with plan.applied(model):
+        assert model[:2](x).count_nonzero() == 0
+    assert len(plan.parameters) == 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_zero_refuses_a_weight_that_a_hook_makes_before_the_layer():
+    """All its parameters zeroed would divide zero by zero."""
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.utils.weight_norm(nn.Linear(16, 16))), unit(5, 16)
+    with pytest.raises(nz.NeutralizeError, match="not proven to be zero"):
+        nz.plan(model, "1", "zero", example_inputs=x)
+
+
 @pytest.mark.parametrize("sides", ["in", "out", "both"])
 def test_zero_of_a_residual_block_hands_its_input_on(sides):
     model, x = perturbed(nn.Sequential(GatedBlock(), nn.Linear(16, 4))), unit(2, 5, 16)

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from bits import Bag, Counting, Plain, Stack, everything, random_bits, refusal, tensors, weights
+from bits import Bag, Block, Counting, Plain, Stack, everything, random_bits, refusal, tensors, weights
 from torch import nn
 
 import neutralize as nz
@@ -440,6 +440,29 @@ def test_verify_leaves_the_model_as_it_was_where_the_model_fails():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         nz.verify(model, plan, wrong)
     assert everything(model) == before
+
+
+class InPlace(Block):
+    """Writes its branch into its input."""
+
+    def forward(self, x):
+        return x.add_(self.down(self.act(self.up(self.norm(x)))))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "zero"])
+def test_verify_compares_with_what_entered_a_block_that_writes_into_its_input(strategy):
+    model, inputs = Stack(), torch.randn(5, 8)
+    model.layers = nn.ModuleList(InPlace() for _ in range(3))
+    plan = nz.plan(model, "layers[1]", strategy, example_inputs=inputs)
+    assert nz.verify(model, plan, inputs).exact
+    wanted = model.head(model.layers[2](model.layers[0](model.embed(inputs))))
+    with plan.applied(model):
+        assert torch.equal(model(inputs), wanted)
+
+
+def test_verify_wants_a_plan():
+    text = refusal(lambda: nz.verify(Stack(), None, torch.randn(5, 8)))
+    assert text == "verify: expected a Plan for plan, got NoneType; make one by nz.plan"
 
 
 def test_verify_prints_its_figures():

@@ -97,6 +97,7 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
     except BaseException:
         undo.restore()
         raise
+    torch.clear_autocast_cache()  # it holds casts of the old weights for as long as the caller's autocast lasts
     return undo
 
 
@@ -142,6 +143,8 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
         yield f"expected {name!r} to be dense, got {tensor.layout}; call to_dense() first"
     elif kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         yield f"expected {name!r} to be a plain tensor, got a {kind.__name__}; apply to the plain tensors inside it"
+    elif not ops.is_held(tensor):
+        yield f"expected {name!r} to hold data, got a tensor whose memory was freed; gather the weights first"
     elif any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         yield f"expected {name!r} to have memory for every element, got an expanded tensor; call contiguous() first"
     elif name == edit.parameter and tuple(tensor.shape) == tuple(shape) and not _has_block(edit, tensor):

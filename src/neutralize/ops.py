@@ -31,12 +31,16 @@ _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _REAL_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _TRACED_TENSORS = (FakeTensor, FunctionalTensor)
 _COLUMN_LIMIT = 1 << 62
+_ROUNDS_TO_INFINITY = {torch.float64: math.inf, torch.float32: 2.0**128 - 2.0**103}
+"""The smallest magnitude that rounds to infinity: half a unit in the last place above the largest number."""
 _REWRITE = torch.ops.neutralize.rewrite_.default
 _RESCALE_FOLD = torch.ops.neutralize.rescale_fold_.default
 _increment_version = torch._C._increment_version
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled
 _is_negated = Tensor.is_neg
+_is_gradtracking = torch._C._functorch.is_gradtrackingtensor
+_is_batched = torch._C._functorch.is_batchedtensor
 _is_grad_enabled = torch.is_grad_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -154,6 +158,17 @@ def rescale_fold_(
     _fold_examined(listed, paired, coefficients, always=True)
 
 
+def is_held(tensor: Tensor) -> bool:
+    """Return whether a dense tensor's storage holds all of its elements; sharding wrappers free what they gather."""
+    if tensor.numel() == 0 or isinstance(tensor, _TRACED_TENSORS) or _is_gradtracking(tensor):
+        return True
+    if tensor._is_zerotensor() or _is_batched(tensor):
+        return False
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    bytes_needed = (tensor.storage_offset() + reach + 1) * tensor.dtype.itemsize
+    return tensor.untyped_storage().nbytes() >= bytes_needed
+
+
 def backend(tensor: Tensor) -> str:
     """Return who would rewrite this tensor: ``"cuda"`` or ``"cpu"`` kernels, or the reference in plain ``"torch"``.
 
@@ -228,7 +243,7 @@ def _as_int(op: str, parameter: str, value: Any) -> int:
 
 
 def _sequence(op: str, parameter: str, values: Any, count: int, kind: str) -> list[Any]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise NeutralizeError(
             f"{op}: expected {kind} for {parameter}, got {type(values).__name__}; "
             "pass one for all tensors or one for each"
@@ -236,8 +251,8 @@ def _sequence(op: str, parameter: str, values: Any, count: int, kind: str) -> li
     listed = list(values)
     if len(listed) != count:
         raise NeutralizeError(
-            f"{op}: expected 1 or {count} {kind} for {parameter}, got {len(listed)}; "
-            "pass one for all tensors or one for each"
+            f"{op}: expected one number or a sequence of {count} {kind} for {parameter}, got a sequence of "
+            f"{len(listed)}; pass one for all tensors or one for each"
         )
     return listed
 
@@ -302,11 +317,17 @@ def _check_tensor(op: str, name: str, tensor: Any) -> None:
             f"{op}: expected one of {_DTYPE_NAMES} for the dtype of {name}, got "
             f"{str(tensor.dtype).removeprefix('torch.')}; dequantize or cast it first"
         )
-    if tensor.layout != torch.strided:
-        raise NeutralizeError(f"{op}: expected a dense tensor for {name}, got {tensor.layout}; call to_dense() first")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else tensor.layout
+        raise NeutralizeError(f"{op}: expected a dense tensor for {name}, got {kind}; call to_dense() first")
     if tensor.device.type == "meta" and not isinstance(tensor, _TRACED_TENSORS):
         raise NeutralizeError(
             f"{op}: expected a tensor with memory for {name}, got one on the meta device; load the weights first"
+        )
+    if not torch.compiler.is_compiling() and not is_held(tensor):
+        raise NeutralizeError(
+            f"{op}: expected a tensor with memory for {name}, got one without, or with too little (freed, inside "
+            "torch.vmap, or all zeros by construction); gather or clone it first"
         )
 
 
@@ -334,10 +355,8 @@ def _check_finite(op: str, **coefficients: list[float]) -> None:
 
 
 def _check_coefficient(op: str, parameter: str, value: float, name: str, tensor: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return  # the value may be a symbol; the kernels look at run time
     compute = reference.compute_dtype(tensor.dtype)
-    if not math.isfinite(reference.round_to(value, compute)):
+    if not abs(value) < _ROUNDS_TO_INFINITY[compute]:
         raise NeutralizeError(
             f"{op}: expected a number that {str(compute).removeprefix('torch.')} holds for {parameter}, got {value} "
             f"for {name}; pass a smaller one"

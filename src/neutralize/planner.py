@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from neutralize import ops
@@ -205,6 +206,10 @@ class Request:
             NeutralizeError: it is of a type that is not rewritten (integers, packed quantized weights).
         """
         tensor = self.tensors[name]
+        if is_lazy(tensor):
+            raise NeutralizeError(
+                f"plan: expected {name!r} to hold data, got a lazy parameter; run the model once first"
+            )
         if tensor.dtype not in ops.DTYPES:
             known = ", ".join(dtype_name(dtype) for dtype in ops.DTYPES)
             raise NeutralizeError(

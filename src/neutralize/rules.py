@@ -243,6 +243,8 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
     if op in _AFFINE:
         data, weight, bias = (argument(node, name) for name in _AFFINE[op])
         return [tensors(weight, bias), tensors(data, bias)]
+    if op in ("aten::_weight_norm", "aten::_weight_norm_interface"):
+        return [tensors(argument(node, "g"))]
     if op in _NORMS:
         gain, bias = (argument(node, name) if name else None for name in _NORMS[op])
         return [tensors(gain, bias)] if isinstance(gain, fx.Node) else None

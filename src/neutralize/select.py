@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from neutralize.errors import NeutralizeError
 from neutralize.parts import owner_of, part_of
@@ -135,6 +135,10 @@ def _resolve(named: dict[str, nn.Module], layers: Layers) -> list[str]:
                 f"{len(named) - 1}; {_suggest(named, '')}"
             )
         return names
+    if isinstance(layers, Tensor):
+        raise NeutralizeError(
+            "select: expected a layer for layers, got a tensor; pass the module that holds it, or its name"
+        )
     if isinstance(layers, Iterable) and not isinstance(layers, bytes | bytearray):
         return [name for part in layers for name in _resolve(named, part)]
     raise NeutralizeError(

@@ -113,6 +113,7 @@ class Undo:
             overwrite_(entry.block(entry.tensor.detach()), entry.values)
             if entry.tensor.requires_grad != entry.requires_grad and entry.tensor.is_leaf:
                 entry.tensor.requires_grad_(entry.requires_grad)
+        torch.clear_autocast_cache()  # as after an application
         for tensor in self._tensors():
             later = [undo for reference in _OPEN.pop(tensor, []) if (undo := reference()) is not None]
             for undo in later[later.index(self) + 1 :]:

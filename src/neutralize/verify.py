@@ -249,20 +249,41 @@ def excised(model: nn.Module, layers: Layers, *, partial: bool = False) -> Itera
 @contextmanager
 def _cut_out(layers: Mapping[str, nn.Module], gain: float = 1.0, *, partial: bool = False) -> Iterator[None]:
     mode = _Followers()
-    handles = [
-        module.register_forward_hook(_cut(name, module, mode, gain, partial=partial), with_kwargs=True)
-        for name, module in layers.items()
-        if place_of(name, module) is None
-    ]
-    for recurrent, places in _stacked(layers):
-        hand_on = _cut_stacked(places, partial=partial)
-        handles.append(recurrent.register_forward_hook(_by_layer(hand_on), with_kwargs=True))
-    try:
-        with mode:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            if place_of(name, module) is None:
+                stack.enter_context(_changed(module, _cut(name, module, mode, gain, partial=partial)))
+        for recurrent, places in _stacked(layers):
+            hand_on = _by_layer(_cut_stacked(places, partial=partial))
+            stack.callback(recurrent.register_forward_hook(hand_on, with_kwargs=True).remove)
+        stack.enter_context(mode)
+        yield
+
+
+Change: TypeAlias = Callable[[nn.Module, "torch.Tensor | None", "torch.Tensor | None", Any], Any]
+"""What a module returns instead, from its first input tensor as it was, its first output tensor, and its output."""
+
+
+@contextmanager
+def _changed(module: nn.Module, change: Change) -> Iterator[None]:
+    """Change what a module returns; it is run on a copy of its first input tensor, as it may write into it."""
+    calls: list[torch.Tensor | None] = []
+
+    def lend(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        tensor = first_tensor((args, kwargs))
+        calls.append(tensor)
+        return None if tensor is None else replace_first_tensor((args, kwargs), tensor.clone())
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        owned, lent = calls.pop(), first_tensor((args, kwargs))
+        # What was not written into carries what was added to it on the way: the probe of the gradient.
+        intact = lent is not None and not lent.is_inference() and lent._version == 0
+        return change(module, lent if intact else owned, first_tensor(output), output)
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(lend, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def _part(entry: LayerPlan, modules: Mapping[str, nn.Module]) -> Part | None:
@@ -318,11 +339,10 @@ def _wrong_shape(name: str, entering: torch.Tensor | None, leaving: torch.Tensor
     )
 
 
-def _cut(name: str, module: nn.Module, mode: _Followers, gain: float, *, partial: bool) -> Callable[..., Any]:
+def _cut(name: str, module: nn.Module, mode: _Followers, gain: float, *, partial: bool) -> Change:
     is_leaf = _is_leaf(module)
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+    def change(module: nn.Module, entering: torch.Tensor | None, leaving: torch.Tensor | None, output: Any) -> Any:
         if isinstance(module, nn.RNNBase) and module.bidirectional and entering is not None and leaving is not None:
             entering = per_direction(entering, leaving)
         if partial and entering is not None and leaving is not None:
@@ -332,7 +352,7 @@ def _cut(name: str, module: nn.Module, mode: _Followers, gain: float, *, partial
         entering = entering if gain == 1.0 else entering * gain
         return replace_first_tensor(output, mode.hand_on(entering) if is_leaf else entering)
 
-    return hook
+    return change
 
 
 def _fitted(entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
@@ -366,6 +386,8 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         NeutralizeError: the plan does not fit the model.
     """
     model = unwrap(model)
+    if not isinstance(plan, Plan):
+        raise NeutralizeError(f"verify: expected a Plan for plan, got {type(plan).__name__}; make one by nz.plan")
     if not inputs and not kwargs:
         from neutralize.dataflow import own_inputs, placed_inputs
 
@@ -562,7 +584,7 @@ def _reference(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
             else:
                 times = _times_out(factor, residual=entry.target == "damped")
                 for name in entry.consumers or (entry.layer,):  # a batch norm behind the layer ends it
-                    stack.callback(modules[name].register_forward_hook(times, with_kwargs=True).remove)
+                    stack.enter_context(_changed(modules[name], times))
         for recurrent, places in _stacked({entry.layer: modules[entry.layer] for entry in nulled}):
             hand_on = _times_stacked(places, 0.0)
             stack.callback(recurrent.register_forward_hook(_by_layer(hand_on), with_kwargs=True).remove)
@@ -581,8 +603,7 @@ def _set_to_values(modules: Mapping[str, nn.Module], entry: LayerPlan) -> Iterat
         tensor = first_tensor((args, kwargs))
         return None if tensor is None else replace_first_tensor((args, kwargs), values(tensor))
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+    def leave(module: nn.Module, entering: torch.Tensor | None, leaving: torch.Tensor | None, output: Any) -> Any:
         if entering is None or leaving is None:
             return None
         set_to = values(leaving) if entry.target == "mean" else entering + values(leaving)
@@ -594,8 +615,7 @@ def _set_to_values(modules: Mapping[str, nn.Module], entry: LayerPlan) -> Iterat
                 stack.callback(modules[name].register_forward_pre_hook(enter, with_kwargs=True).remove)
         else:
             ends = entry.consumers[0] if entry.consumers else entry.layer  # a batch norm behind the layer ends it
-            handle = modules[ends].register_forward_hook(leave, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(_changed(modules[ends], leave))
         yield
 
 
@@ -631,9 +651,8 @@ def _times_in(factor: float) -> Callable[..., Any]:
     return hook
 
 
-def _times_out(factor: float, *, residual: bool) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        entering, leaving = first_tensor((args, kwargs)), first_tensor(output)
+def _times_out(factor: float, *, residual: bool) -> Change:
+    def change(module: nn.Module, entering: torch.Tensor | None, leaving: torch.Tensor | None, output: Any) -> Any:
         is_recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
         if leaving is None:
             return None
@@ -643,7 +662,7 @@ def _times_out(factor: float, *, residual: bool) -> Callable[..., Any]:
             return pytree.tree_map(lambda part: part * factor if isinstance(part, torch.Tensor) else part, output)
         return replace_first_tensor(output, factor * leaving)
 
-    return hook
+    return change
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from neutralize.certify import Constant as ConstantValue
 from neutralize.certify import Interpretation
 from neutralize.errors import NeutralizeError
@@ -44,7 +46,7 @@ class Zero:
             return draft_part(request, layer, 0.0)
         if is_recurrent(request.layers[layer]) and self.sides != "out":
             return draft_recurrent_null(request, layer, self.sides)
-        if request.is_leaf(layer):
+        if _is_homogeneous(request.layers[layer]):
             return self._plain(request, layer)
         sites = [affine_site(request.flow, call) for call in request.calls(layer)]
         return self._block(request, layer) if None in sites else self._plain(request, layer)
@@ -75,11 +77,7 @@ class Zero:
         target = "input"
         window: tuple[int, ...] = ()
         for preference in preferences[self.sides]:
-            found = identity_assignment(request, layer, preference)
-            if found is None or IDENTITY in found.values():
-                cropped = skip_window(request, layer, preference)
-                found, window = cropped or (zero_assignment(request, layer, preference), ())
-                target = "partial" if cropped else "null"
+            found, target, window = _off(request, layer, preference)
             if found is None:
                 raise NeutralizeError(_why_not_zero(request, layer, preference))
             joined = union(whole, found)
@@ -95,6 +93,41 @@ class Zero:
         return Draft(
             request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides, window=window)
         )
+
+
+# What they return is zero where their parameters are.
+_HOMOGENEOUS = (
+    nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
+    nn.BatchNorm1d, nn.InstanceNorm1d, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_FORWARDS = frozenset(kind.forward for kind in _HOMOGENEOUS)
+
+
+def _is_homogeneous(module: nn.Module) -> bool:
+    """Whether a module needs no proof: torch's own class, computing as it does, with its own parameters.
+
+    Any other layer without layers inside may add a constant, take an exponential, or (``1 + w``) start from one.
+    """
+    parameters = {name for name, _ in module.named_parameters()}
+    return type(module).forward in _FORWARDS and bool(parameters) and parameters <= {"weight", "bias"}
+
+
+def _off(request: Request, layer: str, preference: Preference) -> tuple[Assignment | None, str, tuple[int, ...]]:
+    """What is written, what the output becomes, and what a skip connection leaves of the input.
+
+    A block hands its input on if it can; a layer without layers inside does so only if it cannot be zero.
+    """
+    null = zero_assignment(request, layer, preference) if request.is_leaf(layer) else None
+    if null is not None:
+        return null, "null", ()
+    found = identity_assignment(request, layer, preference)
+    if found is not None and IDENTITY not in found.values():
+        return found, "input", ()
+    cropped = skip_window(request, layer, preference)
+    if cropped is not None:
+        return cropped[0], "partial", cropped[1]
+    return zero_assignment(request, layer, preference), "null", ()
 
 
 def zero_assignment(request: Request, layer: str, preference: Preference) -> Assignment | None:
@@ -114,8 +147,14 @@ def _why_not_zero(request: Request, layer: str, preference: Preference) -> str:
             f"plan: expected {layer!r} to have parameters that null it, got some that cannot be written: {refused}; "
             "select every layer that reads them, or untie them"
         )
-    kind = type(request.layers[layer]).__name__
+    module = request.layers[layer]
+    kind = type(module).__name__
+    if next(module.parameters(), None) is None:
+        return (
+            f"plan: expected a layer that some parameters can null, got {layer!r}, a {kind} without any; "
+            "dequantize it if its weights are packed, or select a layer that has some"
+        )
     return (
-        f"plan: expected a layer that some parameters can null, got {layer!r}, a {kind} whose output is zero for no "
-        "value of them; select the affine layers inside it"
+        f"plan: expected a layer that some parameters can null, got {layer!r}, a {kind} whose output is not proven to "
+        "be zero for any value of them; select the affine layers inside it"
     )
