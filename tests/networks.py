@@ -271,6 +271,22 @@ class DataDependent(nn.Module):
         return self.head(x)
 
 
+class Routed(nn.Module):
+    """x + the output of each token's expert, from a list, with biases; an expert that gets no token is called too."""
+
+    def __init__(self, width: int = 8, experts: int = 4):
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(experts))
+
+    def forward(self, x):
+        choice, y = self.router(x).argmax(-1), torch.zeros_like(x)
+        for place, expert in enumerate(self.experts):
+            rows = torch.where(choice == place)[0]
+            y = y.index_add(0, rows, expert(x[rows]))
+        return x + y
+
+
 class Flipped(nn.Module):
     """A skip that is not the identity: no parameters can make this block hand its input on by nulling a branch."""
 

@@ -18,6 +18,7 @@ from networks import (
     LayerScale,
     PreNorm,
     RecurrentBranch,
+    Routed,
     Shifted,
     perturbed,
 )
@@ -216,6 +217,21 @@ def test_what_cannot_be_written_is_blamed_only_where_writing_it_would_help():
     with pytest.raises(nz.NeutralizeError) as refusal:
         nz.plan(model, "0", example_inputs=features())
     assert "table" not in str(refusal.value)
+
+
+def test_experts_that_get_no_token_of_the_example_are_off_too():
+    model = perturbed(nn.Sequential(Routed(), nn.Linear(8, 2)))
+    model[0].router.weight.data.copy_(torch.eye(8)[:4])
+    planned, other = torch.eye(8)[:2] + 0.01, torch.eye(8)[2:4] + 0.01  # experts 0 and 1; experts 2 and 3
+    plan = nz.plan(model, "0", example_inputs=planned)
+    assert not torch.equal(model[0](other), other)
+    with plan.applied(model):
+        assert torch.equal(model[0](other), other)
+
+
+def test_a_recorded_run_says_what_it_assumes():
+    assumption = nz.plan(perturbed(DataDependent()), "block", example_inputs=features()).certificates[0].assumption
+    assert assumption == "finite activations, the control flow of the example inputs"
 
 
 def test_an_active_dropout_on_the_stream_is_refused():

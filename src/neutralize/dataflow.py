@@ -14,7 +14,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -62,6 +62,7 @@ class Dataflow:
         position: node to its place in the graph.
         tied: name to every name of the same tensor (itself included).
         shapes, dtypes: of parameters and buffers, by name.
+        is_recorded: the graph is what one run on the example inputs did; on others the control flow may be another.
     """
 
     graph: fx.Graph
@@ -70,6 +71,7 @@ class Dataflow:
     tied: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
+    is_recorded: bool = False
     position: dict[fx.Node, int] = field(default_factory=dict, init=False)
     _users: dict[str, list[fx.Node]] = field(default_factory=dict, init=False)
 
@@ -380,8 +382,6 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         program = torch.export.export(wrapped, args, kwargs, strict=False)
     if _reads_stale_values(program.graph):
         program = program.run_decompositions({})
-    if any(_depends_on_data(node) for node in program.graph.nodes):
-        raise ValueError("its shapes depend on data")  # a run on the example inputs knows them
     signature = program.graph_signature
     by_name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {
@@ -402,18 +402,7 @@ def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         recorder = Recorder(tensors)
         with recorder:
             outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
-    return _dataflow(wrapped.model, recorder.finish(outputs), recorder.names)
-
-
-def _depends_on_data(node: fx.Node) -> bool:
-    """Whether a value of the node has a size that the export does not know."""
-    values = node.meta.get("val")
-    return any(
-        not isinstance(size, int)
-        for value in (values if isinstance(values, list | tuple) else [values])
-        if isinstance(value, torch.Tensor)
-        for size in value.shape
-    )
+    return replace(_dataflow(wrapped.model, recorder.finish(outputs), recorder.names), is_recorded=True)
 
 
 def copied(value: Any) -> Any:

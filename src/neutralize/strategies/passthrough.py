@@ -136,6 +136,8 @@ class Passthrough:
             )
         uses_identity = IDENTITY in assignment.values()
         assumption = "finite activations" + (", matrix products in full precision" if uses_identity else "")
+        if request.flow.is_recorded:
+            assumption += ", the control flow of the example inputs"
         reason = "the dataflow's output evaluates to its input"
         certificate = block_certificate(request, layer, assignment, assumption, reason)
         entry = LayerPlan(layer, "input", certificate, (), sides="" if self.edit == "cheapest" else self.edit)
