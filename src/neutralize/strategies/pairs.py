@@ -161,7 +161,7 @@ def _odd_gain(layer: str, activation: Activation) -> float:
 
 def _why_unpaired(activation: Activation) -> str:
     if is_registered(activation.name):
-        return f"{activation.name}, whose ops do not prove that"
+        return f"{activation.name}, whose ops do not prove that, or overflow far from 0"
     known = BY_NAME.get(activation.name)
     if known is not None and known.odd_gain:
         return f"{activation.name} in a form that overflows far from 0"

@@ -438,12 +438,12 @@ def _floor(site: AffineSite) -> str:
     """Say why a layer in front of ReLU² is handed on no better, and what would be.
 
     (x + a)² = a² + 2 a x + x²: x²/(2 a) is wrong, and a² rounds by u a², that is u a / 2 of x: their sum is least at
-    a = X / √u, and never below √u X, whatever the scale.
+    a = X / √u, where it is of the order of √u X, whatever the scale.
     """
     if site.activation is None or site.activation.name != "relu_squared":
         return ""
     return (
-        "no square is linear: the error is at least the root of the roundoff; with twice as many hidden units as "
+        "no square is linear: the error is of the order of the root of the roundoff; with twice as many hidden units as "
         "features, the block of this layer and the next is a pair, up to rounding"
     )
 
