@@ -353,9 +353,27 @@ class Lopsided(nn.Conv1d):
         return super().forward(F.pad(x, (2, 0)))
 
 
-def test_a_padding_that_moves_the_samples_is_refused():
+def test_a_causal_convolution_hands_on_by_the_tap_that_reads_its_own_sample():
     model = Net(Lopsided(6, 6, 3), torch.tanh, head=nn.Conv1d(6, 3, 1)).eval()
-    with pytest.raises(nz.NeutralizeError, match=r"expected a convolution that keeps its input"):
+    x = unit(2, 6, 9)
+    plan = nz.plan(model, "layer", example_inputs=x)
+    with torch.no_grad(), plan.applied(model):
+        rewritten = model(x)
+    with torch.no_grad():
+        wanted = model.head(x)
+    assert (rewritten - wanted).norm() / wanted.norm() <= 2e-5
+
+
+class Late(nn.Conv1d):
+    """Keeps the shape, but no tap reads the sample of its own place."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (3, -1)))
+
+
+def test_a_padding_that_moves_the_samples_is_refused():
+    model = Net(Late(6, 6, 3), torch.tanh, head=nn.Conv1d(6, 3, 1)).eval()
+    with pytest.raises(nz.NeutralizeError, match=r"expected a convolution that keeps its input.*own place"):
         nz.plan(model, "layer", example_inputs=unit(2, 6, 9))
 
 

@@ -443,8 +443,8 @@ def _floor(site: AffineSite) -> str:
     if site.activation is None or site.activation.name != "relu_squared":
         return ""
     return (
-        "no square is linear: the error is of the order of the root of the roundoff; with twice as many hidden units as "
-        "features, the block of this layer and the next is a pair, up to rounding"
+        "no square is linear: the error is of the order of the root of the roundoff; with twice as many hidden units "
+        "as features, the block of this layer and the next is a pair, up to rounding"
     )
 
 
