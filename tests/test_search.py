@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from networks import (
@@ -281,6 +283,22 @@ def test_a_block_that_crops_is_damped():
         with plan.applied(model):
             torch.testing.assert_close(model(x), wanted)
     assert nz.verify(model, plan, x).relative_error <= 1e-6
+
+
+def test_the_excised_network_runs_on_several_threads():
+    model = perturbed(transformer(norm_first=True))
+    inputs = [torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
+
+    def run(x):
+        with torch.inference_mode():
+            return model(x)
+
+    handles = hand_on(model, ["layers.1"])
+    wanted = [run(x) for x in inputs]
+    handles[0].remove()
+    with nz.excised(model, "layers[1]"), ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(run, inputs))
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
 def test_parameters_that_another_block_reads_are_left_alone():

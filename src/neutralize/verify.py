@@ -7,6 +7,7 @@ activation (``activations.identify``), and nothing else: not the dataflow, not t
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -267,15 +268,16 @@ Change: TypeAlias = Callable[[nn.Module, "torch.Tensor | None", "torch.Tensor | 
 @contextmanager
 def _changed(module: nn.Module, change: Change) -> Iterator[None]:
     """Change what a module returns; it is run on a copy of its first input tensor, as it may write into it."""
-    calls: list[torch.Tensor | None] = []
+    # Calls that have begun, by thread: several may run the model at once.
+    calls: dict[int, list[torch.Tensor | None]] = {}
 
     def lend(module: nn.Module, args: Any, kwargs: Any) -> Any:
         tensor = first_tensor((args, kwargs))
-        calls.append(tensor)
+        calls.setdefault(threading.get_ident(), []).append(tensor)
         return None if tensor is None else replace_first_tensor((args, kwargs), tensor.clone())
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        owned, lent = calls.pop(), first_tensor((args, kwargs))
+        owned, lent = calls[threading.get_ident()].pop(), first_tensor((args, kwargs))
         # What was not written into carries what was added to it on the way: the probe of the gradient.
         intact = lent is not None and not lent.is_inference() and lent._version == 0
         return change(module, lent if intact else owned, first_tensor(output), output)
