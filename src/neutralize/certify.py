@@ -90,9 +90,7 @@ class Interpretation:
         shape = shape_of(call.entry)
         if shape is not None:
             self._values[call.entry] = Rearranged(torch.arange(math.prod(shape)).reshape(shape))
-        node = call.entry
-        while node is not call.exit:
-            node = node.next
+        for node in call.nodes:
             self._values[node] = self._evaluate(node)
 
     @property
@@ -290,9 +288,7 @@ def side_readers(flow: Dataflow, call: Call, assignment: Assignment) -> list[fx.
     edited = {alias for name in assignment for alias in flow.tied.get(name, (name,))}
     changed: set[fx.Node] = set()
     readers: list[fx.Node] = []
-    node = call.entry
-    while node is not call.exit:
-        node = node.next
+    for node in call.nodes:
         if any(operand in changed or flow.names.get(operand) in edited for operand in node.all_input_nodes):
             changed.add(node)
     for node in changed - {call.exit}:

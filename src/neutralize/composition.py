@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from neutralize.activations import Activation, activation_after, activation_of, lipschitz_within
-from neutralize.dataflow import Call, argument, as_call, dtype_of, op_name, own_inputs, shape_of, tensors_in
+from neutralize.dataflow import Call, argument, as_call, dtype_of, op_name, shape_of, tensors_in
 from neutralize.plan import Certificate, LayerPlan, joined_certificate
 from neutralize.planner import BOUND_MARGIN, Request
 from neutralize.regime import evaluation_roundoffs, unit_roundoff
@@ -137,7 +137,7 @@ def compose(request: Request, layers: Sequence[LayerPlan]) -> Certificate:
 
 def _input_peak(request: Request) -> float:
     """A bound on the model's floating-point inputs: the example's, with the margin; infinite without an example."""
-    given = request.example_inputs if request.example_inputs is not None else own_inputs(request.model)
+    given = request.inputs
     if given is None:
         return math.inf
     floating = [tensor for tensor in tensors_in(as_call(given)) if tensor.is_floating_point() and tensor.numel()]
@@ -172,14 +172,11 @@ class _Walk:
                 site = affine_site(self.flow, call)
                 result = call.exit if site is None or site.inside else site.result
                 self.results[result] = call, entry
-                node = call.entry.next
-                while node is not call.exit:
-                    self.inside.add(node)
-                    node = node.next
+                self.inside.update(node for node in call.nodes if node is not call.exit)
 
     def worst_output(self) -> Drift:
         """The drift of the model's floating-point output that has the largest error."""
-        if any(node.op == "placeholder" and node.name.startswith("value_") for node in self.flow.graph.nodes):
+        if self.flow.is_recorded:
             return Drift(math.inf, math.inf, obstacle="the dataflow was recorded in one run, not exported")
         for node in self.flow.graph.nodes:
             if node.op == "output":

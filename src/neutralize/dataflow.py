@@ -50,6 +50,14 @@ class Call:
     first: int
     last: int
 
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        """The nodes traced inside the layer in order, the mark on the output last."""
+        node = self.entry
+        while node is not self.exit:
+            node = node.next
+            yield node
+
 
 @dataclass
 class Dataflow:

@@ -132,6 +132,11 @@ class Request:
         """Position ranges of every call of every selected layer."""
         return [(call.first, call.last) for calls in self.flow.calls.values() for call in calls]
 
+    @property
+    def premise(self) -> str:
+        """What everything that is read off the dataflow assumes, in words."""
+        return "finite activations" + (", the control flow of the example inputs" if self.flow.is_recorded else "")
+
     def place(self, layer: str) -> int | None:
         """Which stacked layer of its module a layer is, from 0; ``None``: it is a module."""
         return place_of(layer, self.layers[layer])
@@ -259,15 +264,16 @@ class Request:
     @property
     def is_runnable(self) -> bool:
         """Whether there are inputs, and weights, to run the model with."""
-        return self._inputs is not None and not any(tensor.is_meta for tensor in self.tensors.values())
+        return self.inputs is not None and not any(tensor.is_meta for tensor in self.tensors.values())
 
     @property
-    def _inputs(self) -> Inputs | None:
+    def inputs(self) -> Inputs | None:
+        """The example inputs given, or those that the model brings itself."""
         return self.example_inputs if self.example_inputs is not None else own_inputs(self.model)
 
     def _measure(self) -> dict[str, float]:
         if not self.is_runnable:
-            lacking = "weights (this is a meta model)" if self._inputs is not None else "example_inputs"
+            lacking = "weights (this is a meta model)" if self.inputs is not None else "example_inputs"
             raise NeutralizeError(
                 f"plan: expected a bound on the input of {', '.join(map(repr, self.layers))}, got no {lacking} to "
                 "measure it "
@@ -298,7 +304,7 @@ class Request:
         """
         from neutralize.verify import excised
 
-        given = self._inputs
+        given = self.inputs
         assert given is not None
         parts = [layer for layer in self.layers if self.fraction(layer) is not None]
         if parts:

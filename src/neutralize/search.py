@@ -74,7 +74,7 @@ class Search:
     def __post_init__(self) -> None:
         """Answer both questions for every node, operands first."""
         self._same[self.call.entry] = [{}]
-        for node in self.inside():
+        for node in self.call.nodes:
             self._zero[node] = self._any(
                 self._all((self.zero(operand) for operand in clause), before=[{}])
                 for clause in self._ordered(node, zero_clauses(node))
@@ -95,13 +95,6 @@ class Search:
                 parts = [self.same(part) or self.zero(part) for part in tensors(*node.args[0])]
                 answers = [self._all(parts, before=[{}])] if any(answers) else []
             self._same[node] = self._any(answers)
-
-    def inside(self) -> Iterable[fx.Node]:
-        """The nodes of the block in order, without its entry."""
-        node = self.call.entry.next
-        while node is not self.call.exit.next:
-            yield node
-            node = node.next
 
     def zero(self, node: fx.Node) -> list[Assignment]:
         """Assignments that make the node zero, best first; none: impossible."""
@@ -285,7 +278,7 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
         return scaled.get(node, [])
 
     branches: list[list[Assignment]] = []
-    for node in search.inside():
+    for node in search.call.nodes:
         offset = _offset_parameter(node)
         if offset is not None and search._is_parametric(offset[0]) and of(offset[0]):
             # c + w: w <- f w + (f - 1) c
@@ -319,7 +312,7 @@ def _offset_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
 def _stream(search: Search) -> set[fx.Node]:
     """The residual stream: nodes that would hold the block's input if what is added to it were zero, whatever it is."""
     stream = {search.call.entry}
-    for node in search.inside():
+    for node in search.call.nodes:
         for clause in carry_clauses(node):
             if clause.carrier in stream and not clause.ones and clause.identity is None:
                 if shape_of(node) is not None and clause.zeros:

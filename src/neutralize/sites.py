@@ -305,9 +305,7 @@ def norm_of(node: fx.Node, flow: Dataflow) -> Norm | None:
 def affine_site(flow: Dataflow, call: Call) -> AffineSite | None:
     """Recognise a call as one affine op, with or without its activation inside the selected module."""
     found: list[Affine] = []
-    node = call.entry
-    while node is not call.exit:
-        node = node.next
+    for node in call.nodes:
         affine = affine_of(node, flow)
         if affine is not None:
             found.append(affine)

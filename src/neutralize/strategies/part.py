@@ -37,16 +37,12 @@ def draft_part(request: Request, layer: str, factor: float) -> Draft:
     draft = {"heads": _heads, "kv_heads": _heads, "channels": _channels, "experts": _experts}[part.kind]
     edits, reason, entry = draft(request, layer, part, factor)
     if factor == 0.0:
-        certificate = Certificate(layer, "exact", 0.0, "finite activations", reason)
+        certificate = Certificate(layer, "exact", 0.0, request.premise, reason)
     else:
         rounded = "" if math.frexp(abs(factor))[0] == 0.5 else "; the scaled weights are rounded once"
-        certificate = Certificate(layer, "rounding", None, "finite activations", reason + rounded)
+        certificate = Certificate(layer, "rounding", None, request.premise, reason + rounded)
     target = "null" if factor == 0.0 else "scaled"
     return Draft(edits, LayerPlan(layer, target, certificate, (), gain=factor if factor else 1.0, **entry))
-
-
-def _scaled(request: Request, name: str, factor: float, **block: tuple[int, int]) -> Edit:
-    return request.rewrite(name, scale=factor, **block)
 
 
 def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -90,7 +86,7 @@ def _heads(request: Request, layer: str, part: Part, factor: float) -> tuple[tup
     chosen = part.among(layer, int(heads.max()) + 1)
     columns = [place for place, head in enumerate(heads.tolist()) if head in chosen]
     along = "rows" if projection.transposed else "columns"  # (in, out) or (out, in)
-    edits = tuple(_scaled(request, projection.weight, factor, **{along: run}) for run in _runs(columns))
+    edits = tuple(request.rewrite(projection.weight, scale=factor, **{along: run}) for run in _runs(columns))
     reason = f"{len(columns)} of {len(heads)} columns of {projection.weight!r} are all that reads what it computes"
     return edits, reason, {"sides": "out", "consumers": (projection.module,), "note": _counted(part, heads)}
 
@@ -102,9 +98,7 @@ def _counted(part: Part, heads: torch.Tensor) -> str:
 
 def _projections(request: Request, call: Call) -> Iterator[tuple[Affine, fx.Node, list[fx.Node]]]:
     """Affine ops of a call that read an attention, with the steps from the one to the other."""
-    node = call.entry
-    while node is not call.exit:
-        node = node.next
+    for node in call.nodes:
         affine = affine_of(node, request.flow)
         found = None if affine is None else _from_attention(affine.data)
         if affine is not None and found is not None:
@@ -235,7 +229,7 @@ def _check_alone(request: Request, layer: str, projection: Affine) -> None:
     Raises:
         NeutralizeError: it is read elsewhere too.
     """
-    calls = {node for call in request.calls(layer) for node in _nodes(call)}
+    calls = {node for call in request.calls(layer) for node in call.nodes}
     others = [user for user in request.flow.users(projection.weight) if user not in calls]
     if others:
         raise NeutralizeError(
@@ -246,13 +240,6 @@ def _check_alone(request: Request, layer: str, projection: Affine) -> None:
             f"plan: expected a projection with a module of its own for {layer!r}, got {projection.weight!r}; select "
             "the whole attention"
         )
-
-
-def _nodes(call: Call) -> Iterator[fx.Node]:
-    node = call.entry
-    while node is not call.exit:
-        node = node.next
-        yield node
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------
@@ -277,9 +264,9 @@ def _channels(request: Request, layer: str, part: Part, factor: float) -> tuple[
     edits: list[Edit] = []
     for first, last in _runs(chosen):
         block = {"columns": (first * taps, last * taps)} if affine.transposed else {"rows": (first, last)}
-        edits.append(_scaled(request, affine.weight, factor, **block))
+        edits.append(request.rewrite(affine.weight, scale=factor, **block))
         if affine.bias is not None:
-            edits.append(_scaled(request, affine.bias, factor, rows=(first, last)))
+            edits.append(request.rewrite(affine.bias, scale=factor, rows=(first, last)))
     return tuple(edits), f"its {len(chosen)} rows of weight and bias are all that computes it", {"sides": "in"}
 
 
@@ -308,7 +295,7 @@ def _experts(request: Request, layer: str, part: Part, factor: float) -> tuple[t
             f"plan: expected strategy='zero' for {layer!r}, got a factor of {factor}; experts are off or on"
         )
     chosen = part.among(layer, counts.pop())
-    edits = tuple(_scaled(request, name, factor, rows=run) for name in names for run in _runs(chosen))
+    edits = tuple(request.rewrite(name, scale=factor, rows=run) for name in names for run in _runs(chosen))
     reason = f"what it gives is homogeneous in its slices of {', '.join(map(repr, names))}"
     return edits, reason, {"sides": "in"}
 

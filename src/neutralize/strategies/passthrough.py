@@ -135,9 +135,7 @@ class Passthrough:
                 f"plan: expected gain=1 for the block {layer!r}, got {self.gain}; a block hands its input on as it is"
             )
         uses_identity = IDENTITY in assignment.values()
-        assumption = "finite activations" + (", matrix products in full precision" if uses_identity else "")
-        if request.flow.is_recorded:
-            assumption += ", the control flow of the example inputs"
+        assumption = request.premise + (", matrix products in full precision" if uses_identity else "")
         reason = "the dataflow's output evaluates to its input"
         certificate = block_certificate(request, layer, assignment, assumption, reason)
         entry = LayerPlan(layer, "input", certificate, (), sides="" if self.edit == "cheapest" else self.edit)
@@ -369,7 +367,7 @@ def _cropped(request: Request, layer: str, assignment: Assignment, window: tuple
     call = request.calls(layer)[0]
     before, after = shape_of(call.entry) or (), shape_of(call.exit) or ()
     reason = "the dataflow's output evaluates to what its skip connection leaves of its input"
-    certificate = block_certificate(request, layer, assignment, "finite activations", reason)
+    certificate = block_certificate(request, layer, assignment, request.premise, reason)
     note = f"its skip connection crops or pads {list(before)} to {list(after)}: that is what it hands on"
     entry = LayerPlan(layer, "partial", certificate, (), note=note, window=window)
     return Draft(request.edits_for(assignment), entry)
@@ -425,7 +423,7 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
 
 def _what_stops_the_stream(request: Request, search: Search) -> str:
     """What reads the last sum that would hold the block's input, in words; empty if there is none, or it is the end."""
-    held = [node for node in search.inside() if search.same(node)]
+    held = [node for node in search.call.nodes if search.same(node)]
     sums = [node for node in held if any(clause.zeros for clause in carry_clauses(node))]
     if not sums or search.same(search.call.exit):
         return ""

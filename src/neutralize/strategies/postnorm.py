@@ -268,9 +268,7 @@ def _copies(request: Request, source: Norm, target: Norm, factor: float) -> list
 
 def _certificate(request: Request, layer: str, block: _PostNorm, norms: list[Norm], nonlinearity: float) -> Certificate:
     reason = f"{len(norms)} norms folded: each hands on a multiple of normalised values"
-    assumption = "finite activations"
-    if request.flow.is_recorded:
-        assumption += ", the control flow of the example inputs"
+    assumption = request.premise
     others = side_readers(request.flow, block.call, block.assignment)
     if others:
         found = ", ".join(sorted({describe(reader, request.flow) for reader in others})[:3])

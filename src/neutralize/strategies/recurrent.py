@@ -235,11 +235,7 @@ def draft_recurrent_null(request: Request, layer: str, sides: str) -> Draft:
 
 def recurrent_site(flow: Dataflow, call: Call) -> RecurrentSite | None:
     """Recognise a call as one recurrent op on what enters the layer, else ``None``."""
-    node, found = call.entry, []
-    while node is not call.exit:
-        node = node.next
-        if op_name(node) in SEQUENCES or op_name(node) in STEPS:
-            found.append(node)
+    found = [node for node in call.nodes if op_name(node) in SEQUENCES or op_name(node) in STEPS]
     if len(found) != 1:
         return None
     op, width = found[0], (shape_of(call.entry) or (0,))[-1]

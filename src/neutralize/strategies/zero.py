@@ -89,7 +89,7 @@ class Zero:
             whole = joined
         left = {"input": "its input", "partial": "what its skip connection leaves of its input", "null": "zero"}[target]
         reason = f"the dataflow's output evaluates to {left}"
-        certificate = block_certificate(request, layer, whole, "finite activations", reason)
+        certificate = block_certificate(request, layer, whole, request.premise, reason)
         return Draft(
             request.edits_for(whole), LayerPlan(layer, target, certificate, (), sides=self.sides, window=window)
         )
