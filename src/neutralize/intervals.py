@@ -208,10 +208,7 @@ class Taylor:
 
     @classmethod
     def _called(cls, name: str, args: Any, kwargs: Any) -> Taylor:
-        if (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
-            raise NotImplementedError(f"no rule for {name} in place")
-        name = name.strip("_")
-        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+        name, kwargs = functional_call(name, kwargs)
         if name in _UNARY and len(args) == 1 and not kwargs:
             return cls(_UNARY[name](args[0].series))
         if name == "softplus":
@@ -220,7 +217,7 @@ class Taylor:
             half: Taylor = args[0] * 0.5
             return half * (cls(_erf(_scaled(args[0].series, math.sqrt(0.5)))) + 1.0)
         if name in _BINARY and len(args) == 2 and not kwargs:
-            found: Taylor = _BINARY[name](*(arg if isinstance(arg, cls) else _number(arg) for arg in args))
+            found: Taylor = _BINARY[name](*(arg if isinstance(arg, cls) else as_number(arg) for arg in args))
             return found
         raise NotImplementedError(f"no rule for {name}")
 
@@ -228,13 +225,13 @@ class Taylor:
         """Return the sum with a Taylor or a number."""
         if isinstance(other, Taylor):
             return Taylor(_sum(self.series, other.series))
-        return Taylor(_plus(self.series, _number(other)))
+        return Taylor(_plus(self.series, as_number(other)))
 
     def __mul__(self, other: Any) -> Taylor:
         """Return the product with a Taylor or a number."""
         if isinstance(other, Taylor):
             return Taylor(_product(self.series, other.series))
-        return Taylor(_scaled(self.series, _number(other)))
+        return Taylor(_scaled(self.series, as_number(other)))
 
     def __neg__(self) -> Taylor:
         """Return the negative."""
@@ -250,7 +247,7 @@ class Taylor:
 
     def __truediv__(self, other: Any) -> Taylor:
         """Return the quotient."""
-        return self * (Taylor(_reciprocal(other.series)) if isinstance(other, Taylor) else 1.0 / _number(other))
+        return self * (Taylor(_reciprocal(other.series)) if isinstance(other, Taylor) else 1.0 / as_number(other))
 
     def __rtruediv__(self, other: Any) -> Taylor:
         """Return a number divided by this."""
@@ -258,7 +255,7 @@ class Taylor:
 
     def __pow__(self, exponent: Any) -> Taylor:
         """Return an integer power of 1 to 8."""
-        if _number(exponent) not in range(1, 9):
+        if as_number(exponent) not in range(1, 9):
             raise NotImplementedError(f"no rule for the power {exponent}")
         found: Taylor = self
         for _ in range(int(exponent) - 1):
@@ -277,7 +274,15 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _number(value: Any) -> float:
+def functional_call(name: str, kwargs: Any) -> tuple[str, dict[str, Any]]:
+    """Return the plain name of a function and its keywords; raise ``NotImplementedError`` for one that works in place."""
+    if (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
+        raise NotImplementedError(f"no rule for {name} in place")
+    return name.strip("_"), {key: value for key, value in kwargs.items() if key != "inplace"}
+
+
+def as_number(value: Any) -> float:
+    """Return a number, or the one number that a tensor holds; raise ``NotImplementedError`` for all else."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):

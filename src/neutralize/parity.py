@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from neutralize.intervals import as_number, functional_call
 
 _ODD = frozenset("tanh sin tan atan arctan asin sinh asinh erf softsign sign reciprocal tanhshrink hardtanh".split())
 _EVEN = frozenset("abs cos cosh square".split())
@@ -77,7 +77,7 @@ class Parity:
 
     def __truediv__(self, other: Any) -> Parity:
         """Return the quotient."""
-        return self * (_unary("reciprocal", other) if isinstance(other, Parity) else 1.0 / _number(other))
+        return self * (_unary("reciprocal", other) if isinstance(other, Parity) else 1.0 / as_number(other))
 
     def __rtruediv__(self, other: Any) -> Parity:
         """Return a number divided by this."""
@@ -85,7 +85,7 @@ class Parity:
 
     def __pow__(self, exponent: Any) -> Parity:
         """Return an integer power."""
-        number = _number(exponent)
+        number = as_number(exponent)
         if number < 1 or number != int(number):
             raise NotImplementedError(f"no rule for the power {exponent}")
         found = self
@@ -121,10 +121,7 @@ def odd_gain(function: Callable[[Any], Any]) -> float | None:
 
 
 def _called(name: str, args: Any, kwargs: Any) -> Parity:
-    if (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
-        raise NotImplementedError(f"no rule for {name} in place")
-    name = name.strip("_")
-    kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+    name, kwargs = functional_call(name, kwargs)
     if name == "gelu" and kwargs.get("approximate") in ("none", "tanh"):  # both forms are z Φ(z), Φ(z) + Φ(-z) = 1
         kwargs = {}
     if name in _BINARY and len(args) == 2 and not kwargs:
@@ -158,7 +155,7 @@ def _unary(name: str, argument: Parity) -> Parity:
 
 
 def _parity(value: Any) -> Parity:
-    return value if isinstance(value, Parity) else Parity(_number(value), 0.0)
+    return value if isinstance(value, Parity) else Parity(as_number(value), 0.0)
 
 
 def _both(one: float | None, other: float | None) -> float | None:
@@ -171,11 +168,3 @@ def _times(one: float | None, other: float | None) -> float | None:
     if one == 0.0 or other == 0.0:
         return 0.0
     return None if one is None or other is None else one * other
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise NotImplementedError(f"no rule for a {type(value).__name__}")
-    return float(value)
