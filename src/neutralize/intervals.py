@@ -275,7 +275,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def functional_call(name: str, kwargs: Any) -> tuple[str, dict[str, Any]]:
-    """Return the plain name of a function and its keywords; raise ``NotImplementedError`` for one that works in place."""
+    """Return the plain name of a function and its keywords; raise NotImplementedError for one that works in place."""
     if (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
         raise NotImplementedError(f"no rule for {name} in place")
     return name.strip("_"), {key: value for key, value in kwargs.items() if key != "inplace"}
