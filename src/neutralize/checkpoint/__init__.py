@@ -1,0 +1,1 @@
+"""Checkpoints: the same plan on files, in place and with undo, or to a new folder."""

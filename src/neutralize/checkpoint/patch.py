@@ -1,0 +1,186 @@
+"""Patches: an edit of a stored tensor as what it does to regions of files, with memory bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from neutralize import ops
+from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
+
+
+class Patch(Protocol):
+    """What an edit does to the bytes of a checkpoint."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All that it may write."""
+        ...
+
+    def run(self, files: Files) -> Iterable[int]:
+        """Read what is needed, and write; yields how many bytes were done, piece by piece."""
+        ...
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The affine rewrite ``W <- scale * W + diagonal * D + fill`` of a matrix whose rows lie in a region.
+
+    Attributes:
+        region: one row of the matrix per row.
+        dtype: of the elements.
+        scale, diagonal, fill, start, step: see ``neutralize.ops.rewrite_``.
+    """
+
+    region: Region
+    dtype: torch.dtype
+    scale: float = 0.0
+    diagonal: float = 0.0
+    fill: float = 0.0
+    start: int = 0
+    step: int = 1
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The matrix."""
+        return (self.region,)
+
+    def run(self, files: Files) -> Iterable[int]:
+        """Rewrite piece by piece; with a scale of 0 nothing is read."""
+        if self.scale == self.diagonal == self.fill == 0 and math.copysign(1.0, self.fill) > 0:
+            files.zero(self.region)
+            yield self.region.nbytes
+            return
+        size = self.dtype.itemsize
+        for first, last, begin, end in self.region.chunks(BUFFER_BYTES // size * size):
+            part = self.region.part(first, last, begin, end)
+            data = files.read(part) if self.scale else torch.empty(part.rows, part.width, dtype=torch.uint8)
+            matrix = data.view(-1).view(self.dtype).view(last - first, (end - begin) // size)
+            ops.rewrite_(
+                matrix,
+                scale=self.scale,
+                diagonal=self.diagonal,
+                fill=self.fill,
+                start=self.start + first * self.step - begin // size,
+                step=self.step,
+            )
+            files.write(part, data)
+            yield part.nbytes
+
+
+@dataclass(frozen=True)
+class FoldIn:
+    """The fold ``b <- b + shift * (W_old . 1); W <- scale * W``.
+
+    Attributes:
+        weight: the matrix (out, in), one row per row; (in, out) if ``transposed``.
+        bias: its biases (out,), one row of the region.
+        dtype: of both.
+        scale, shift: see ``neutralize.ops.rescale_fold_``.
+        transposed: the rows of ``weight`` are the input features.
+    """
+
+    weight: Region
+    bias: Region
+    dtype: torch.dtype
+    scale: float
+    shift: float
+    transposed: bool = False
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Weight and bias."""
+        return (self.weight, self.bias)
+
+    def run(self, files: Files) -> Iterable[int]:
+        """Fold a block of outputs at a time: each output's sum is taken over its whole row at once."""
+        size = self.dtype.itemsize
+        outputs = self.bias.width // size
+        row_bytes = self.weight.nbytes // max(outputs, 1)
+        at_once = max(1, BUFFER_BYTES // max(row_bytes, 1))
+        for first in range(0, outputs, at_once):
+            last = min(first + at_once, outputs)
+            if self.transposed:
+                part = self.weight.part(0, self.weight.rows, first * size, last * size)
+            else:
+                part = self.weight.part(first, last, 0, self.weight.width)
+            data = files.read(part)
+            rows = self.weight.rows if self.transposed else last - first
+            matrix = data.view(-1).view(self.dtype).view(rows, -1)
+            sums = replace(self.bias, offset=self.bias.offset + first * size, width=(last - first) * size)
+            sums = replace(sums, stride=sums.width)
+            bias = files.read(sums)
+            ops.rescale_fold_(
+                matrix.t() if self.transposed else matrix,
+                bias.view(-1).view(self.dtype),
+                scale=self.scale,
+                shift=self.shift,
+            )
+            files.write(part, data)
+            files.write(sums, bias)
+            yield part.nbytes + sums.nbytes
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Explicit bytes, few enough to hold in memory.
+
+    Attributes:
+        region: where they go.
+        data: as many as the region has, row by row.
+    """
+
+    region: Region
+    data: bytes
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Where they go."""
+        return (self.region,)
+
+    def run(self, files: Files) -> Iterable[int]:
+        """Write them."""
+        content = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
+        files.write(self.region, content.view(self.region.rows, self.region.width))
+        yield self.region.nbytes
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The same few bytes over and over: what a quantized format decodes to zero, say.
+
+    Attributes:
+        region: where; its width is a multiple of the pattern's length.
+        pattern: what.
+    """
+
+    region: Region
+    pattern: bytes
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Where it goes."""
+        return (self.region,)
+
+    def run(self, files: Files) -> Iterable[int]:
+        """Write it; nothing is read."""
+        if not any(self.pattern):
+            files.zero(self.region)
+            yield self.region.nbytes
+            return
+        length = len(self.pattern)
+        pattern = torch.frombuffer(bytearray(self.pattern), dtype=torch.uint8)
+        for chunk in self.region.chunks(BUFFER_BYTES // length * length):
+            part = self.region.part(*chunk)
+            data = pattern.repeat(part.nbytes // length)
+            files.write(part, data.view(part.rows, part.width))
+            yield part.nbytes
+
+
+def written_bytes(patches: Sequence[Patch]) -> int:
+    """How many bytes the patches may write together."""
+    return sum(region.nbytes for patch in patches for region in patch.regions)
