@@ -14,7 +14,7 @@ from neutralize import ops, reference
 from neutralize.checkpoint.patch import Affine, Bytes, FoldIn, Patch
 from neutralize.checkpoint.region import Files, Region
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Assign, Copy, Edit, Fold, Rewrite, dtype_name, matrix_extent
+from neutralize.plan import Assign, Edit, Fold, Rewrite, dtype_name, matrix_extent
 
 
 class Stored(Protocol):
@@ -201,19 +201,15 @@ class Elements:
             first, last = edit.columns or (0, columns)
             block = Region(weight.file, weight.offset + first * size, rows, (last - first) * size, columns * size)
             return [FoldIn(block, sums, self.dtype, edit.scale, edit.shift)]
-        if len(self.shape) != 2:
-            raise NeutralizeError(
-                f"checkpoint: expected a matrix (in, out) for {self.name!r}, got {list(self.shape)}: the taps of a "
-                "transposed convolution are summed up in an order that needs the live weight; plan on the loaded model"
-            )
         first, last = edit.columns or (0, rows)
         folds = []
-        per_group, outputs = (last - first) // edit.groups, columns * size
+        per_group, taps = (last - first) // edit.groups, math.prod(self.shape[2:])
+        stride, own_width = columns * size, self.shape[1] * size
         for group in range(edit.groups):
-            begin = weight.offset + (first + group * per_group) * outputs
-            block = Region(weight.file, begin, per_group, outputs, outputs)
-            own = Region.run(sums.file, sums.offset + group * outputs, outputs)
-            folds.append(FoldIn(block, own, self.dtype, edit.scale, edit.shift, transposed=True))
+            begin = weight.offset + (first + group * per_group) * stride
+            block = Region(weight.file, begin, per_group, stride, stride)
+            own = Region.run(sums.file, sums.offset + group * own_width, own_width)
+            folds.append(FoldIn(block, own, self.dtype, edit.scale, edit.shift, taps))
         return folds
 
     def _bytes(self, values: torch.Tensor, piece: Piece) -> Bytes:

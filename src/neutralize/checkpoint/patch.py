@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -77,11 +77,12 @@ class FoldIn:
     """The fold ``b <- b + shift * (W_old . 1); W <- scale * W``.
 
     Attributes:
-        weight: the matrix (out, in), one row per row; (in, out) if ``transposed``.
+        weight: the matrix (out, in · taps), one row per row; (in, out · taps) if ``taps_below`` is not 0.
         bias: its biases (out,), one row of the region.
         dtype: of both.
         scale, shift: see ``neutralize.ops.rescale_fold_``.
-        transposed: the rows of ``weight`` are the input features.
+        taps_below: 0 where the rows of ``weight`` are outputs; where they are input features (the ``Conv1D`` of GPT-2,
+            transposed convolutions), how many elements each of their outputs has.
     """
 
     weight: Region
@@ -89,7 +90,7 @@ class FoldIn:
     dtype: torch.dtype
     scale: float
     shift: float
-    transposed: bool = False
+    taps_below: int = 0
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -98,28 +99,24 @@ class FoldIn:
 
     def run(self, files: Files) -> Iterable[int]:
         """Fold a block of outputs at a time: each output's sum is taken over its whole row at once."""
-        size = self.dtype.itemsize
+        size, taps = self.dtype.itemsize, self.taps_below
         outputs = self.bias.width // size
-        row_bytes = self.weight.nbytes // max(outputs, 1)
-        at_once = max(1, BUFFER_BYTES // max(row_bytes, 1))
+        at_once = max(1, BUFFER_BYTES * outputs // max(self.weight.nbytes, 1))
         for first in range(0, outputs, at_once):
             last = min(first + at_once, outputs)
-            if self.transposed:
-                part = self.weight.part(0, self.weight.rows, first * size, last * size)
+            if taps:
+                part = self.weight.part(0, self.weight.rows, first * taps * size, last * taps * size)
             else:
                 part = self.weight.part(first, last, 0, self.weight.width)
             data = files.read(part)
-            rows = self.weight.rows if self.transposed else last - first
-            matrix = data.view(-1).view(self.dtype).view(rows, -1)
-            sums = replace(self.bias, offset=self.bias.offset + first * size, width=(last - first) * size)
-            sums = replace(sums, stride=sums.width)
+            elements = data.view(-1).view(self.dtype)
+            if taps:
+                matrix = elements.view(self.weight.rows, last - first, taps).transpose(0, 1)
+            else:
+                matrix = elements.view(last - first, -1)
+            sums = Region.run(self.bias.file, self.bias.offset + first * size, (last - first) * size)
             bias = files.read(sums)
-            ops.rescale_fold_(
-                matrix.t() if self.transposed else matrix,
-                bias.view(-1).view(self.dtype),
-                scale=self.scale,
-                shift=self.shift,
-            )
+            ops.rescale_fold_(matrix, bias.view(-1).view(self.dtype), scale=self.scale, shift=self.shift)
             files.write(part, data)
             files.write(sums, bias)
             yield part.nbytes + sums.nbytes

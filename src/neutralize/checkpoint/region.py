@@ -193,7 +193,7 @@ class Files:
         return span
 
     def _read_into(self, file: str, offset: int, out: torch.Tensor) -> None:
-        view = memoryview(out.numpy())
+        view = _memory(out)
         while view:
             count = os.preadv(self.descriptor(file), [view], offset)
             if count == 0:
@@ -204,7 +204,7 @@ class Files:
             view, offset = view[count:], offset + count
 
     def _write_from(self, file: str, offset: int, data: torch.Tensor) -> None:
-        view = memoryview(data.numpy())
+        view = _memory(data)
         while view:
             count = os.pwritev(self.descriptor(file), [view], offset)
             view, offset = view[count:], offset + count
@@ -212,6 +212,12 @@ class Files:
     def _zero_range(self, region: Region) -> bool:
         zero_range = _fallocate()
         return zero_range is not None and zero_range(self.descriptor(region.file), region.offset, region.nbytes)
+
+
+def _memory(data: torch.Tensor) -> memoryview:
+    """The memory of a tensor of bytes; it must stay alive as long as the view."""
+    array = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr()) if data.numel() else bytearray()
+    return memoryview(array).cast("B")
 
 
 def _rows_of(region: Region, span: torch.Tensor) -> torch.Tensor:
