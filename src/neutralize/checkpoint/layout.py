@@ -217,6 +217,35 @@ class Elements:
         return Bytes(piece.region, values[box].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
+@dataclass(frozen=True)
+class Opaque:
+    """A tensor whose elements are not understood: listed, copied, never written.
+
+    Attributes:
+        name: its name.
+        encoding: how its values are stored, as the file calls it.
+        shape: of the tensor, as the file gives it.
+        region: its bytes.
+    """
+
+    name: str
+    encoding: str
+    shape: tuple[int, ...]
+    region: Region
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Its bytes."""
+        return (self.region,)
+
+    def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
+        """Refuse."""
+        raise NeutralizeError(
+            f"checkpoint: expected a tensor whose elements are known for {self.name!r}, got {self.encoding}; edit what "
+            "it belongs to, or the norm before it"
+        )
+
+
 def _magnitudes(edit: Edit, stored: float, computed: float) -> Iterator[tuple[str, float, float]]:
     """What an edit stores as it is, and what it computes with: name, value, and the largest magnitude allowed."""
     if isinstance(edit, Rewrite):

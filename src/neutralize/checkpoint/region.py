@@ -193,7 +193,7 @@ class Files:
         return span
 
     def _read_into(self, file: str, offset: int, out: torch.Tensor) -> None:
-        view = _memory(out)
+        view = memory(out)
         while view:
             count = os.preadv(self.descriptor(file), [view], offset)
             if count == 0:
@@ -204,7 +204,7 @@ class Files:
             view, offset = view[count:], offset + count
 
     def _write_from(self, file: str, offset: int, data: torch.Tensor) -> None:
-        view = _memory(data)
+        view = memory(data)
         while view:
             count = os.pwritev(self.descriptor(file), [view], offset)
             view, offset = view[count:], offset + count
@@ -214,7 +214,7 @@ class Files:
         return zero_range is not None and zero_range(self.descriptor(region.file), region.offset, region.nbytes)
 
 
-def _memory(data: torch.Tensor) -> memoryview:
+def memory(data: torch.Tensor) -> memoryview:
     """The memory of a tensor of bytes; it must stay alive as long as the view."""
     array = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr()) if data.numel() else bytearray()
     return memoryview(array).cast("B")

@@ -1,0 +1,564 @@
+"""The journal of a checkpoint that is edited in place: a write-ahead undo for each edit, and the state that they tell.
+
+The journal is the folder ``.neutralize`` beside the files. Edit number ``n`` leaves
+
+- ``n.undo``: the bytes of exactly what will change, and their digests. It is complete and on the disk before the first
+  byte of the checkpoint changes.
+- ``n.done``: the digests of what was written. It appears when all of it is on the disk.
+
+So a checkpoint with an ``.undo`` and no ``.done`` is half-written, and putting back the old bytes makes it whole, however
+often that is begun anew. While an edit runs, a mark lies over the head of each file that it touches: no reader takes a
+half-written file for a whole one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from neutralize.checkpoint.bounded import TEXT_LIMIT, parse_json
+from neutralize.checkpoint.patch import Patch
+from neutralize.checkpoint.region import Files, Region, memory
+from neutralize.errors import NeutralizeError
+from neutralize.progress import Advance, silent
+
+FOLDER = ".neutralize"
+_MAGIC = b"neutralize undo\n"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an undo holds of one region.
+
+    Attributes:
+        region: where the bytes belong.
+        digest: SHA-256 of them, hexadecimal.
+        place: where they are in the undo file.
+    """
+
+    region: Region
+    digest: str
+    place: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What lies over a file's head while it is edited.
+
+    Attributes:
+        file: relative to the root.
+        offset: of the first byte.
+        held: the bytes that belong there, hexadecimal.
+        mark: the bytes that say that the file is half-written, hexadecimal.
+    """
+
+    file: str
+    offset: int
+    held: str
+    mark: str
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One edit of a checkpoint in place.
+
+    Attributes:
+        number: counts the edits, from 1.
+        path: the undo file.
+        digest: of the plan.
+        about: what was done, in words.
+        when: ISO time, UTC.
+        kept: the old bytes.
+        marks: one per touched file.
+        written: SHA-256 of each region after the edit; empty: the edit was cut off.
+    """
+
+    number: int
+    path: Path
+    digest: str
+    about: str
+    when: str
+    kept: tuple[Kept, ...]
+    marks: tuple[Mark, ...]
+    written: tuple[str, ...] = field(default=())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it was written; if not, the files are half-written."""
+        return bool(self.written)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it touches."""
+        return tuple(dict.fromkeys(entry.region.file for entry in self.kept))
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it keeps."""
+        return sum(entry.region.nbytes for entry in self.kept)
+
+
+class Journal:
+    """The edits of the checkpoints in one folder. Open it with ``opened``: it is locked as long as it is used."""
+
+    def __init__(self, root: Path) -> None:
+        """Name a journal; nothing is made.
+
+        Args:
+            root: the folder that the checkpoint's files are in.
+        """
+        self.root = root
+        self.folder = root / FOLDER
+
+    # ---- what was done ---------------------------------------------------------------------------------------------
+    def editions(self) -> list[Edition]:
+        """The edits that can be undone, earliest first.
+
+        Raises:
+            NeutralizeError: an undo file is damaged.
+        """
+        if not self.folder.is_dir():
+            return []
+        return [_read_edition(path) for path in sorted(self.folder.glob("*.undo"), key=_number)]
+
+    # ---- the lock ----------------------------------------------------------------------------------------------------
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the checkpoint for this process; the lock goes with the process, however it ends.
+
+        Raises:
+            NeutralizeError: another process holds it, or the folder cannot be written.
+        """
+        descriptor = self._lock()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if not any(self.folder.glob("*.undo")):
+                    shutil.rmtree(self.folder)
+            os.close(descriptor)
+
+    def is_locked(self) -> bool:
+        """Whether some process is editing the checkpoint now."""
+        try:
+            descriptor = os.open(self.folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _lock(self) -> int:
+        path = self.folder / "lock"
+        while True:
+            if self.folder.is_symlink():
+                raise NeutralizeError(
+                    f"checkpoint: expected a folder of its own for {str(self.folder)!r}, got a link; remove it"
+                )
+            try:
+                self.folder.mkdir(exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            except FileNotFoundError:
+                if self.root.is_dir():
+                    continue  # another process has just ended and removed the journal's folder
+                raise
+            except OSError as error:
+                raise NeutralizeError(
+                    f"checkpoint: expected a folder that can be written for {str(self.root)!r}, got "
+                    f"{error.strerror}; use --output"
+                ) from error
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
+                os.close(descriptor)
+                raise NeutralizeError(
+                    f"checkpoint: expected {str(self.root)!r} to be free, got one that is being edited by {holder}; "
+                    "wait until it has ended"
+                ) from error
+            with suppress(OSError):
+                if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
+                    return descriptor
+            os.close(descriptor)  # the process before us removed it between the two calls
+
+    # ---- editing, under the lock ----------------------------------------------------------------------------------------
+    def edit(
+        self,
+        patches: Sequence[Patch],
+        marks: Mapping[str, tuple[int, bytes]],
+        digest: str,
+        about: str,
+        advance: Advance = silent,
+    ) -> Edition:
+        """Carry out patches so that every byte can be put back; the journal must be locked.
+
+        Args:
+            patches: what is written.
+            marks: file to (offset, bytes) that are laid over its head meanwhile.
+            digest: of the plan.
+            about: what is done, in words.
+            advance: told the bytes kept and the bytes written as they are done.
+
+        Raises:
+            NeutralizeError: a file may not be written, or the disk is full or fails; the old bytes are back, or the
+                message says that ``neutralize restore`` has to put them back.
+        """
+        regions = list(dict.fromkeys(region for patch in patches for region in patch.regions if region.nbytes))
+        touched = list(dict.fromkeys(region.file for region in regions))
+        with Files(self.root, writable=True) as files:
+            for file in touched:
+                _check_writable(files, file)
+            edition = self._keep(files, regions, {file: marks[file] for file in touched if file in marks}, digest,
+                                 about, advance)  # fmt: skip
+            try:
+                self._lay(files, edition)
+                for patch in patches:
+                    for count in patch.run(files):
+                        advance(count)
+                written = tuple(_digest(files, region) for region in regions)
+                self._finish(files, edition)
+                _write_whole(self._done(edition.number), json.dumps({"written": written}).encode())
+            except BaseException as error:
+                self._roll_back_after(error, files, edition)
+                raise
+        return self.editions()[-1]
+
+    def roll_back(self, edition: Edition, advance: Advance = silent) -> None:
+        """Put back the bytes of an edit, whether it was finished or cut off; the journal must be locked.
+
+        Raises:
+            NeutralizeError: the undo is damaged, a file was removed or has another size, or the disk fails.
+        """
+        with explained("restore"), Files(self.root, writable=True) as files:
+            for file in edition.files:
+                _check_writable(files, file)
+            self._restore(files, edition, advance)
+
+    def recover(self, advance: Advance = silent) -> list[Edition]:
+        """Put back the bytes of what was cut off; the journal must be locked.
+
+        Returns:
+            The edits that were rolled back: one at most, unless somebody has touched the journal.
+        """
+        cut_off = [edition for edition in self.editions() if not edition.is_done]
+        for edition in reversed(cut_off):
+            self.roll_back(edition, advance)
+        for part in self.folder.glob("*.part"):
+            part.unlink()
+        return cut_off
+
+    def check_unchanged(self, edition: Edition) -> None:
+        """Check that what a finished edit wrote is still there.
+
+        Raises:
+            NeutralizeError: something else was written since.
+        """
+        with explained("restore"), Files(self.root) as files:
+            for entry, digest in zip(edition.kept, edition.written, strict=True):
+                if _digest(files, entry.region) != digest:
+                    raise NeutralizeError(
+                        f"restore: expected {entry.region.file!r} as edit {edition.number} left it, got other bytes at "
+                        f"{entry.region.offset}: something else has written there; --force puts the old bytes back "
+                        "all the same"
+                    )
+
+    def _done(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.done"
+
+    def _keep(
+        self,
+        files: Files,
+        regions: list[Region],
+        marks: Mapping[str, tuple[int, bytes]],
+        digest: str,
+        about: str,
+        advance: Advance,
+    ) -> Edition:
+        """Write the undo, and return when it is on the disk."""
+        number = max((_number(path) for path in self.folder.glob("*.undo")), default=0) + 1
+        path = self.folder / f"{number:06d}.undo"
+        part = path.with_suffix(".part")
+        needed = sum(region.nbytes for region in regions)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed + (1 << 20):
+            raise NeutralizeError(
+                f"checkpoint: expected {needed} free bytes beside {str(self.root)!r} for the undo, got {free}; make "
+                "room, or use --output on another disk"
+            )
+        try:
+            with explained("checkpoint"), part.open("wb") as out:
+                out.write(_MAGIC)
+                kept = []
+                for region in regions:
+                    place, hasher = out.tell(), hashlib.sha256()
+                    for chunk in region.chunks():
+                        data = files.read(region.part(*chunk)).view(-1)
+                        view = memory(data)
+                        hasher.update(view)
+                        out.write(view)
+                        advance(len(view))
+                    kept.append(Kept(region, hasher.hexdigest(), place))
+                held = tuple(
+                    Mark(file, offset, _bytes(files, Region.run(file, offset, len(mark))).hex(), mark.hex())
+                    for file, (offset, mark) in marks.items()
+                )
+                when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                edition = Edition(number, path, digest, about, when, tuple(kept), held)
+                footer = _footer(edition)
+                out.write(footer)
+                out.write(hashlib.sha256(footer).digest() + len(footer).to_bytes(8, "little"))
+                out.flush()
+                os.fsync(out.fileno())
+            part.rename(path)
+            sync_folder(self.folder)
+            sync_folder(self.root)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return edition
+
+    def _lay(self, files: Files, edition: Edition) -> None:
+        """Lay the marks over the files' heads."""
+        for mark in edition.marks:
+            files.write(Region.run(mark.file, mark.offset, len(mark.mark) // 2), _tensor(mark.mark))
+            files.sync(mark.file)
+
+    def _finish(self, files: Files, edition: Edition) -> None:
+        """Bring everything to the disk, and only then take the marks away."""
+        for file in edition.files:
+            files.sync(file)
+        for mark in edition.marks:
+            files.write(Region.run(mark.file, mark.offset, len(mark.held) // 2), _tensor(mark.held))
+            files.sync(mark.file)
+
+    def _restore(self, files: Files, edition: Edition, advance: Advance) -> None:
+        """Put the old bytes back: first the edit counts as cut off, at the end as never made."""
+        with Files(self.folder) as undo:
+            for entry in edition.kept:
+                if entry.region.end > files.size(entry.region.file):
+                    raise NeutralizeError(
+                        f"restore: expected {entry.region.end} bytes or more in {entry.region.file!r}, got "
+                        f"{files.size(entry.region.file)}: it was replaced or truncated; fetch the checkpoint again"
+                    )
+                kept = Region.run(edition.path.name, entry.place, entry.region.nbytes)
+                if _digest(undo, kept) != entry.digest:
+                    raise NeutralizeError(
+                        f"restore: expected the bytes that were kept in {str(edition.path)!r}, got others: the undo is "
+                        "damaged; fetch the checkpoint again"
+                    )
+            self._done(edition.number).unlink(missing_ok=True)  # from here on it counts as cut off
+            sync_folder(self.folder)
+            self._lay(files, edition)
+            for entry in edition.kept:
+                place = entry.place
+                for chunk in entry.region.chunks():
+                    part = entry.region.part(*chunk)
+                    data = undo.read(Region.run(edition.path.name, place, part.nbytes))
+                    files.write(part, data.view(part.rows, part.width))
+                    place += part.nbytes
+                    advance(part.nbytes)
+        self._finish(files, edition)
+        edition.path.unlink()
+        sync_folder(self.folder)
+
+    def _roll_back_after(self, error: BaseException, files: Files, edition: Edition) -> None:
+        try:
+            self._restore(files, edition, silent)
+        except BaseException as second:
+            raise NeutralizeError(
+                f"checkpoint: expected to write {edition.nbytes} bytes under {str(self.root)!r}, got {_reason(error)}, "
+                f"and could not put the old bytes back ({_reason(second)}); they are in {str(edition.path)!r}: run "
+                "neutralize restore when the disk works again"
+            ) from error
+        if isinstance(error, OSError):
+            raise NeutralizeError(
+                f"checkpoint: expected to write {edition.nbytes} bytes under {str(self.root)!r}, got {_reason(error)}; "
+                "every old byte is back: make room or check the disk, and apply again"
+            ) from error
+
+
+def _check_writable(files: Files, file: str) -> None:
+    """Check that a file may be changed in place.
+
+    Raises:
+        NeutralizeError: it is a link, has several names, or is read-only.
+    """
+    path = files.root / file
+    if path.is_symlink():
+        raise NeutralizeError(
+            f"checkpoint: expected a file of its own for {str(path)!r}, got a link to {str(path.resolve())!r}, which "
+            "others may use too (the cache of a hub is shared); use --output, or copy it"
+        )
+    try:
+        descriptor = files.descriptor(file)
+    except OSError as error:
+        raise NeutralizeError(
+            f"checkpoint: expected a file that can be written for {str(path)!r}, got {error.strerror}; use --output"
+        ) from error
+    about = os.fstat(descriptor)
+    if about.st_nlink > 1:
+        raise NeutralizeError(
+            f"checkpoint: expected a file with one name for {str(path)!r}, got one with {about.st_nlink} hard links, "
+            "which would all change; use --output, or copy it"
+        )
+    if not about.st_mode & 0o222:
+        raise NeutralizeError(
+            f"checkpoint: expected a file that can be written for {str(path)!r}, got a read-only one; use --output, or "
+            "chmod u+w it"
+        )
+
+
+# ---- the undo file ---------------------------------------------------------------------------------------------------
+
+
+def _footer(edition: Edition) -> bytes:
+    content = {
+        "format": _FORMAT,
+        "number": edition.number,
+        "digest": edition.digest,
+        "about": edition.about,
+        "when": edition.when,
+        "kept": [
+            [entry.region.file, entry.region.offset, entry.region.rows, entry.region.width, entry.region.stride,
+             entry.digest, entry.place]
+            for entry in edition.kept
+        ],
+        "marks": [list(asdict(mark).values()) for mark in edition.marks],
+    }  # fmt: skip
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _read_edition(path: Path) -> Edition:
+    damaged = NeutralizeError(
+        f"checkpoint: expected the undo of an edit in {str(path)!r}, got a damaged file; fetch the checkpoint again"
+    )
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC or size < len(_MAGIC) + 40:
+                raise damaged
+            file.seek(size - 40)
+            digest, length = file.read(32), int.from_bytes(file.read(8), "little")
+            if length > min(size - 40 - len(_MAGIC), TEXT_LIMIT):
+                raise damaged
+            file.seek(size - 40 - length)
+            footer = file.read(length)
+    except OSError as error:
+        raise NeutralizeError(
+            f"checkpoint: expected the undo of an edit in {str(path)!r}, got {error.strerror}; check the folder"
+        ) from error
+    if hashlib.sha256(footer).digest() != digest:
+        raise damaged
+    content = parse_json(footer, f"the undo {str(path)!r}")
+    try:
+        if content["format"] != _FORMAT:
+            raise NeutralizeError(
+                f"checkpoint: expected format {_FORMAT} of {str(path)!r}, got {content['format']!r}; use the version "
+                "of neutralize that wrote it"
+            )
+        kept = tuple(
+            Kept(Region(_plain(file), *map(_size, (offset, rows, width, stride))), str(digest), _size(place))
+            for file, offset, rows, width, stride, digest, place in content["kept"]
+        )
+        marks = tuple(Mark(_plain(file), _size(offset), held, mark) for file, offset, held, mark in content["marks"])
+        written: tuple[str, ...] = ()
+        done = path.with_suffix(".done")
+        if done.is_file():
+            written = tuple(parse_json(done.read_bytes(), f"{str(done)!r}")["written"])
+            if len(written) != len(kept):
+                raise damaged
+        return Edition(_number(path), path, content["digest"], content["about"], content["when"], kept, marks, written)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, NeutralizeError):
+            raise
+        raise damaged from error
+
+
+def _plain(file: str) -> str:
+    """The name of a file of the folder itself: an undo may lead nowhere else."""
+    if not isinstance(file, str) or not file or file in (".", "..") or "/" in file or "\0" in file:
+        raise ValueError(file)
+    return file
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(value)
+    return value
+
+
+def _number(path: Path) -> int:
+    return int(path.stem) if path.stem.isdigit() else 0
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def _digest(files: Files, region: Region) -> str:
+    hasher = hashlib.sha256()
+    for chunk in region.chunks():
+        hasher.update(memory(files.read(region.part(*chunk)).view(-1)))
+    return hasher.hexdigest()
+
+
+def _bytes(files: Files, region: Region) -> bytes:
+    return bytes(memory(files.read(region).view(-1)))
+
+
+def _tensor(hexadecimal: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(hexadecimal), dtype=torch.uint8)[None]
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a small file so that it is either not there or whole, on the disk too."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    part.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained(op: str) -> Iterator[None]:
+    """Turn what the operating system reports into the one error of this library."""
+    try:
+        yield
+    except OSError as error:
+        raise NeutralizeError(
+            f"{op}: expected files that can be read and written, got {_reason(error)}; make room or check the disk, and "
+            "try again"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' for {str(error.filename)!r}' if error.filename else ''}"
+    return str(error) or type(error).__name__
