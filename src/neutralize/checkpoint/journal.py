@@ -6,9 +6,9 @@ The journal is the folder ``.neutralize`` beside the files. Edit number ``n`` le
   byte of the checkpoint changes.
 - ``n.done``: the digests of what was written. It appears when all of it is on the disk.
 
-So a checkpoint with an ``.undo`` and no ``.done`` is half-written, and putting back the old bytes makes it whole, however
-often that is begun anew. While an edit runs, a mark lies over the head of each file that it touches: no reader takes a
-half-written file for a whole one.
+So a checkpoint with an ``.undo`` and no ``.done`` is half-written, and putting back the old bytes makes it whole,
+however often that is begun anew. While an edit runs, a mark lies over the head of each file that it touches: no
+reader takes a half-written file for a whole one.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Journal:
                     return descriptor
             os.close(descriptor)  # the process before us removed it between the two calls
 
-    # ---- editing, under the lock ----------------------------------------------------------------------------------------
+    # ---- editing, under the lock -----------------------------------------------------------------------------------
     def edit(
         self,
         patches: Sequence[Patch],
@@ -326,11 +326,13 @@ class Journal:
                 out.write(hashlib.sha256(footer).digest() + len(footer).to_bytes(8, "little"))
                 out.flush()
                 os.fsync(out.fileno())
-            part.rename(path)
-            sync_folder(self.folder)
-            sync_folder(self.root)
-        except BaseException:
+            with explained("checkpoint"):
+                part.rename(path)
+                sync_folder(self.folder)
+                sync_folder(self.root)
+        except BaseException:  # nothing has been changed yet
             part.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
         return edition
 
@@ -553,8 +555,8 @@ def explained(op: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise NeutralizeError(
-            f"{op}: expected files that can be read and written, got {_reason(error)}; make room or check the disk, and "
-            "try again"
+            f"{op}: expected files that can be read and written, got {_reason(error)}; make room or check the disk, "
+            "and try again"
         ) from error
 
 

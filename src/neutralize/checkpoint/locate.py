@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from neutralize.checkpoint.bounded import read_json
 from neutralize.checkpoint.layout import Layout, Stored
@@ -45,8 +45,8 @@ def _file(path: Path) -> Layout:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise NeutralizeError(
-            f"checkpoint: expected a file that ends in {', '.join(_READERS)}, got {str(path)!r}; rename it, or name its "
-            "folder"
+            f"checkpoint: expected a file that ends in {', '.join(_READERS)}, got {str(path)!r}; rename it, or name "
+            "its folder"
         )
     return reader(path)
 
@@ -92,8 +92,8 @@ def _folder(folder: Path) -> Layout:
         if single is not None:
             return _file(inside(folder, single))
     raise NeutralizeError(
-        f"checkpoint: expected safetensors, torch or GGUF files in {str(folder)!r}, got a folder without any; check the "
-        "path"
+        f"checkpoint: expected safetensors, torch or GGUF files in {str(folder)!r}, got a folder without any; check "
+        "the path"
     )
 
 
@@ -116,9 +116,14 @@ def _sharded(folder: Path, index: str, suffix: str) -> Layout:
     """The shards that an index names, as one layout."""
     content = read_json(folder / index, "an index")
     weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise NeutralizeError(
-            f"checkpoint: expected a weight_map of tensor names to files in {str(folder / index)!r}, got none; fetch it "
+            f"checkpoint: expected a weight_map of tensor names to files in {str(folder / index)!r}, got none; "
+            f"fetch it "
             "again"
         )
     files = list(dict.fromkeys(weight_map.values()))
@@ -129,10 +134,10 @@ def _sharded(folder: Path, index: str, suffix: str) -> Layout:
     for file in files:
         if not file.endswith(suffix):
             raise NeutralizeError(
-                f"checkpoint: expected files that end in {suffix} in {str(folder / index)!r}, got {file[:200]!r}; fetch "
-                "it again"
+                f"checkpoint: expected files that end in {suffix} in {str(folder / index)!r}, got {file[:200]!r}; "
+                "fetch it again"
             )
-    joined = join(folder, [(file, _file(inside(folder, file))) for file in files])
+    joined = join(folder, [_file(inside(folder, file)) for file in files])
     missing = [name for name, file in weight_map.items() if name not in joined.tensors]
     if missing:
         raise NeutralizeError(
@@ -142,7 +147,7 @@ def _sharded(folder: Path, index: str, suffix: str) -> Layout:
     return joined
 
 
-def join(folder: Path, shards: list[tuple[str, Layout]]) -> Layout:
+def join(folder: Path, shards: list[Layout]) -> Layout:
     """Return several files of one folder as one layout.
 
     Raises:
@@ -150,18 +155,17 @@ def join(folder: Path, shards: list[tuple[str, Layout]]) -> Layout:
     """
     tensors: dict[str, Stored] = {}
     marks: dict[str, tuple[int, bytes]] = {}
-    for file, layout in shards:
+    for layout in shards:
         for name, stored in layout.tensors.items():
             if name in tensors:
                 raise NeutralizeError(
-                    f"checkpoint: expected each tensor once in {str(folder)!r}, got {name[:200]!r} in two of its files; "
-                    "fetch it again"
+                    f"checkpoint: expected each tensor once in {str(folder)!r}, got {name[:200]!r} in two of its "
+                    "files; fetch it again"
                 )
             tensors[name] = stored
         marks.update(layout.marks)
-        del file
-    files = tuple(file for _, layout in shards for file in layout.files)
-    kind = f"{shards[0][1].kind}, {len(shards)} shards" if len(shards) > 1 else shards[0][1].kind
+    files = tuple(file for layout in shards for file in layout.files)
+    kind = f"{shards[0].kind}, {len(shards)} shards" if len(shards) > 1 else shards[0].kind
     return Layout(folder, files, tensors, marks, kind)
 
 
@@ -188,14 +192,11 @@ def inside(folder: Path, file: str) -> Path:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if target.parent not in (home, blobs) or not target.is_file():
         raise NeutralizeError(
-            f"checkpoint: expected {file[:200]!r} to be a file of {str(folder)!r}, got a link that leads elsewhere; copy "
-            "the file there"
+            f"checkpoint: expected {file[:200]!r} to be a file of {str(folder)!r}, got a link that leads elsewhere; "
+            "copy the file there"
         )
     return path
 
 
 def _with_config(layout: Layout, folder: Path) -> Layout:
-    from dataclasses import replace
-
-    has_config: Any = (folder / "config.json").is_file()
-    return replace(layout, config=folder) if has_config else layout
+    return replace(layout, config=folder) if (folder / "config.json").is_file() else layout

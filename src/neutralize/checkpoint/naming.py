@@ -1,7 +1,7 @@
 """Naming: which tensors of a checkpoint a model's parameters come from, and edits of the one as edits of the other.
 
-A loader may rename tensors, stack the experts of a list into one parameter, split a fused projection, transpose, permute
-rows, or add one to the gain of a norm; an edit of the parameter is turned into edits of what is stored.
+A loader may rename tensors, stack the experts of a list into one parameter, split a fused projection, transpose,
+permute rows, or add one to the gain of a norm; an edit of the parameter is turned into edits of what is stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Source:
     Attributes:
         stored: name of the stored tensor.
         box: half-open range of each of its dimensions.
-        order: for each dimension of the parameter the dimension of the stored tensor that it comes from; ``None``: a new
+        order: for each dimension of the parameter the dimension of the stored tensor that it comes from; ``None``: a
+            new
             dimension of size 1, as when experts are stacked.
         origin: place of the box's first element in the parameter.
         offset: what the loader adds: 1 for the norms of Gemma in GGUF files is -1 here, which stores 1 + w.

@@ -215,8 +215,11 @@ class Files:
 
 
 def memory(data: torch.Tensor) -> memoryview:
-    """The memory of a tensor of bytes; it must stay alive as long as the view."""
-    array = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr()) if data.numel() else bytearray()
+    """Return the memory of a contiguous tensor, which lives as long as the view."""
+    if not data.numel():
+        return memoryview(b"")
+    array = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
+    array.owner = data  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
 
 

@@ -1,7 +1,7 @@
 """Read where the tensors of a ``.safetensors`` file lie, trusting nothing that it says.
 
-Source: the format's description in the README of the safetensors project: eight bytes of header length, little endian, a
-JSON header, and the tensors without holes.
+Source: the format's description in the README of the safetensors project: eight bytes of header length, little endian,
+a JSON header, and the tensors without holes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,268 @@
+"""Checkpoints as users hold them: plan for one, edit it in place or to a new place, put every byte back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neutralize.checkpoint.journal import Edition, Journal
+from neutralize.checkpoint.layout import Layout
+from neutralize.checkpoint.locate import locate
+from neutralize.checkpoint.naming import Names, retarget
+from neutralize.checkpoint.patch import Patch
+from neutralize.checkpoint.region import Files
+from neutralize.errors import NeutralizeError
+from neutralize.plan import Edit, Plan
+from neutralize.progress import Advance, silent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from neutralize.checkpoint.output import Written
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a checkpoint that is edited in place.
+
+    Attributes:
+        path: the checkpoint.
+        state: ``intact`` (no edit can be undone), ``edited`` (every edit is whole), ``interrupted`` (an edit was cut
+            off: the files are half-written until ``restore``) or ``busy`` (a process is editing it now).
+        edits: those that can be undone, earliest first.
+    """
+
+    path: Path
+    state: str
+    edits: tuple[Edition, ...]
+
+
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        path: the folder or file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, factory: str | None = None) -> None:
+        """Name a checkpoint; nothing is read yet.
+
+        Args:
+            path: a folder (Hugging Face, ``torch.distributed.checkpoint``) or a ``.safetensors``, ``.gguf``, ``.pt``,
+                ``.pth`` or ``.bin`` file.
+            factory: ``"package.module:callable"`` that returns the model, where the folder has no ``config.json`` of
+                transformers; called on the meta device.
+
+        Raises:
+            NeutralizeError: there is nothing at that path.
+        """
+        self.path = Path(path)
+        self._factory = factory
+        if not self.path.exists():
+            raise NeutralizeError(
+                f"checkpoint: expected a folder or a file, got nothing at {str(self.path)!r}; check the path"
+            )
+        self.journal = Journal(self.path if self.path.is_dir() else self.path.parent)
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the tensors are; read at the first use."""
+        return locate(self.path)
+
+    @cached_property
+    def _built(self) -> tuple[nn.Module, Names]:
+        from neutralize.checkpoint.model import meta_model
+
+        return meta_model(self.layout, self._factory)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on the meta device, without memory for weights; parameters have the stored dtypes."""
+        return self._built[0]
+
+    @property
+    def names(self) -> Names:
+        """Which stored tensors each parameter of the model comes from."""
+        return self._built[1]
+
+    @property
+    def status(self) -> Status:
+        """The state that the journal tells."""
+        if self.journal.is_locked():
+            return Status(self.path, "busy", ())
+        edits = tuple(edition for edition in self.journal.editions() if self._touches(edition))
+        state = "intact" if not edits else "edited" if all(edit.is_done for edit in edits) else "interrupted"
+        return Status(self.path, state, edits)
+
+    def patches(self, edits: Plan | Sequence[Edit]) -> list[Patch]:
+        """What a plan (edits of parameters) or edits of stored tensors do to the files.
+
+        Raises:
+            NeutralizeError: something does not fit; all problems are listed.
+        """
+        stored = retarget(edits.edits, self.names, self.layout) if isinstance(edits, Plan) else edits
+        with Files(self.layout.root) as files:
+            return self.layout.patches(stored, files)
+
+    # ---- writing ------------------------------------------------------------------------------------------------
+    def apply(
+        self, edits: Plan | Sequence[Edit], *, digest: str = "", about: str = "", advance: Advance = silent
+    ) -> FileUndo:
+        """Edit in place, so that every byte can be put back; an edit that was cut off is rolled back first.
+
+        Args:
+            edits: a plan, or edits of stored tensors.
+            digest: of the edits, where they are no plan.
+            about: what is done, in words.
+            advance: told bytes as they are kept and written.
+
+        Raises:
+            NeutralizeError: the edits do not fit, a file may not be written, another process is editing, or the disk
+                fails; nothing has changed.
+        """
+        with self.journal.locked():
+            if self.journal.recover():
+                self.__dict__.pop("layout", None)
+            patches = self.patches(edits)
+            if isinstance(edits, Plan):
+                digest, about = (
+                    edits.digest,
+                    about or f"{edits.strategy}: {', '.join(entry.layer for entry in edits.layers)}",
+                )
+            edition = self.journal.edit(patches, self.layout.marks, digest, about, advance)
+        return FileUndo(self, edition)
+
+    def write(
+        self,
+        edits: Plan | Sequence[Edit],
+        output: str | os.PathLike[str],
+        *,
+        link: bool = False,
+        verify: bool = False,
+        advance: Advance = silent,
+    ) -> Written:
+        """Write an edited copy; see ``neutralize.checkpoint.output.write_to``."""
+        from neutralize.checkpoint.output import write_to
+
+        state = self.status.state
+        if state in ("interrupted", "busy"):
+            raise NeutralizeError(
+                f"checkpoint: expected a whole checkpoint at {str(self.path)!r}, got one that is {state}; "
+                f"{'run: neutralize restore' if state == 'interrupted' else 'wait until it is done'}"
+            )
+        patches = self.patches(edits)
+        return write_to(self.path, self.layout, patches, Path(output), link=link, verify=verify, advance=advance)
+
+    def restore(self, *, everything: bool = False, force: bool = False, advance: Advance = silent) -> list[Edition]:
+        """Put back the bytes of what was cut off; if nothing was, those of the last edit.
+
+        Args:
+            everything: undo all edits, the last one first.
+            force: also where something else has written into the same bytes since.
+            advance: told bytes as they are put back.
+
+        Returns:
+            The edits that were undone.
+
+        Raises:
+            NeutralizeError: there is nothing to undo, or something else has changed the files since.
+        """
+        with self.journal.locked():
+            undone = self.journal.recover(advance)
+            editions = [edition for edition in self.journal.editions() if self._touches(edition)]
+            if not undone and not editions:
+                raise NeutralizeError(
+                    f"restore: expected an edit of {str(self.path)!r} that can be undone, got none; every byte is "
+                    f"as it "
+                    "was"
+                )
+            for edition in reversed(editions) if everything else reversed([] if undone else editions[-1:]):
+                self._check_last(edition)
+                if not force:
+                    self.journal.check_unchanged(edition)
+                self.journal.roll_back(edition, advance)
+                undone.append(edition)
+        self.__dict__.pop("layout", None)
+        return undone
+
+    def _touches(self, edition: Edition) -> bool:
+        return self.path.is_dir() or self.path.name in edition.files
+
+    def _check_last(self, edition: Edition) -> None:
+        """Check that no later edit, of a neighbour in the same folder, wrote into the same files."""
+        for later in self.journal.editions():
+            if later.number > edition.number and set(later.files) & set(edition.files):
+                raise NeutralizeError(
+                    f"restore: expected edit {edition.number} to be the last one of its files, got edit {later.number} "
+                    f"after it; restore {str(self.journal.root)!r} first"
+                )
+
+    def __fspath__(self) -> str:
+        """Return the path."""
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        """Name the path."""
+        return f"Checkpoint({str(self.path)!r})"
+
+
+class FileUndo:
+    """Puts back every byte that an edit of a checkpoint overwrote; it outlives the process: ``neutralize restore``."""
+
+    def __init__(self, checkpoint: Checkpoint, edition: Edition) -> None:
+        """Take what was done.
+
+        Args:
+            checkpoint: the checkpoint.
+            edition: the edit.
+        """
+        self._checkpoint = checkpoint
+        self.edition = edition
+
+    @property
+    def digest(self) -> str:
+        """Digest of the plan."""
+        return self.edition.digest
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes of the disk the copies take."""
+        return self.edition.nbytes
+
+    @property
+    def restored(self) -> bool:
+        """Whether nothing is left to put back."""
+        return not self.edition.path.exists()
+
+    def restore(self) -> None:
+        """Put back every byte, also under later edits of other bytes; a second call does nothing.
+
+        Raises:
+            NeutralizeError: a later edit or something else has written there since.
+        """
+        if self.restored:
+            return
+        journal = self._checkpoint.journal
+        with journal.locked():
+            journal.recover()
+            if self.restored:
+                return
+            self._checkpoint._check_last(self.edition)
+            journal.check_unchanged(self.edition)
+            journal.roll_back(self.edition)
+
+    def __repr__(self) -> str:
+        """Say what is held."""
+        return f"FileUndo({'restored' if self.restored else f'edit {self.edition.number}, {self.held_bytes} bytes'})"
+
+
+def as_checkpoint(target: Any, factory: str | None = None) -> Checkpoint | None:
+    """Return the checkpoint that a path names, or ``None`` for what is no path."""
+    if isinstance(target, Checkpoint):
+        return target
+    return Checkpoint(target, factory=factory) if isinstance(target, str | os.PathLike) else None
