@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 from torch import nn
 
 from neutralize import ops
 from neutralize.activations import forget_activation, register_activation
+from neutralize.checkpoint.handle import Checkpoint, FileUndo
 from neutralize.dataflow import Inputs
 from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
@@ -25,7 +27,9 @@ __all__ = [
     "STRATEGIES",
     "Assign",
     "Certificate",
+    "Checkpoint",
     "Copy",
+    "FileUndo",
     "Fold",
     "Guard",
     "Influence",
@@ -54,22 +58,22 @@ __all__ = [
 
 
 def neutralize(
-    model: nn.Module,
+    model: nn.Module | Checkpoint | str | PathLike[str],
     layers: Layers,
     strategy: str | Strategy = "auto",
     *,
     example_inputs: Inputs | None = None,
     freeze: bool = False,
     **options: Any,
-) -> Undo:
+) -> Undo | FileUndo:
     """Plan and apply in one call.
 
     Args:
-        model: a model with weights.
+        model: a model with weights; or a checkpoint, or its path, to be edited in place.
         layers: see ``select``.
         strategy: see ``plan``.
         example_inputs: see ``plan``.
-        freeze: also set ``requires_grad`` of what is written to false.
+        freeze: of a model: also set ``requires_grad`` of what is written to false.
         **options: parameters of the strategy.
 
     Returns:
@@ -78,4 +82,5 @@ def neutralize(
     Raises:
         NeutralizeError: see ``plan``; nothing was written.
     """
-    return plan(model, layers, strategy, example_inputs=example_inputs, **options).apply(model, freeze=freeze)
+    made = plan(model, layers, strategy, example_inputs=example_inputs, **options)
+    return made.apply(model, freeze=freeze) if isinstance(model, nn.Module) else made.apply(model)

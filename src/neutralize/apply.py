@@ -61,7 +61,7 @@ def _span(tensor: torch.Tensor) -> tuple[object, int, int]:
     return (tensor.device, address), begin * itemsize, (begin + last + 1) * itemsize
 
 
-def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
+def apply_plan(plan: Plan, model: object, *, freeze: bool = False) -> Undo:
     """Check the whole plan against ``model``, copy what will be overwritten, then write.
 
     Args:
@@ -76,15 +76,15 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
     Raises:
         NeutralizeError: something does not fit; every problem is listed and nothing was written.
     """
-    model = unwrap(model)
-    named = tensors_of(model)
+    module = unwrap(model)
+    named = tensors_of(module)
     aliases = aliases_of(named)
     problems = _problems(plan, named, aliases)
     if problems:
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise NeutralizeError(f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}")
     saved = [_save(named, edit, name) for edit, name in _first_writes(plan.edits)]
-    undo = Undo(saved, plan.digest, model)
+    undo = Undo(saved, plan.digest, module)
     copies = {edit: edit.values(named[edit.source]) for edit in plan.edits if isinstance(edit, Copy)}
     try:
         for batch in _batches(plan.edits, aliases):

@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args, overload
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from neutralize.errors import NeutralizeError, require_finite
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from neutralize.checkpoint.handle import Checkpoint, FileUndo
     from neutralize.undo import Undo
 
 FORMAT_VERSION = 5
@@ -520,12 +522,19 @@ class Plan:
         end_to_end = None if whole is None else _build(Certificate, whole)
         return Plan(_typed(content["strategy"], str, "strategy"), tuple(edits), tuple(layers), tied, end_to_end)
 
-    def apply(self, model: nn.Module, *, freeze: bool = False) -> Undo:
+    @overload
+    def apply(self, model: nn.Module, *, freeze: bool = False) -> Undo: ...
+
+    @overload
+    def apply(self, model: Checkpoint | str | PathLike[str]) -> FileUndo: ...
+
+    def apply(self, model: nn.Module | Checkpoint | str | PathLike[str], *, freeze: bool = False) -> Undo | FileUndo:
         """Write the edits into ``model``, after everything was checked.
 
         Args:
-            model: the model planned for, or one with the same parameters (names, shapes, dtypes).
-            freeze: also set ``requires_grad`` of what is written to false; ``restore`` puts that back too.
+            model: the model planned for, or one with the same parameters (names, shapes, dtypes); or a checkpoint, or
+                its path, to be edited in place.
+            freeze: of a model: also set ``requires_grad`` of what is written to false; ``restore`` puts that back too.
 
         Returns:
             The undo that restores every bit.
@@ -535,12 +544,20 @@ class Plan:
         """
         from neutralize.apply import apply_plan
 
+        if not isinstance(model, nn.Module):
+            from neutralize.checkpoint.handle import as_checkpoint
+
+            checkpoint = as_checkpoint(model)
+            if checkpoint is not None:
+                return checkpoint.apply(self)
         return apply_plan(self, model, freeze=freeze)
 
     @contextmanager
-    def applied(self, model: nn.Module, *, freeze: bool = False) -> Iterator[Undo]:
+    def applied(
+        self, model: nn.Module | Checkpoint | str | PathLike[str], *, freeze: bool = False
+    ) -> Iterator[Undo | FileUndo]:
         """Apply the plan for the length of a ``with`` block; restored on exit, also on an exception."""
-        undo = self.apply(model, freeze=freeze)
+        undo = self.apply(model, freeze=freeze) if isinstance(model, nn.Module) else self.apply(model)
         try:
             yield undo
         finally:

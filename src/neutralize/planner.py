@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -23,6 +24,9 @@ from neutralize.sites import affine_site
 from neutralize.spread import Spread, measure
 from neutralize.stacked import place_of
 from neutralize.undo import untouched
+
+if TYPE_CHECKING:
+    from neutralize.checkpoint.handle import Checkpoint
 
 BOUND_MARGIN = 1.25
 """What a measured input bound is multiplied by: inputs a quarter larger than the example's are still covered."""
@@ -332,7 +336,7 @@ class Request:
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | Checkpoint | str | PathLike[str],
     layers: Layers,
     strategy: str | Strategy = "auto",
     *,
@@ -342,7 +346,8 @@ def plan(
     """Work out what to write so that the selected layers are off. Pure: nothing is written.
 
     Args:
-        model: live or on the meta device.
+        model: live or on the meta device; or a checkpoint, or its path: the model is then built on the meta device from
+            its ``config.json``.
         layers: see ``neutralize.select``.
         strategy: a name (``auto``, ``passthrough``, ``zero``, ``constant``, ``damp``, ``mean``) or a strategy
             object.
@@ -361,8 +366,14 @@ def plan(
     """
     from neutralize.strategies import resolve
 
-    model = unwrap(model)
-    return drafted(Request(model, select(model, layers), example_inputs), resolve(strategy, options))
+    if not isinstance(model, nn.Module):
+        from neutralize.checkpoint.handle import as_checkpoint
+
+        checkpoint = as_checkpoint(model)
+        if checkpoint is not None:
+            model = checkpoint.model
+    module = unwrap(model)
+    return drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
 
 
 def drafted(request: Request, chosen: Strategy) -> Plan:

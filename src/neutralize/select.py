@@ -22,7 +22,7 @@ _INDEX = re.compile(r"\[(-?\d{1,18})\]|\[(-?\d{0,18})(:)(-?\d{0,18})(?::(-?\d{0,
 _COMPILED = "_orig_mod"  # the name under which a module compiled by torch.compile keeps the original
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: object) -> nn.Module:
     """Return the module that holds the parameters: a module compiled by ``torch.compile`` stands for the original.
 
     Raises:

@@ -110,6 +110,25 @@ class Checkpoint:
             return self.layout.patches(stored, files)
 
     # ---- writing ------------------------------------------------------------------------------------------------
+    def recover(self, advance: Advance = silent) -> list[Edition]:
+        """Put back the bytes of an edit that was cut off, if one was.
+
+        Args:
+            advance: told bytes as they are put back.
+
+        Returns:
+            What was rolled back.
+
+        Raises:
+            NeutralizeError: another process is editing, or the disk fails.
+        """
+        if self.status.state == "intact":
+            return []
+        with self.journal.locked():
+            undone = self.journal.recover(advance)
+        self.__dict__.pop("layout", None)
+        return undone
+
     def apply(
         self, edits: Plan | Sequence[Edit], *, digest: str = "", about: str = "", advance: Advance = silent
     ) -> FileUndo:
@@ -126,8 +145,7 @@ class Checkpoint:
                 fails; nothing has changed.
         """
         with self.journal.locked():
-            if self.journal.recover():
-                self.__dict__.pop("layout", None)
+            self.journal.recover(advance)
             patches = self.patches(edits)
             if isinstance(edits, Plan):
                 digest, about = (

@@ -75,7 +75,7 @@ _PREFERRED = ("model.safetensors", "pytorch_model.bin")
 
 
 def _folder(folder: Path) -> Layout:
-    names = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_symlink() or not entry.is_dir())
     if ".metadata" in names:
         from neutralize.checkpoint.distributed import read_distributed
 

@@ -87,6 +87,7 @@ def write_to(
         copied, linked = 0, 0
         for path, name in files:
             if link and name not in touched:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(path.resolve(), root / name)
                 linked += 1
             else:

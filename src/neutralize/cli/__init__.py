@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from neutralize.cli import checkpoint
 from neutralize.cli.influence import influence
 
 app = typer.Typer(
@@ -48,6 +49,14 @@ def demo() -> None:
 
 
 app.command()(influence)
+for command in (
+    checkpoint.inspect,
+    checkpoint.plan,
+    checkpoint.apply,
+    checkpoint.restore,
+    checkpoint.status,
+):
+    app.command()(command)
 
 
 def main() -> None:

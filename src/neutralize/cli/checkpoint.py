@@ -1,0 +1,396 @@
+"""`neutralize inspect | plan | apply | restore | status | verify`: checkpoints on disk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from neutralize.checkpoint import Checkpoint
+    from neutralize.plan import Plan, Rewrite
+    from neutralize.progress import Advance
+
+_Path = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A folder, or a .safetensors, .gguf, .pt, .pth or .bin file.")
+]
+_Layers = Annotated[
+    list[str] | None, typer.Option("--layers", help="Name, glob or slice ('model.layers[20:25]'); repeatable.")
+]
+_Strategy = Annotated[str, typer.Option(help="auto, passthrough, zero, constant or damp.")]
+_Options = Annotated[
+    list[str] | None, typer.Option("--option", help="A parameter of the strategy, as factor=0.5; repeatable.")
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Instead of --layers: 'NAME=0', '*.bias*=0.5', 'w[0:4]=identity'; repeatable."),
+]
+_PlanFile = Annotated[Path | None, typer.Option("--plan", help="Instead of --layers: a plan that was saved.")]
+_Model = Annotated[
+    str | None,
+    typer.Option("--model", help="package.module:callable that makes the model, where there is no config.json."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+
+
+def inspect(
+    checkpoint: _Path,
+    match: Annotated[str, typer.Option("--match", help="Only tensors whose name fits this glob.")] = "*",
+    json: _Json = False,
+) -> None:
+    """Show the tensors of a checkpoint: shape, encoding, bytes and file."""
+    from fnmatch import fnmatchcase
+
+    with _refusals():
+        opened = _opened(checkpoint)
+        shown = [stored for name, stored in opened.layout.tensors.items() if fnmatchcase(name, match)]
+        rows: list[dict[str, Any]] = [
+            {
+                "name": stored.name,
+                "shape": list(stored.shape),
+                "encoding": stored.encoding,
+                "bytes": sum(region.nbytes for region in stored.regions),
+                "file": ", ".join(dict.fromkeys(region.file for region in stored.regions)),
+            }
+            for stored in shown
+        ]
+        if json:
+            _print_json({"kind": opened.layout.kind, "files": list(opened.layout.files), "tensors": rows})
+            return
+        from neutralize.report import format_bytes
+
+        total = format_bytes(sum(row["bytes"] for row in rows))
+        title = f"{checkpoint}: {opened.layout.kind}, {len(rows)} tensors, {total}"
+        _print_table(
+            title,
+            ("tensor", "shape", "encoding", "bytes", "file"),
+            [
+                (r["name"], "x".join(map(str, r["shape"])), r["encoding"], format_bytes(r["bytes"]), r["file"])
+                for r in rows
+            ],
+        )
+
+
+def plan(
+    checkpoint: _Path,
+    layers: _Layers = None,
+    strategy: _Strategy = "auto",
+    option: _Options = None,
+    model: _Model = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan to this file, for apply --plan.")] = None,
+    json: _Json = False,
+) -> None:
+    """Work out what to write so that layers are off; nothing is written.
+
+    Example: neutralize plan ./llama --layers 'model.layers[20:25]' --save plan.json
+    """
+    with _refusals():
+        made = _planned(_opened(checkpoint, model), layers, strategy, option)
+        if save is not None:
+            save.write_text(made.to_json() + "\n", encoding="utf-8")
+        _print_plan(made, json=json)
+
+
+def apply(
+    checkpoint: _Path,
+    layers: _Layers = None,
+    set_: _Set = None,
+    plan_file: _PlanFile = None,
+    strategy: _Strategy = "auto",
+    option: _Options = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Edit the files themselves, with undo.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write an edited copy to this path.")] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="With --output: hard links to files that do not change.")
+    ] = False,
+    verify_copy: Annotated[
+        bool, typer.Option("--verify-copy", help="With --output: compare the SHA-256 of every untouched tensor.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
+    model: _Model = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Switch layers of a checkpoint off, or edit its tensors by name: in place with undo, or in a copy.
+
+    Examples: neutralize apply ./llama --layers 'model.layers[20:25]' --in-place
+    neutralize apply model.gguf --set 'blk.3.ffn_down.weight=0' --output edited.gguf
+    """
+    with _refusals(), _bar(quiet=quiet) as advance:
+        _check_target(layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run)
+        opened = _opened(checkpoint, model)
+        if in_place and not dry_run:
+            for edition in opened.recover(advance):
+                print(f"rolled back edit {edition.number}, which was cut off", file=sys.stderr)
+        made, edits = _edits(opened, layers, set_, plan_file, strategy, option)
+        patches = opened.patches(made if made is not None else edits)
+        touched = sorted({region.file for patch in patches for region in patch.regions})
+        nbytes = sum(region.nbytes for patch in patches for region in patch.regions)
+        summary: dict[str, Any] = {
+            "checkpoint": str(checkpoint),
+            "digest": made.digest if made is not None else _digest(edits),
+            "bytes": nbytes,
+            "files": touched,
+        }
+        if not json:
+            if made is not None:
+                _print_plan(made, json=False)
+            else:
+                _print_setters(edits)
+        if dry_run:
+            summary["state"] = "untouched"
+        elif output is not None:
+            written = opened.write(
+                made if made is not None else edits, output, link=link, verify=verify_copy, advance=advance
+            )
+            summary |= {"state": "written", "output": str(written.path), "verified_tensors": written.verified}
+        else:
+            about = "" if made is not None else "; ".join(set_ or ())
+            undo = opened.apply(
+                made if made is not None else edits, digest=summary["digest"], about=about, advance=advance
+            )
+            summary |= {"state": "edited", "edit": undo.edition.number, "undo": str(undo.edition.path)}
+        if json:
+            _print_json(summary)
+        else:
+            print(_applied(summary))
+
+
+def restore(
+    checkpoint: _Path,
+    everything: Annotated[bool, typer.Option("--all", help="Undo every edit, not only the last one.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also where something else has written since.")] = False,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Put every byte back: of an edit that was cut off, else of the last edit."""
+    with _refusals(), _bar(quiet=quiet) as advance:
+        opened = _opened(checkpoint)
+        undone = opened.restore(everything=everything, force=force, advance=advance)
+        left = opened.status
+        if json:
+            _print_json({"undone": [_edition(entry) for entry in undone], "state": left.state, "left": len(left.edits)})
+            return
+        for entry in undone:
+            print(f"undone: {_described(entry)}")
+        print(f"{checkpoint}: {left.state}{f', {len(left.edits)} edit(s) left' if left.edits else ''}")
+
+
+def status(checkpoint: _Path, json: _Json = False) -> None:
+    """Say whether a checkpoint is intact, edited, interrupted or busy, and list the edits that can be undone.
+
+    Exit status: 0, or 1 if an edit was cut off or is going on: the files are then not to be read.
+    """
+    with _refusals():
+        found = _opened(checkpoint).status
+        if json:
+            _print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits]})
+        else:
+            print(f"{checkpoint}: {found.state}")
+            for entry in found.edits:
+                print(f"  {_described(entry)}{'' if entry.is_done else ' - CUT OFF: run neutralize restore'}")
+        if found.state in ("interrupted", "busy"):
+            raise typer.Exit(1)
+
+
+# ---- what the commands share -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Print a refusal as a line on standard error, and exit with 2."""
+    from neutralize.errors import NeutralizeError
+
+    try:
+        yield
+    except NeutralizeError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted: neutralize status says what was done", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _opened(path: Path, factory: str | None = None) -> Checkpoint:
+    from neutralize.checkpoint import Checkpoint
+
+    return Checkpoint(path, factory=factory)
+
+
+def _check_target(
+    layers: list[str] | None,
+    setters: list[str] | None,
+    plan_file: Path | None,
+    *,
+    in_place: bool,
+    output: Path | None,
+    dry_run: bool,
+) -> None:
+    from neutralize.errors import NeutralizeError
+
+    if sum(map(bool, (layers, setters, plan_file))) != 1:
+        raise NeutralizeError(
+            "apply: expected one of --layers, --set and --plan, got none or several; give one of them"
+        )
+    if in_place and output is not None:
+        raise NeutralizeError("apply: expected --in-place or --output, got both; give one of them")
+    if not in_place and output is None and not dry_run:
+        raise NeutralizeError(
+            "apply: expected --in-place (edit the files, with undo) or --output (edit a copy), got neither; give "
+            "one of "
+            "them, or --dry-run"
+        )
+
+
+def _edits(
+    opened: Checkpoint,
+    layers: list[str] | None,
+    setters: list[str] | None,
+    plan_file: Path | None,
+    strategy: str,
+    options: list[str] | None,
+) -> tuple[Plan | None, list[Rewrite]]:
+    """The plan, or the edits of tensors by name."""
+    from neutralize.checkpoint.setters import parse_setters
+    from neutralize.errors import NeutralizeError
+    from neutralize.plan import Plan
+
+    if setters:
+        return None, parse_setters(setters, opened.layout)
+    if plan_file is None:
+        return _planned(opened, layers, strategy, options), []
+    try:
+        text = plan_file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise NeutralizeError(f"apply: expected a plan in {str(plan_file)!r}, got {error}; check the path") from error
+    return Plan.from_json(text), []
+
+
+def _planned(opened: Checkpoint, layers: list[str] | None, strategy: str, options: list[str] | None) -> Plan:
+    from neutralize.errors import NeutralizeError
+    from neutralize.planner import plan
+
+    if not layers:
+        raise NeutralizeError("plan: expected --layers, got none; name some, as --layers 'model.layers[20:25]'")
+    return plan(opened, layers, strategy, **_parsed(options))
+
+
+def _parsed(options: list[str] | None) -> dict[str, Any]:
+    """The parameters of a strategy: JSON values, or text."""
+    import json
+
+    from neutralize.errors import NeutralizeError
+
+    found: dict[str, Any] = {}
+    for text in options or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise NeutralizeError(f"plan: expected NAME=VALUE for --option, got {text!r}; write for example factor=0.5")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _digest(edits: Sequence[Rewrite]) -> str:
+    from neutralize.plan import Plan
+
+    return Plan("set", tuple(edits), ()).digest
+
+
+def _applied(summary: dict[str, Any]) -> str:
+    from neutralize.report import format_bytes
+
+    what = f"{format_bytes(summary['bytes'])} in {len(summary['files'])} file(s)"
+    if summary["state"] == "untouched":
+        return f"dry run: would write {what}; nothing was written"
+    if summary["state"] == "written":
+        checked = f", {summary['verified_tensors']} untouched tensors compared" if summary["verified_tensors"] else ""
+        return f"written: {summary['output']}, with {what} changed{checked}"
+    return f"edited in place: {what}; `neutralize restore {summary['checkpoint']}` puts every byte back"
+
+
+def _edition(entry: Any) -> dict[str, Any]:
+    return {
+        "number": entry.number,
+        "about": entry.about,
+        "digest": entry.digest,
+        "when": entry.when,
+        "bytes": entry.nbytes,
+        "files": list(entry.files),
+        "whole": entry.is_done,
+    }
+
+
+def _described(entry: Any) -> str:
+    from neutralize.report import format_bytes
+
+    size = format_bytes(entry.nbytes)
+    return f"edit {entry.number} of {entry.when}: {entry.about or 'edit'} ({size}, plan {entry.digest[:12]})"
+
+
+def _print_plan(made: Plan, *, json: bool) -> None:
+    if json:
+        print(made.to_json(), flush=True)
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        from neutralize.report import plan_rich
+
+        Console(highlight=False).print(plan_rich(made))
+    else:
+        print(made, end="", flush=True)
+
+
+def _print_setters(edits: Sequence[Rewrite]) -> None:
+    _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in edits])
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from neutralize.report import as_text
+
+    table: Table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+    else:
+        print(as_text(table), end="", flush=True)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    from json import dumps
+
+    print(dumps(content, allow_nan=False), flush=True)
+
+
+@contextmanager
+def _bar(*, quiet: bool) -> Iterator[Advance]:
+    """Show bytes per second on standard error while something is done, on a terminal."""
+    from rich.console import Console
+
+    from neutralize.progress import bar, silent
+    from neutralize.report import format_bytes
+
+    console = Console(stderr=True, highlight=False)
+    if quiet or not console.is_terminal:
+        yield silent
+        return
+    with bar(console, lambda speed: f"{format_bytes(speed)}/s") as shown:
+        task = shown.add_task("bytes", total=None)
+        advance: Callable[[float], None] = lambda count: shown.advance(task, count)  # noqa: E731
+        yield advance
