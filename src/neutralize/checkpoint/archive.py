@@ -108,9 +108,9 @@ class _Archive:
     def _directory(self) -> tuple[int, int, int]:
         """Where the central directory begins, how long it is, and how many records it lists."""
         end = self.nbytes - _END.size
-        signature, _, _, _, count, size, first, comment = _END.unpack(self._read(end, _END.size))
-        if signature != b"PK\5\6" or comment:
+        if end < 0 or not (tail := self._read(end, _END.size)).startswith(b"PK\5\6") or tail[-2:] != b"\0\0":
             raise self.broken("a zip archive as torch.save writes it", "bytes without its end")
+        _, _, _, _, count, size, first, _ = _END.unpack(tail)
         if end >= _LOCATOR.size:
             signature, _, place, _ = _LOCATOR.unpack(self._read(end - _LOCATOR.size, _LOCATOR.size))
             if signature == b"PK\6\7":

@@ -169,7 +169,7 @@ class Archive:
                 places = tuple(Region.run(self.file, place, 4) for place in record.checksums)
                 yield Checksum(Region.run(self.file, record.offset, record.nbytes), places)
 
-    def stored(self, name: str, made: Made) -> Stored:
+    def stored(self, name: str, made: Made) -> Elements | Listed:
         """Return where a tensor lies that the pickle would make.
 
         Raises:
@@ -191,18 +191,18 @@ class Archive:
             return Listed(name, _OTHERS.get(what, "something unknown"))
         return self._strided(name, what.endswith("v3"), args)
 
-    def _strided(self, name: str, has_dtype: bool, args: tuple[Value, ...]) -> Stored:
+    def _strided(self, name: str, has_dtype: bool, args: tuple[Value, ...]) -> Elements | Listed:
         """A tensor of (storage, offset, sizes, strides, requires_grad, hooks[, dtype][, flags])."""
         storage, first, shape, strides, _, _, *rest = (*args, *[None] * 8)[:8]
         key, dtype, nbytes = self._storage(name, storage)
         if has_dtype:
             named = rest.pop(0)
-            own = _dtype(named.name) if isinstance(named, Named) else None
+            own = dtype_of(named.name) if isinstance(named, Named) else None
             if own is None:
                 raise self._broken(name, "no dtype")
             dtype = own
-        shape, strides = _sizes(shape), _sizes(strides)
-        if shape is None or strides is None or len(shape) != len(strides) or not _is_size(first):
+        shape, strides = sizes_of(shape), sizes_of(strides)
+        if shape is None or strides is None or len(shape) != len(strides) or not is_size(first):
             raise self._broken(name, "a shape or strides that are none")
         lasts = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         last = first + lasts + 1 if math.prod(shape) else first
@@ -223,7 +223,7 @@ class Archive:
         if not isinstance(named, tuple) or len(named) != 5:
             raise self._broken(name, "no storage")
         _, kind, key, _, numel = named
-        if not isinstance(kind, Named) or not isinstance(key, str) or key not in self.data or not _is_size(numel):
+        if not isinstance(kind, Named) or not isinstance(key, str) or key not in self.data or not is_size(numel):
             raise self._broken(name, "a storage that is not there")
         dtype = torch.uint8 if kind.name == _UNTYPED else _STORAGES.get(kind.name.removeprefix("torch."))
         if dtype is None:
@@ -274,10 +274,11 @@ def read_archive(file: BinaryIO, name: str, begin: int, nbytes: int, what: str) 
 
 
 def _is_known(name: str) -> bool:
-    return name in _KNOWN or _dtype(name) is not None
+    return name in _KNOWN or dtype_of(name) is not None
 
 
-def _dtype(name: str) -> torch.dtype | None:
+def dtype_of(name: str) -> torch.dtype | None:
+    """Return the dtype that a pickle names, or ``None`` if it names something else."""
     module, _, attribute = name.rpartition(".")
     found = getattr(torch, attribute, None) if module == "torch" else None
     return found if isinstance(found, torch.dtype) else None
@@ -316,17 +317,18 @@ def _tensors(content: Made, what: str) -> Iterator[tuple[str, Made]]:
     return walk("", content, 0)
 
 
-def _sizes(value: Value) -> tuple[int, ...] | None:
-    """Sizes, as a tuple or a ``torch.Size`` of one."""
+def sizes_of(value: Value) -> tuple[int, ...] | None:
+    """Return sizes that a pickle holds, as a tuple or as a ``torch.Size``, or ``None`` if it holds something else."""
     if isinstance(value, Made) and value.what == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
     if not isinstance(value, tuple) or len(value) > 64:
         return None
-    sizes = tuple(size for size in value if _is_size(size))
+    sizes = tuple(size for size in value if is_size(size))
     return sizes if len(sizes) == len(value) else None
 
 
-def _is_size(value: Value) -> TypeGuard[int]:
+def is_size(value: Value) -> TypeGuard[int]:
+    """Return whether a value is an integer that can be a size, an offset or a stride."""
     return type(value) is int and 0 <= value < 1 << 62
 
 

@@ -33,7 +33,7 @@ class Named:
     name: str
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Made:
     """Something that a pickle would make.
 
