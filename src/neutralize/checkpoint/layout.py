@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from neutralize import ops, reference
-from neutralize.checkpoint.patch import Affine, Bytes, FoldIn, Patch
-from neutralize.checkpoint.region import Files, Region
+from neutralize.checkpoint.patch import Affine, Bytes, Checksum, FoldIn, Patch
+from neutralize.checkpoint.region import Files, Region, Tile, Tiles
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Edit, Fold, Rewrite, dtype_name, matrix_extent
 
@@ -114,9 +115,9 @@ class Elements:
         """See ``Stored``."""
         self._check(edit)
         if isinstance(edit, Rewrite):
-            return [patch for piece in self.pieces for patch in self._affine(edit, piece)]
+            return list(self._affine(edit))
         if isinstance(edit, Fold):
-            return self._folds(edit, layout)
+            return list(self._folds(edit, layout))
         if isinstance(edit, Assign):
             values = torch.tensor(edit.values, dtype=torch.float64).reshape(self.shape).to(self.dtype)
         else:
@@ -160,57 +161,49 @@ class Elements:
                     f"{value:.6g}; give a smaller one"
                 )
 
-    def _affine(self, edit: Rewrite, piece: Piece) -> Iterator[Affine]:
-        """The part of a rewrite that falls on a piece: its rows and columns, counted inside the piece."""
-        size, span = self.dtype.itemsize, _matrix_span(self.name, self.shape, piece)
-        rows = _within(edit.rows or (0, edit.extent[0]), span.rows)
-        columns = _within(edit.columns or (0, edit.extent[1]), span.columns)
-        if rows is None or columns is None:
-            return
-        width = span.columns[1] - span.columns[0]
-        first, begin = rows[0] - span.rows[0], columns[0] - span.columns[0]
-        region = Region(
-            piece.region.file,
-            piece.region.offset + (first * width + begin) * size,
-            rows[1] - rows[0],
-            (columns[1] - columns[0]) * size,
-            width * size,
-        )
-        # The coefficients count inside the edit's block: row r of it has its one at column start + r * step.
-        down = rows[0] - (edit.rows or (0, 0))[0]
-        right = columns[0] - (edit.columns or (0, 0))[0]
-        start = edit.start + down * edit.step - right
-        yield Affine(region, self.dtype, edit.scale, edit.diagonal, edit.fill, start, edit.step)
+    def _matrix(self) -> Tiles:
+        """The tensor seen as a matrix, in bytes."""
+        size, (rows, columns) = self.dtype.itemsize, matrix_extent(self.shape)
+        return Tiles(rows, columns * size, tuple(_tile(self.name, self.shape, piece, size) for piece in self.pieces))
 
-    def _folds(self, edit: Fold, layout: Layout) -> list[FoldIn]:
+    def _affine(self, edit: Rewrite) -> Iterator[Affine]:
+        """A rewrite, piece by piece."""
+        size, (rows, columns) = self.dtype.itemsize, edit.extent
+        first, last = edit.rows or (0, rows)
+        begin, end = edit.columns or (0, columns)
+        for tile in self._matrix().block(first, last, begin * size, end * size).tiles:
+            # Row r of the edit's block has its one at column start + r * step; each piece counts its own.
+            start = edit.start + tile.row * edit.step - tile.begin // size
+            yield Affine(tile.region, self.dtype, edit.scale, edit.diagonal, edit.fill, start, edit.step)
+
+    def _folds(self, edit: Fold, layout: Layout) -> Iterator[FoldIn]:
         bias = layout.elements(edit.bias, f"the bias of '{edit.describe()}'")
         if bias.shape != (edit.bias_numel,) or bias.dtype != self.dtype:
             raise NeutralizeError(
                 f"checkpoint: expected {edit.bias_numel} elements of {self.encoding} for {edit.bias!r}, got "
                 f"{list(bias.shape)} of {bias.encoding}; plan for this checkpoint"
             )
-        if len(self.pieces) != 1 or len(bias.pieces) != 1:
-            raise NeutralizeError(
-                f"checkpoint: expected {self.name!r} and {edit.bias!r} in one piece each, for a row sum goes from the "
-                "one into the other, got shards; gather the checkpoint first"
-            )
-        size = self.dtype.itemsize
-        (weight,), (sums,) = self.regions, bias.regions
-        rows, columns = matrix_extent(self.shape)
+        size, (rows, columns) = self.dtype.itemsize, matrix_extent(self.shape)
+        weight = self._matrix()
+        own = tuple(Tile(piece.region, 0, piece.origin[0] * size) for piece in bias.pieces)
+        sums = Tiles(1, edit.bias_numel * size, own)
         if not edit.transposed:
             first, last = edit.columns or (0, columns)
-            block = Region(weight.file, weight.offset + first * size, rows, (last - first) * size, columns * size)
-            return [FoldIn(block, sums, self.dtype, edit.scale, edit.shift)]
+            block = weight.block(0, rows, first * size, last * size)
+            yield FoldIn(block, sums, self.dtype, edit.scale, edit.shift)
+            return
         first, last = edit.columns or (0, rows)
-        folds = []
-        per_group, taps = (last - first) // edit.groups, math.prod(self.shape[2:])
-        stride, own_width = columns * size, self.shape[1] * size
+        per_group, width = (last - first) // edit.groups, self.shape[1] * size
         for group in range(edit.groups):
-            begin = weight.offset + (first + group * per_group) * stride
-            block = Region(weight.file, begin, per_group, stride, stride)
-            own = Region.run(sums.file, sums.offset + group * own_width, own_width)
-            folds.append(FoldIn(block, own, self.dtype, edit.scale, edit.shift, taps))
-        return folds
+            begin = first + group * per_group
+            yield FoldIn(
+                weight.block(begin, begin + per_group, 0, columns * size),
+                sums.block(0, 1, group * width, (group + 1) * width),
+                self.dtype,
+                edit.scale,
+                edit.shift,
+                math.prod(self.shape[2:]),
+            )
 
     def _bytes(self, values: torch.Tensor, piece: Piece) -> Bytes:
         box = tuple(slice(first, first + size) for first, size in zip(piece.origin, piece.shape, strict=True))
@@ -260,31 +253,46 @@ def _magnitudes(edit: Edit, stored: float, computed: float) -> Iterator[tuple[st
         yield "a value", max(edit.values, key=abs, default=0.0), stored
 
 
-@dataclass(frozen=True)
-class _Span:
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-
-
-def _matrix_span(name: str, shape: tuple[int, ...], piece: Piece) -> _Span:
-    """Rows and columns of the matrix view that a piece holds."""
-    if not shape:
-        return _Span((0, 1), (0, 1))
+def _tile(name: str, shape: tuple[int, ...], piece: Piece, size: int) -> Tile:
+    """Where a piece lies in the matrix view."""
     taps = math.prod(shape[2:])
     if piece.shape[2:] != shape[2:]:
         raise NeutralizeError(
             f"checkpoint: expected {name!r} in shards of its first two dimensions, got one of {list(piece.shape)} of "
             f"{list(shape)}; gather the checkpoint first"
         )
-    rows = (piece.origin[0], piece.origin[0] + piece.shape[0])
-    if len(shape) == 1:
-        return _Span(rows, (0, 1))
-    return _Span(rows, (piece.origin[1] * taps, (piece.origin[1] + piece.shape[1]) * taps))
+    rows, columns = matrix_extent(piece.shape)
+    region = Region(piece.region.file, piece.region.offset, rows, columns * size, columns * size)
+    first, begin = ((*piece.origin, 0, 0))[:2]
+    return Tile(region, first, begin * taps * size)
 
 
-def _within(wanted: tuple[int, int], held: tuple[int, int]) -> tuple[int, int] | None:
-    first, last = max(wanted[0], held[0]), min(wanted[1], held[1])
-    return (first, last) if first < last else None
+def shared(tensors: Mapping[str, Stored]) -> dict[str, frozenset[str]]:
+    """Return the groups of names whose bytes overlap, directly or by way of others: for each such name, its group."""
+    leader = {name: name for name in tensors}
+
+    def lead(name: str) -> str:
+        while leader[name] != name:
+            leader[name] = name = leader[leader[name]]
+        return name
+
+    spans = sorted(
+        (region.file, region.offset, region.end, name)
+        for name, stored in tensors.items()
+        for region in stored.regions
+        if region.nbytes
+    )
+    reach: tuple[str, int, str] = ("", 0, "")
+    for file, begin, end, name in spans:
+        if file == reach[0] and begin < reach[1]:
+            leader[lead(name)] = lead(reach[2])
+            reach = (file, max(end, reach[1]), name)
+        else:
+            reach = (file, end, name)
+    groups: dict[str, set[str]] = {}
+    for name in tensors:
+        groups.setdefault(lead(name), set()).add(name)
+    return {name: group for group in map(frozenset, groups.values()) if len(group) > 1 for name in group}
 
 
 @dataclass(frozen=True)
@@ -299,6 +307,8 @@ class Layout:
             takes a half-written file for a whole one.
         kind: what it is, in words: ``"safetensors"``, ``"GGUF"``.
         config: the folder with the model's ``config.json``, if there is one.
+        tied: for each name whose bytes are also those of others, all of these names; see ``shared``.
+        checksums: those that the files keep of runs of their bytes, by file and then offset of the run.
     """
 
     root: Path
@@ -307,6 +317,8 @@ class Layout:
     marks: Mapping[str, tuple[int, bytes]] = field(default_factory=dict)
     kind: str = ""
     config: Path | None = None
+    tied: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    checksums: tuple[Checksum, ...] = ()
 
     def elements(self, name: str, what: str) -> Elements:
         """Return a tensor that is stored element by element.
@@ -325,25 +337,69 @@ class Layout:
             )
         return found
 
-    def patches(self, edits: Sequence[Edit], files: Files) -> list[Patch]:
-        """What edits of stored tensors do to the files; all that does not fit is reported together.
+    def patches(self, edits: Sequence[Edit], files: Files, tied: Iterable[Collection[str]] = ()) -> list[Patch]:
+        """What edits of stored tensors do to the files, in order; all that does not fit is reported together.
+
+        Args:
+            edits: of stored tensors.
+            files: to read small vectors from.
+            tied: groups of names of stored tensors that are known to be one, as those of a plan are: who edits one of
+                them means all.
 
         Raises:
             NeutralizeError: an edit does not fit.
         """
+        accepted = [frozenset(group) for group in tied]
         found: list[Patch] = []
         problems: list[str] = []
-        for edit in edits:
+        for number, edit in enumerate(edits):
             stored = self.tensors.get(edit.parameter)
             if stored is None:
                 problems.append(f"expected a tensor {edit.parameter!r}, got a checkpoint without it")
                 continue
             try:
-                found.extend(stored.patches(edit, self, files))
+                if not self._is_done(edit, edits[:number], edits, accepted):
+                    found.extend(stored.patches(edit, self, files))
             except NeutralizeError as error:
                 problems.append(str(error).removeprefix("checkpoint: "))
         if problems:
             problems = list(dict.fromkeys(problems))
             listing = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
             raise NeutralizeError(f"checkpoint: {listing}")
-        return found
+        return [*found, *self._checksums_over(region for patch in found for region in patch.regions)]
+
+    def _is_done(
+        self, edit: Edit, before: Sequence[Edit], edits: Sequence[Edit], accepted: Sequence[frozenset[str]]
+    ) -> bool:
+        """Whether the same was done already, under another name of the same bytes.
+
+        Raises:
+            NeutralizeError: the bytes are also another tensor's, which is not meant.
+        """
+        for name in edit.parameters:
+            group = self.tied.get(name, frozenset())
+            if not group or any(group <= known for known in accepted):
+                continue
+            others = sorted(group - {name})
+            twins = [replace(edit, parameter=other) for other in others if edit.parameters == (name,)]
+            regions = [self.tensors[other].regions for other in group]
+            if twins and all(twin in edits for twin in twins) and all(same == regions[0] for same in regions):
+                return any(twin in before for twin in twins)
+            raise NeutralizeError(
+                f"checkpoint: expected {name!r} to have bytes of its own, got a tensor that is also "
+                f"{', '.join(map(repr, others[:8]))}; give all of them the same edit, or clone it and save again"
+            )
+        return False
+
+    def _checksums_over(self, regions: Iterable[Region]) -> list[Checksum]:
+        """The checksums of runs that something is written into."""
+        starts = [(checksum.covered.file, checksum.covered.offset) for checksum in self.checksums]
+        found: dict[Checksum, None] = {}
+        for region in regions:
+            at = max(bisect.bisect_right(starts, (region.file, region.offset)) - 1, 0)
+            for checksum in self.checksums[at:]:
+                if (checksum.covered.file, checksum.covered.offset) >= (region.file, region.end):
+                    break
+                if checksum.covered.file == region.file and checksum.covered.end > region.offset:
+                    found[checksum] = None
+        return list(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 import torch
 
 from neutralize import ops
-from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
+from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region, Tiles, memory
 
 
 class Patch(Protocol):
@@ -78,15 +79,15 @@ class FoldIn:
 
     Attributes:
         weight: the matrix (out, in · taps), one row per row; (in, out · taps) if ``taps_below`` is not 0.
-        bias: its biases (out,), one row of the region.
+        bias: its biases (out,), in one row.
         dtype: of both.
         scale, shift: see ``neutralize.ops.rescale_fold_``.
         taps_below: 0 where the rows of ``weight`` are outputs; where they are input features (the ``Conv1D`` of GPT-2,
             transposed convolutions), how many elements each of their outputs has.
     """
 
-    weight: Region
-    bias: Region
+    weight: Tiles
+    bias: Tiles
     dtype: torch.dtype
     scale: float
     shift: float
@@ -95,30 +96,30 @@ class FoldIn:
     @property
     def regions(self) -> tuple[Region, ...]:
         """Weight and bias."""
-        return (self.weight, self.bias)
+        return (*self.weight.regions, *self.bias.regions)
 
     def run(self, files: Files) -> Iterable[int]:
-        """Fold a block of outputs at a time: each output's sum is taken over its whole row at once."""
+        """Fold a block of outputs at a time: each output's sum is taken over its whole row at once, however sharded."""
         size, taps = self.dtype.itemsize, self.taps_below
         outputs = self.bias.width // size
         at_once = max(1, BUFFER_BYTES * outputs // max(self.weight.nbytes, 1))
         for first in range(0, outputs, at_once):
             last = min(first + at_once, outputs)
             if taps:
-                part = self.weight.part(0, self.weight.rows, first * taps * size, last * taps * size)
+                part = self.weight.block(0, self.weight.rows, first * taps * size, last * taps * size)
             else:
-                part = self.weight.part(first, last, 0, self.weight.width)
-            data = files.read(part)
+                part = self.weight.block(first, last, 0, self.weight.width)
+            data = part.read(files)
             elements = data.view(-1).view(self.dtype)
             if taps:
                 matrix = elements.view(self.weight.rows, last - first, taps).transpose(0, 1)
             else:
-                matrix = elements.view(last - first, -1)
-            sums = Region.run(self.bias.file, self.bias.offset + first * size, (last - first) * size)
-            bias = files.read(sums)
+                matrix = elements.view(last - first, self.weight.width // size)
+            sums = self.bias.block(0, 1, first * size, last * size)
+            bias = sums.read(files)
             ops.rescale_fold_(matrix, bias.view(-1).view(self.dtype), scale=self.scale, shift=self.shift)
-            files.write(part, data)
-            files.write(sums, bias)
+            part.write(files, data)
+            sums.write(files, bias)
             yield part.nbytes + sums.nbytes
 
 
@@ -176,6 +177,35 @@ class Pattern:
             data = pattern.repeat(part.nbytes // length)
             files.write(part, data.view(part.rows, part.width))
             yield part.nbytes
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """The CRC-32 of a run of bytes, where a file keeps it; it comes after all that writes the run.
+
+    Attributes:
+        covered: the run.
+        places: four bytes each.
+    """
+
+    covered: Region
+    places: tuple[Region, ...]
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Where it stands."""
+        return self.places
+
+    def run(self, files: Files) -> Iterable[int]:
+        """Read the run and write its checksum."""
+        crc = 0
+        for chunk in self.covered.chunks():
+            data = files.read(self.covered.part(*chunk))
+            crc = zlib.crc32(memory(data), crc)
+        stored = torch.frombuffer(bytearray(crc.to_bytes(4, "little")), dtype=torch.uint8).view(1, 4)
+        for place in self.places:
+            files.write(place, stored)
+            yield place.nbytes
 
 
 def written_bytes(patches: Sequence[Patch]) -> int:

@@ -89,6 +89,83 @@ class Region:
         return Region(self.file, offset, last - first, end - begin, self.stride)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A box of a matrix of bytes that lies in a region.
+
+    Attributes:
+        region: one row of the box per row.
+        row: the row of the matrix that its first row is in.
+        begin: the byte of those rows that its first byte is.
+    """
+
+    region: Region
+    row: int
+    begin: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix of bytes that lies in several regions, as the shards of a tensor do.
+
+    Attributes:
+        rows: how many.
+        width: bytes per row.
+        tiles: boxes that cover it once.
+    """
+
+    rows: int
+    width: int
+    tiles: tuple[Tile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the rows have together."""
+        return self.rows * self.width
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Those of its tiles."""
+        return tuple(tile.region for tile in self.tiles)
+
+    def block(self, first: int, last: int, begin: int, end: int) -> Tiles:
+        """Rows ``first`` to ``last`` and of each the bytes ``begin`` to ``end``, both half open, as a matrix."""
+        tiles = []
+        for tile in self.tiles:
+            region = tile.region
+            top, bottom = max(first, tile.row), min(last, tile.row + region.rows)
+            left, right = max(begin, tile.begin), min(end, tile.begin + region.width)
+            if top < bottom and left < right:
+                offset = region.offset + (top - tile.row) * region.stride + left - tile.begin
+                box = Region(region.file, offset, bottom - top, right - left, region.stride)
+                tiles.append(Tile(box, top - first, left - begin))
+        return Tiles(last - first, end - begin, tuple(tiles))
+
+    def read(self, files: Files) -> torch.Tensor:
+        """Return its bytes, (rows, width), uint8, held in memory."""
+        if len(self.tiles) == 1:
+            return files.read(self.tiles[0].region)
+        out = torch.empty(self.rows, self.width, dtype=torch.uint8)
+        for tile in self.tiles:
+            self._box(out, tile).copy_(files.read(tile.region))
+        return out
+
+    def write(self, files: Files, data: torch.Tensor) -> None:
+        """Write its bytes.
+
+        Args:
+            files: where.
+            data: (rows, width), uint8, contiguous.
+        """
+        for tile in self.tiles:
+            files.write(tile.region, self._box(data, tile).contiguous())
+
+    @staticmethod
+    def _box(data: torch.Tensor, tile: Tile) -> torch.Tensor:
+        region = tile.region
+        return data[tile.row : tile.row + region.rows, tile.begin : tile.begin + region.width]
+
+
 class Files:
     """Open files of a checkpoint, by their path relative to its root; the one place that writes into them.
 
