@@ -309,15 +309,17 @@ def _offset_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _stream(search: Search) -> set[fx.Node]:
-    """The residual stream: nodes that would hold the block's input if what is added to it were zero, whatever it is."""
-    stream = {search.call.entry}
+def _stream(search: Search) -> dict[fx.Node, None]:
+    """The residual stream, in order: nodes that would hold the block's input if what is added to it were zero,
+    whatever it is.
+    """
+    stream: dict[fx.Node, None] = {search.call.entry: None}  # a set has another order in every process
     for node in search.call.nodes:
         for clause in carry_clauses(node):
             if clause.carrier in stream and not clause.ones and clause.identity is None:
                 if shape_of(node) is not None and clause.zeros:
                     if shape_of(node) == shape_of(clause.carrier):
-                        stream.add(node)
+                        stream[node] = None
                 else:
-                    stream.add(node)
+                    stream[node] = None
     return stream

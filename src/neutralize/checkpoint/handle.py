@@ -16,7 +16,7 @@ from neutralize.checkpoint.naming import Names, retarget
 from neutralize.checkpoint.patch import Patch
 from neutralize.checkpoint.region import Files
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, Plan
+from neutralize.plan import Edit, Plan, dtype_name
 from neutralize.progress import Advance, silent
 
 if TYPE_CHECKING:
@@ -105,9 +105,39 @@ class Checkpoint:
         Raises:
             NeutralizeError: something does not fit; all problems are listed.
         """
-        stored = retarget(edits.edits, self.names, self.layout) if isinstance(edits, Plan) else edits
+        if not isinstance(edits, Plan):
+            with Files(self.layout.root) as files:
+                return self.layout.patches(edits, files)
+        self._check_fits(edits)
+        tied = [{source.stored for name in group for source in self.names.get(name, ())} for group in edits.tied]
         with Files(self.layout.root) as files:
-            return self.layout.patches(stored, files)
+            return self.layout.patches(retarget(edits.edits, self.names, self.layout), files, tied)
+
+    def _check_fits(self, plan: Plan) -> None:
+        """Check that a plan was made for parameters like those of this checkpoint's model.
+
+        Raises:
+            NeutralizeError: it was made for another model; all problems are listed.
+        """
+        from neutralize.apply import tensors_of
+
+        named = tensors_of(self.model)
+        problems = []
+        for edit in plan.edits:
+            tensor = named.get(edit.parameter)
+            if tensor is None:
+                problems.append(f"expected a parameter {edit.parameter!r}, got a model without it")
+            elif tuple(tensor.shape) != edit.shape:
+                problems.append(f"expected shape {list(edit.shape)} for {edit.parameter!r}, got {list(tensor.shape)}")
+            elif dtype_name(tensor.dtype) != edit.dtype:
+                problems.append(f"expected {edit.dtype} for {edit.parameter!r}, got {dtype_name(tensor.dtype)}")
+        if problems:
+            listing = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
+            raise NeutralizeError(
+                f"checkpoint: expected a plan that fits {str(self.path)!r}, got one that was made for another "
+                f"model; plan "
+                f"for this checkpoint:{listing}"
+            )
 
     # ---- writing ------------------------------------------------------------------------------------------------
     def recover(self, advance: Advance = silent) -> list[Edition]:

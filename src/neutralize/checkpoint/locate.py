@@ -9,6 +9,7 @@ from pathlib import Path
 
 from neutralize.checkpoint.bounded import read_json
 from neutralize.checkpoint.layout import Layout, Stored
+from neutralize.checkpoint.region import Files
 from neutralize.checkpoint.safetensors import read_safetensors
 from neutralize.errors import NeutralizeError
 
@@ -27,14 +28,14 @@ def locate(path: str | os.PathLike[str]) -> Layout:
     """
     place = Path(path)
     if place.is_dir():
-        return _with_config(_folder(place), place)
+        return _with_quantized(_with_config(_folder(place), place))
     if not place.exists():
         raise NeutralizeError(f"checkpoint: expected a file or a folder, got nothing at {str(place)!r}; check the path")
     if not place.is_file():
         raise NeutralizeError(
             f"checkpoint: expected a file or a folder for {str(place)!r}, got neither; check the path"
         )
-    return _file(place)
+    return _with_quantized(_file(place))
 
 
 def _file(path: Path) -> Layout:
@@ -166,7 +167,14 @@ def join(folder: Path, shards: list[Layout]) -> Layout:
         marks.update(layout.marks)
     files = tuple(file for layout in shards for file in layout.files)
     kind = f"{shards[0].kind}, {len(shards)} shards" if len(shards) > 1 else shards[0].kind
-    return Layout(folder, files, tensors, marks, kind)
+    checksums = tuple(
+        sorted(
+            (checksum for layout in shards for checksum in layout.checksums),
+            key=lambda checksum: (checksum.covered.file, checksum.covered.offset),
+        )
+    )
+    tied = {name: group for layout in shards for name, group in layout.tied.items()}
+    return Layout(folder, files, tensors, marks, kind, tied=tied, checksums=checksums)
 
 
 def inside(folder: Path, file: str) -> Path:
@@ -200,3 +208,14 @@ def inside(folder: Path, file: str) -> Path:
 
 def _with_config(layout: Layout, folder: Path) -> Layout:
     return replace(layout, config=folder) if (folder / "config.json").is_file() else layout
+
+
+def _with_quantized(layout: Layout) -> Layout:
+    """The layout with the weights that several of its tensors store together."""
+    from neutralize.checkpoint.quantized import attach
+
+    if not layout.kind.startswith("safetensors"):
+        return layout
+    config = None if layout.config is None else read_json(layout.config / "config.json", "a config")
+    with Files(layout.root) as files:
+        return replace(layout, tensors=attach(layout.tensors, config, files))

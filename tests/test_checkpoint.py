@@ -1,0 +1,197 @@
+"""One plan on a live model and on its checkpoint: the same bits; from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import digests
+from networks import perturbed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from typer.testing import CliRunner
+
+import neutralize as nz
+from neutralize import cli
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    """Run the command, and return what it printed."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, (result.output, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = perturbed(LlamaForCausalLM(config)).bfloat16()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "tokenizer.txt").write_text("extra")
+    return folder
+
+
+@pytest.fixture
+def llama(saved: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(saved, tmp_path / "llama"))
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    mine, yours = one.state_dict(), other.state_dict()
+    return mine.keys() == yours.keys() and all(torch.equal(mine[name], yours[name]) for name in mine)
+
+
+STRATEGIES = {
+    "auto": {},
+    "outgoing": {"strategy": "passthrough", "edit": "outgoing"},
+    "zero": {"strategy": "zero"},
+    "damp": {"strategy": "damp", "factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_checkpoint_becomes_what_the_live_model_becomes(llama: Path, kind: str) -> None:
+    before, live = digests(llama), loaded(llama)
+    layers = "model.layers[1:3]"
+    plan = nz.plan(llama, layers, **STRATEGIES[kind])
+    assert plan.digest == nz.plan(live, layers, **STRATEGIES[kind]).digest
+    plan.apply(live)
+    undo = plan.apply(llama)
+    assert equal(loaded(llama), live)
+    undo.restore()
+    assert undo.restored
+    assert digests(llama) == before
+
+
+def test_parts_by_name_and_experts_of_a_list(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    perturbed(Qwen3MoeForCausalLM(config)).save_pretrained(tmp_path)
+    before, live = digests(tmp_path), loaded(tmp_path)
+    layers = ["model.layers[0].mlp.experts[2]", "model.layers[1].self_attn.heads[1]"]
+    undo = nz.neutralize(tmp_path, layers, "zero")
+    nz.neutralize(live, layers, "zero")
+    assert equal(loaded(tmp_path), live)
+    undo.restore()
+    assert digests(tmp_path) == before
+
+
+def test_neutralized_off_exactly_against_the_excised_network(llama: Path) -> None:
+    tokens = torch.arange(20)[None] % 64
+    intact = loaded(llama)
+    with nz.excised(intact, "model.layers[2]"), torch.no_grad():
+        wanted = intact(tokens).logits
+    nz.neutralize(llama, "model.layers[2]")
+    with torch.no_grad():
+        assert torch.equal(loaded(llama)(tokens).logits, wanted)
+
+
+def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> None:
+    before = digests(llama)
+    assert "model.layers.1.input_layernorm.weight" in run("inspect", llama)
+    tensors = json.loads(run("inspect", llama, "--match", "*layers.1.*norm*", "--json"))["tensors"]
+    assert [entry["shape"] for entry in tensors] == [[32], [32]]
+    assert "exact" in run("plan", llama, "--layers", "model.layers[1]", "--save", tmp_path / "plan.json")
+    plan = nz.Plan.from_json((tmp_path / "plan.json").read_text())
+    assert (
+        plan.digest
+        == json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", "--dry-run", "--json"))["digest"]
+    )
+    assert digests(llama) == before
+    assert run("status", llama).endswith("intact\n")
+    applied = json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", "--in-place", "--json"))
+    assert applied["state"] == "edited"
+    assert applied["bytes"] == 2 * 32 * 2
+    run("apply", llama, "--layers", "model.layers[3]", "--strategy", "damp", "--option", "factor=0.25", "--in-place")
+    assert len(json.loads(run("status", llama, "--json"))["edits"]) == 2
+    live = loaded(llama)
+    run("restore", llama)
+    run("restore", llama)
+    assert digests(llama) == before
+    intact = loaded(llama)
+    plan.apply(intact)
+    nz.plan(intact, "model.layers[3]", "damp", factor=0.25).apply(intact)
+    assert equal(live, intact)
+    assert "got none; every byte is as it was" in run("restore", llama, status=2)
+
+
+def test_the_command_line_writes_copies(llama: Path, tmp_path: Path) -> None:
+    before, live = digests(llama), loaded(llama)
+    out = tmp_path / "out"
+    printed = run("apply", llama, "--layers", "model.layers[1]", "--output", out, "--verify-copy")
+    assert "untouched tensors compared" in printed
+    assert digests(llama) == before
+    assert digests(out).keys() == before.keys()
+    nz.neutralize(live, "model.layers[1]")
+    assert equal(loaded(out), live)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--in-place"], "expected one of --layers, --set and --plan"),
+        (["--layers", "model.layers[1]"], "expected --in-place"),
+        (["--layers", "model.layers[1]", "--in-place", "--output", "x"], "got both"),
+        (["--layers", "model.layers[9]", "--in-place"], "model.layers"),
+        (["--layers", "model.layer", "--in-place"], "near matches"),
+        (["--layers", "model.layers[1]", "--strategy", "zap", "--in-place"], "zap"),
+        (["--layers", "model.layers[1]", "--strategy", "damp", "--option", "factor", "--in-place"], "NAME=VALUE"),
+        (["--plan", "nowhere.json", "--in-place"], "expected a plan in"),
+        (["--set", "model.norm=0", "--in-place"], "near matches"),
+    ],
+)
+def test_a_request_that_cannot_be_carried_out_changes_nothing(llama: Path, arguments: list[str], message: str) -> None:
+    before = digests(llama)
+    output = run("apply", llama, *arguments, status=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert digests(llama) == before
+
+
+def test_a_plan_for_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(other)
+    plan = nz.plan(other, "model.layers[1]")
+    before = digests(llama)
+    with pytest.raises(nz.NeutralizeError, match=r"expected shape \[16\].*got \[32\]"):
+        plan.apply(llama)
+    assert digests(llama) == before
+
+
+def test_code_in_the_folder_is_never_run(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(nz.NeutralizeError, match="--model|factory"):
+        nz.plan(llama, "model.layers[1]")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_ones_own_is_planned_through_its_factory(tmp_path: Path) -> None:
+    from networks import own_blocks
+    from safetensors.torch import save_file
+
+    model = own_blocks()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    out = run("apply", tmp_path, "--model", "networks:own_blocks", "--layers", "2", "--strategy", "zero",
+              "--option", "sides=in", "--in-place")  # fmt: skip
+    assert "edited in place" in out
