@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4 import Mod
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -47,11 +48,11 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-ROWS, COLUMNS = 256, 256
+ROWS, COLUMNS = 128, 128
 State = Mapping[str, torch.Tensor]
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def elements_of(path: Path) -> dict[str, Elements]:
@@ -67,6 +68,10 @@ def elements_of(path: Path) -> dict[str, Elements]:
     }
 
 
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return load(path.read_bytes())  # not load_file, whose tensors change with the file
+
+
 def layout_of(path: Path, config: Mapping | None) -> Layout:
     with Files(path.parent) as files:
         return Layout(path.parent, (path.name,), attach(elements_of(path), config, files))
@@ -78,7 +83,7 @@ def edit_in_place(layout: Layout, *edits) -> int:
         return sum(count for patch in layout.patches(edits, files) for count in patch.run(files))
 
 
-# ---- the formats ---------------------------------------------------------------------------------------------------------
+# ---- the formats -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -215,8 +220,7 @@ def gptq(bits, group, *, order=None):
     return tensors, settings_, decode
 
 
-def awq(weight, group=64):
-    rows, columns = weight.shape
+def awq(weight, group=32):
     scales = scales_of(weight, "group", 7, group).T.contiguous()
     zeros = torch.randint(6, 10, scales.shape)
     codes = (weight.T / scales.repeat_interleave(group, 0) + zeros.repeat_interleave(group, 0)).round().clamp(0, 15)
@@ -231,8 +235,8 @@ def awq(weight, group=64):
 def awq_decode(state):
     """compressed-tensors reads AWQ by turning it into its own packing."""
     named = {f"m.{name}": tensor.clone() for name, tensor in state.items()}
-    converted = AutoAWQConverter(group_size=64).process(named)
-    made = scheme("group", bits=4, symmetric=False, group=64)
+    converted = AutoAWQConverter(group_size=32).process(named)
+    made = scheme("group", bits=4, symmetric=False, group=32)
     packed = {name.removeprefix("m."): tensor for name, tensor in converted.items()}
     return BaseCompressor.get_value_from_registry("pack-quantized").decompress(packed, made)["weight"]
 
@@ -291,41 +295,47 @@ def modelopt(weight):
     }
 
 
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-ORDER = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(3)) // 128
-ORDERED = torch.arange(COLUMNS).view(-1, 128).flip(0).reshape(-1) // 128  # whole groups, in another order
+FP8 = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+ORDER = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(3)) // 32
+ORDERED = torch.tensor([0, 2] * 32 + [3, 1] * 32)  # each half of the columns has groups of its own
 HALF = 2.0**-10  # scales in float16, decoded in float32
 TINY = 2.0**-3  # scales in FP8, which a block is multiplied by
 
 CASES = [
     Case(
-        "fp8 blocks", lambda w: fp8(w, torch.float8_e4m3fn, (128, 128)), FP8, fp8_decode, row_damp=128, column_damp=128
+        "fp8 blocks",
+        lambda w: fp8(w, torch.float8_e4m3fn, (128, 128)),
+        {**FP8, "weight_block_size": [128, 128]},
+        fp8_decode,
+        shape=(256, 256),
+        row_damp=128,
+        column_damp=128,
     ),
     Case(
         "fp8 blocks bfloat16",
-        lambda w: fp8(w, torch.float8_e4m3fn, (128, 128), torch.bfloat16),
+        lambda w: fp8(w, torch.float8_e4m3fn, (64, 64), torch.bfloat16),
         FP8,
         fp8_decode,
-        row_damp=128,
-        column_damp=128,
+        row_damp=64,
+        column_damp=64,
         rounding=2.0**-8,
     ),
     Case(
         "fp8 blocks e8m0",
-        lambda w: fp8(w, torch.float8_e4m3fn, (128, 128), torch.uint8),
+        lambda w: fp8(w, torch.float8_e4m3fn, (64, 64), torch.uint8),
         {**FP8, "scale_fmt": "ue8m0"},
         fp8_decode,
-        row_damp=128,
-        column_damp=128,
+        row_damp=64,
+        column_damp=64,
         only_powers=True,
     ),
     Case(
         "fp8 blocks ue8m0 in float32",
-        lambda w: fp8(w, torch.float8_e4m3fn, (128, 128)),
+        lambda w: fp8(w, torch.float8_e4m3fn, (64, 64)),
         {**FP8, "scale_fmt": "ue8m0"},
         fp8_decode,
-        row_damp=128,
-        column_damp=128,
+        row_damp=64,
+        column_damp=64,
         only_powers=True,
     ),
     Case(
@@ -338,9 +348,9 @@ CASES = [
     compressed("compressed-tensors fp8 channel", "float-quantized", "channel", 448, kind="float"),
     replace(compressed("compressed-tensors fp8 tensor", "float-quantized", "tensor", 448, kind="float"), row_damp=None),
     replace(
-        compressed("compressed-tensors fp8 block", "float-quantized", "block", 448, kind="float", block=[128, 128]),
-        row_damp=128,
-        column_damp=128,
+        compressed("compressed-tensors fp8 block", "float-quantized", "block", 448, kind="float", block=[64, 64]),
+        row_damp=64,
+        column_damp=64,
     ),
     compressed("compressed-tensors int8 channel", "int-quantized", "channel", 127),
     replace(
@@ -356,9 +366,9 @@ CASES = [
     ),
     replace(compressed("compressed-tensors int8 tensor", "int-quantized", "tensor", 127), row_damp=None),
     replace(
-        compressed("compressed-tensors int4 group", "pack-quantized", "group", 7, bits=4, group=128),
+        compressed("compressed-tensors int4 group", "pack-quantized", "group", 7, bits=4, group=64),
         column_step=2,
-        column_damp=128,
+        column_damp=64,
     ),
     replace(
         compressed(
@@ -383,9 +393,9 @@ CASES = [
     ),
     compressed("compressed-tensors int8 packed", "pack-quantized", "channel", 127, bits=8),
     replace(
-        compressed("compressed-tensors int3 packed", "pack-quantized", "group", 3, bits=3, group=64),
-        column_step=64,
-        column_damp=64,
+        compressed("compressed-tensors int3 packed", "pack-quantized", "group", 3, bits=3, group=32),
+        column_step=32,
+        column_damp=32,
     ),
     replace(
         compressed("compressed-tensors mxfp4", "mxfp4-pack-quantized", "group", 6, bits=4, kind="float", group=32),
@@ -403,18 +413,18 @@ CASES = [
         column_damp=16,
         rounding=TINY,
     ),
-    Case("gptq 4 bit", *gptq(4, 128), column_step=128, column_damp=128, rounding=HALF),
-    Case("gptq 3 bit", *gptq(3, 64), column_step=64, column_damp=64, rounding=HALF),
+    Case("gptq 4 bit", *gptq(4, 64), column_step=64, column_damp=64, rounding=HALF),
+    Case("gptq 3 bit", *gptq(3, 32), column_step=32, column_damp=32, rounding=HALF),
     Case("gptq 8 bit", *gptq(8, COLUMNS), column_step=None, rounding=HALF),
-    Case("gptq act-order", *gptq(4, 128, order=ORDER), column_step=None, rounding=HALF),
-    Case("gptq ordered groups", *gptq(4, 128, order=ORDERED), column_step=128, column_damp=128, rounding=HALF),
+    Case("gptq act-order", *gptq(4, 32, order=ORDER), column_step=None, rounding=HALF),
+    Case("gptq ordered groups", *gptq(4, 32, order=ORDERED), column_step=64, column_damp=64, rounding=HALF),
     Case(
         "awq",
         awq,
-        {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"},
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
         awq_decode,
-        column_step=64,
-        column_damp=64,
+        column_step=32,
+        column_damp=32,
         rounding=2 * HALF,  # decoded in float16
     ),
     Case("bitsandbytes nf4", *bitsandbytes_4bit("nf4"), column_step=2, column_damp=64),
@@ -432,7 +442,7 @@ CASES = [
     Case(
         "bitsandbytes nf4 in bfloat16", *bitsandbytes_4bit("nf4", storage=torch.bfloat16), column_step=2, column_damp=64
     ),
-    Case("bitsandbytes nf4 long blocks", *bitsandbytes_4bit("nf4", blocksize=512), column_step=2, row_damp=2),
+    Case("bitsandbytes nf4 long blocks", *bitsandbytes_4bit("nf4", blocksize=256), column_step=2, row_damp=2),
     Case(
         "bitsandbytes int8",
         bitsandbytes_int8,
@@ -470,7 +480,7 @@ class Checkpoint:
         prefix = f"{layer}." if self.case.weight else f"{layer}.experts"
         return {
             name.removeprefix(prefix): tensor
-            for name, tensor in load_file(self.path).items()
+            for name, tensor in read(self.path).items()
             if name.startswith(prefix) and name != "a.bias"
         }
 
@@ -536,11 +546,11 @@ def test_what_belongs_together_is_one_weight_and_its_parts_stay_listed(checkpoin
 
 @every_case
 def test_zero_is_exact_and_touches_nothing_else(checkpoint):
-    others = {name: tensor for name, tensor in load_file(checkpoint.path).items() if not name.startswith("a.")}
+    others = {name: tensor for name, tensor in read(checkpoint.path).items() if not name.startswith("a.")}
     head = checkpoint.path.read_bytes()[: checkpoint.layout.tensors["a.bias"].regions[0].offset]
     edit_in_place(checkpoint.layout, checkpoint.edit())
     assert not checkpoint.weight().any()
-    after = load_file(checkpoint.path)
+    after = read(checkpoint.path)
     assert all(same(tensor, after[name]) for name, tensor in others.items())
     assert torch.equal(after["a.bias"], torch.ones(3))
     assert checkpoint.path.read_bytes().startswith(head[: 8 + struct.unpack("<Q", head[:8])[0]])
@@ -583,7 +593,7 @@ def test_a_power_of_two_multiplies_exactly(checkpoint):
 def test_another_factor_multiplies_up_to_the_rounding_of_the_scales(checkpoint):
     case, original = checkpoint.case, checkpoint.path.read_bytes()
     if case.only_powers:
-        with pytest.raises(NeutralizeError, match="its scales are powers of two, and 0.3 is none"):
+        with pytest.raises(NeutralizeError, match=r"its scales are powers of two, and 0\.3 is none"):
             edit_in_place(checkpoint.layout, checkpoint.edit(0.3))
         assert checkpoint.path.read_bytes() == original
         return
@@ -595,3 +605,337 @@ def test_another_factor_multiplies_up_to_the_rounding_of_the_scales(checkpoint):
         edit.block(expected).mul_(0.3)
         error = (checkpoint.weight() - expected).abs()
         assert (error <= case.rounding * expected.abs()).all(), (block, (error / expected.abs()).nan_to_num().max())
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_what_a_format_cannot_represent_is_refused_with_its_name(checkpoint):
+    name, shape, encoding = checkpoint.name, checkpoint.case.shape, checkpoint.layout.tensors[checkpoint.name].encoding
+    original = checkpoint.path.read_bytes()
+    for edit in (
+        checkpoint.edit(fill=0.001),
+        checkpoint.edit(diagonal=1.0),
+        checkpoint.edit(1.0, diagonal=0.5),
+        Fold(name, "a.bias", shape, "float32", 0.5, 1.0),
+        Copy(name, "b.weight", shape, "float32"),
+        Assign(name, shape, "float32", (0.0,) * math.prod(shape)),
+    ):
+        with pytest.raises(NeutralizeError, match="expected zero, or a multiple of itself") as refused:
+            edit_in_place(checkpoint.layout, edit)
+        assert encoding in str(refused.value)
+    with pytest.raises(NeutralizeError, match=r"multiplied by numbers above 0 that float32 holds, and -0\.5 is none"):
+        edit_in_place(checkpoint.layout, checkpoint.edit(-0.5))
+    with pytest.raises(NeutralizeError, match=r"expected shape \[7, 7\] for"):
+        edit_in_place(checkpoint.layout, Rewrite(name, (7, 7), "float32"))
+    assert edit_in_place(checkpoint.layout, checkpoint.edit(1.0)) == 0
+    assert checkpoint.path.read_bytes() == original
+
+
+SHARED = {
+    "gptq 4 bit": "64 elements along dimension 1 go together, by 'a.g_idx'",
+    "gptq act-order": "32 elements along dimension 1 go together, by 'a.g_idx'",
+    "gptq ordered groups": "32 elements along dimension 1 go together, by 'a.g_idx'",
+    "gptq 8 bit": "128 elements along dimension 1 go together, by 'a.g_idx'",
+    "awq": "32 elements along dimension 1 go together",
+    "compressed-tensors int8 channel asymmetric": "all elements along dimension 1 go together",
+    "compressed-tensors int3 packed": "32 elements along dimension 1 go together",
+    "bitsandbytes nf4": "2 elements along dimension 1 go together",
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_zero_of_a_part_of_a_group_is_refused(name, checkpoints):
+    checkpoint, original = checkpoints(by_name[name])
+    with pytest.raises(NeutralizeError, match=f"{SHARED[name]}.*; edit whole groups, or dequantize"):
+        edit_in_place(checkpoint.layout, checkpoint.edit(columns=(0, 33)))
+    assert checkpoint.path.read_bytes() == original
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes nf4 nested", "bitsandbytes fp4 nested"])
+def test_nested_scales_are_multiplied_only_together(name, checkpoints):
+    checkpoint, _ = checkpoints(by_name[name])
+    with pytest.raises(NeutralizeError, match="nested scales have one offset for the whole weight"):
+        edit_in_place(checkpoint.layout, checkpoint.edit(0.5, rows=(0, 64)))
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("awq", 1e6), ("awq", 1e-6), ("mxfp4 experts", 2.0**-120), ("gptq 4 bit", 1e7)],
+)
+def test_a_factor_that_leaves_the_range_of_the_scales_is_refused(name, factor, checkpoints):
+    checkpoint, original = checkpoints(by_name[name])
+    with pytest.raises(NeutralizeError, match=r"would leave (its|their) range"):
+        edit_in_place(checkpoint.layout, checkpoint.edit(factor))
+    assert checkpoint.path.read_bytes() == original
+
+
+def test_zero_codes_under_scales_that_are_not_finite_are_refused(tmp_path):
+    checkpoint = saved(by_name["fp8 blocks"], tmp_path)
+    stored = checkpoint.layout.elements("a.weight_scale_inv", "the scales")
+    with Files(tmp_path, writable=True) as files:
+        files.write(stored.regions[0].part(0, 1, 4, 8), torch.tensor([math.nan]).view(torch.uint8).view(1, 4))
+    with pytest.raises(NeutralizeError, match="its scales hold Inf or NaN"):
+        edit_in_place(checkpoint.layout, checkpoint.edit())
+    edit_in_place(checkpoint.layout, checkpoint.edit(rows=(128, 256)))  # which the NaN does not reach
+    assert not checkpoint.weight()[128:].any()
+
+
+# ---- what is not known -----------------------------------------------------------------------------------------------
+
+
+def stored(tmp_path, tensors, config) -> Layout:
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return layout_of(path, config)
+
+
+def refusal(layout, name, shape=None):
+    shape = layout.tensors[name].shape if shape is None else shape
+    before = (layout.root / layout.files[0]).read_bytes()
+    with pytest.raises(NeutralizeError) as refused:
+        edit_in_place(layout, Rewrite(name, shape, "bfloat16"))
+    assert (layout.root / layout.files[0]).read_bytes() == before
+    return str(refused.value)
+
+
+@every_case
+def test_names_alone_are_not_believed(checkpoint, tmp_path):
+    """Without the configuration, or with that of another format, the same tensors are listed and not edited."""
+    for config in (None, {}, {"quantization_config": {"quant_method": "quanto"}}):
+        layout = layout_of(checkpoint.path, config)
+        assert isinstance(layout.tensors[checkpoint.name], Unknown)
+        message = refusal(layout, checkpoint.name)
+        assert "an unknown quantization suffix (" in message
+        assert ("no quantization_config" if not config else "the quant_method 'quanto'") in message
+
+
+UNFIT = {  # a case, what is done to its tensors, and what is said
+    "fp8 without a scale": ("fp8 blocks", {"weight_scale_inv": None}, "unknown quantization suffix"),
+    "fp8 with an unknown scale": (
+        "fp8 blocks",
+        {"weight_scale_inv": None, "scale_weight": torch.ones(1)},
+        "unknown quantization suffix ('.bias', '.scale_weight' beside 'a.weight'",
+    ),
+    "fp8 with two scales": ("fp8 blocks", {"weight_scale": torch.ones(1)}, "several scales"),
+    "fp8 with scales of another shape": ("fp8 blocks", {"weight_scale_inv": torch.ones(3, 2)}, "[3, 2] of"),
+    "gptq with too few scales": ("gptq 4 bit", {"scales": torch.ones(1, ROWS).half()}, "[1, 128] of 'a.scales' fits"),
+    "gptq without zeros": ("gptq 4 bit", {"qzeros": None}, "no 'a.qzeros'"),
+    "gptq with a weight beside it": ("gptq 4 bit", {"weight": torch.ones(2, 2)}, "both 'a.qweight' and 'a.weight'"),
+    "gptq in a cube": ("gptq 4 bit", {"qweight": torch.ones(2, 2, 2).int()}, "the shape [2, 2, 2] for 'a.qweight'"),
+    "awq with scales in integers": ("awq", {"scales": torch.ones(4, 128).int()}, "[4, 128] of int32 for 'a.scales'"),
+    "awq that is gptq": ("awq", {"qweight": torch.ones(16, 128).int()}, "for 'a.scales', not [1, 1024]"),
+    "nvfp4 with scales for 32": (
+        "modelopt nvfp4",
+        {"weight_scale": torch.ones(128, 4).to(torch.float8_e4m3fn)},
+        "[128, 4] of float8_e4m3fn for 'a.weight_scale', not [128, 8]",
+    ),
+    "nvfp4 with two shared scales": ("modelopt nvfp4", {"weight_scale_2": torch.ones(2)}, "not one number"),
+    "packed with another shape": (
+        "compressed-tensors int4 group",
+        {"weight_shape": torch.tensor([128, 150])},
+        "no group of the configuration",
+    ),
+    "packed with a shape of negative numbers": (
+        "compressed-tensors int4 group",
+        {"weight_shape": torch.tensor([128, -(2**62)])},
+        "[128, -4611686018427387904] in 'a.weight_shape'",
+    ),
+    "packed with a shape of too many": (
+        "compressed-tensors int4 group",
+        {"weight_shape": torch.ones(5, dtype=torch.int64)},
+        "[5] for 'a.weight_shape'",
+    ),
+    "int8 in tiles": (
+        "bitsandbytes int8",
+        {"weight_format": torch.tensor(2, dtype=torch.uint8)},
+        "tiles of a GPU, by 'a.weight_format'",
+    ),
+    "int8 with too few scales": ("bitsandbytes int8", {"SCB": torch.ones(3)}, "[3] of float32 for 'a.SCB', not [128]"),
+    "nf4 with too few codes": ("bitsandbytes nf4", {"weight": torch.ones(5, 1).byte()}, "5 bytes for 16384 codes"),
+    "mxfp4 in blocks of 8": ("mxfp4 experts", {"_blocks": torch.ones(4, 48, 2, 8).byte()}, "the shape [4, 48, 2, 8]"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_tensors_that_do_not_fit_together_are_not_guessed_at(what, tmp_path):
+    name, changes, message = UNFIT[what]
+    case = by_name[name]
+    prefix = "a." if case.weight else "a.experts"
+    tensors = {prefix + suffix: tensor for suffix, tensor in case.tensors(values(case.shape)).items()} | {
+        prefix + suffix: tensor for suffix, tensor in changes.items()
+    }
+    tensors["a.bias"] = torch.ones(2)
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    layout = stored(tmp_path, kept, {"quantization_config": case.settings})
+    assert message in refusal(layout, "a.weight" if case.weight else "a.experts")
+    assert edit_in_place(layout, Rewrite("a.bias", (2,), "float32")) == 8  # what is plain is edited all the same
+
+
+STATES = {
+    "not JSON": b"nf4",
+    "not text": b"\xff\xfe\x00\x01",
+    "deep": b"[" * 50_000,
+    "an array": b"[1, 2]",
+    "no shape": b'{"blocksize": 64}',
+    "a shape of text": b'{"blocksize": 64, "shape": ["a", 1]}',
+    "a shape of negative numbers": b'{"blocksize": 64, "shape": [-256, 256]}',
+    "an absurd shape": b'{"blocksize": 64, "shape": [99999999999999999999999, 256]}',
+    "many dimensions": b'{"blocksize": 64, "shape": [1, 1, 1, 1, 1, 256]}',
+    "blocks of nothing": b'{"blocksize": 0, "shape": [128, 128]}',
+    "blocks of one and a half": b'{"blocksize": 1.5, "shape": [128, 128]}',
+    "an offset of NaN": b'{"blocksize": 64, "shape": [128, 128], "nested_offset": NaN, "nested_blocksize": 256}',
+    "no nested blocks": b'{"blocksize": 64, "shape": [128, 128], "nested_offset": 1.0, "nested_blocksize": 0}',
+    "too long": b" " * 100_000,
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_a_hostile_state_of_4_bit_weights_is_not_believed(what, tmp_path):
+    case = by_name["bitsandbytes nf4"]
+    tensors = {f"a.{name}": tensor for name, tensor in case.tensors(values()).items()}
+    tensors["a.weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(STATES[what]), dtype=torch.uint8)
+    layout = stored(tmp_path, tensors, {"quantization_config": case.settings})
+    assert "expected a known quantization format for 'a.weight'" in refusal(layout, "a.weight")
+
+
+CONFIGS = {
+    "a list": [],
+    "a method of numbers": {"quant_method": 4},
+    "bits of text": {"quant_method": "gptq", "bits": "four"},
+    "bits of truth": {"quant_method": "gptq", "bits": True},
+    "absurd bits": {"quant_method": "gptq", "bits": 10**30},
+    "groups of text": {"quant_method": "gptq", "bits": 4, "group_size": "128"},
+    "no bits": {"quant_method": "gptq"},
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_malformed_configuration_is_one_clear_error(what, checkpoints):
+    checkpoint, _ = checkpoints(by_name["gptq 4 bit"])
+    with pytest.raises(NeutralizeError, match=r"^checkpoint: expected .* in quantization_config, got .*malformed"):
+        layout_of(checkpoint.path, {"quantization_config": CONFIGS[what]})
+
+
+def test_plain_checkpoints_are_left_alone(tmp_path):
+    tensors = {"w.weight": torch.ones(4, 4), "num_blocks": torch.ones(3), "x.position_ids": torch.arange(4)}
+    layout = stored(tmp_path, tensors, {"model_type": "llama"})
+    assert layout.tensors == elements_of(tmp_path / "model.safetensors")
+
+
+def test_bytes_of_no_known_format_are_listed_and_not_edited(tmp_path):
+    tensors = {"a.weight": torch.ones(4, 4).to(torch.int8), "a.weight_zero": torch.ones(4), "a.mystery": torch.ones(1)}
+    layout = stored(tmp_path, tensors, {"quantization_config": {"quant_method": "bitsandbytes"}})
+    assert layout.tensors["a.weight"].encoding == "int8, unknown quantization"
+    assert "no 'a.SCB'" in refusal(layout, "a.weight")
+    with pytest.raises(NeutralizeError, match=r"expected plain elements for 'a\.weight'"):
+        layout.elements("a.weight", "the source")
+
+
+def test_bitsandbytes_is_recognised_by_the_flags_of_older_configurations(checkpoints):
+    checkpoint, _ = checkpoints(by_name["bitsandbytes int8"])
+    layout = layout_of(checkpoint.path, {"quantization_config": {"load_in_8bit": True}})
+    assert isinstance(layout.tensors["a.weight"], Quantized)
+
+
+def test_the_configuration_of_a_text_part_counts(checkpoints):
+    checkpoint, _ = checkpoints(by_name["awq"])
+    layout = layout_of(checkpoint.path, {"text_config": {"quantization_config": by_name["awq"].settings}})
+    assert isinstance(layout.tensors["a.weight"], Quantized)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, database=None)
+def test_any_mixture_of_tensors_is_edited_or_refused(data, checkpoints):
+    """Shapes and dtypes at random under the names of a format: every error is one of ours, and nothing is outside."""
+    case = data.draw(st.sampled_from(CASES))
+    checkpoint, _ = checkpoints(case)
+    size = checkpoint.path.stat().st_size
+    tensors = elements_of(checkpoint.path)
+    for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=3)):
+        old = tensors[name]
+        shape = data.draw(
+            st.sampled_from(
+                [(), (0,), (1,), (256,), (16,), (2, 2), (256, 1), (1, 256), (3, 5, 7), (1,) * 9, old.shape[::-1]]
+            )
+        )
+        dtype = data.draw(st.sampled_from([old.dtype, *DTYPES.values()]))
+        if math.prod(shape) * dtype.itemsize <= size - old.regions[0].offset:
+            tensors[name] = Elements.whole(name, dtype, shape, checkpoint.path.name, old.regions[0].offset)
+    junk = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers(-1, 200), max_size=3))
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(case.settings)), junk, max_size=1))
+    with Files(checkpoint.path.parent) as files:
+        try:
+            attached = attach(tensors, {"quantization_config": {**case.settings, **changes}}, files)
+        except NeutralizeError:
+            return
+        layout = Layout(checkpoint.path.parent, (checkpoint.path.name,), attached)
+        for stored in attached.values():
+            assert all(region.end <= size for region in stored.regions)
+            for scale in (0.0, 0.5):
+                rows, columns = stored.shape[0] if stored.shape else 1, math.prod(stored.shape[1:])
+                block = {"rows": (0, rows // 2)} if rows > 1 and columns and data.draw(st.booleans()) else {}
+                if columns > 1 and rows and data.draw(st.booleans()):
+                    block["columns"] = (0, columns // 2)
+                edit = Rewrite(stored.name, stored.shape, "float32", scale=scale, **block)
+                try:
+                    patches = stored.patches(edit, layout, files)
+                except NeutralizeError:
+                    continue
+                held = [region for one in attached.values() for region in one.regions]
+                for region in (region for patch in patches for region in patch.regions):
+                    assert any(own.offset <= region.offset and region.end <= own.end for own in held)
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_of_a_quantized_llama_is_off_through_its_norm_gains(tmp_path):
+    """Nothing quantized is touched: the loaded model is the network without the block, bit for bit."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    quantize, settings_, decode = bitsandbytes_4bit("nf4")
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            made = quantize(parameter)
+            tensors |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in made.items()}
+        else:
+            tensors[name] = parameter
+    layout = stored(tmp_path, tensors, {"quantization_config": settings_})
+
+    with torch.device("meta"):
+        meta = LlamaForCausalLM(config).eval()
+    tokens = torch.arange(8).view(1, 8)
+    plan = nz.plan(meta, "model.layers[1]", example_inputs={"input_ids": tokens.to("meta")})
+    before = read(tmp_path / "model.safetensors")
+    assert edit_in_place(layout, *plan.edits) == 2 * 64 * 4
+    after = read(tmp_path / "model.safetensors")
+    changed = {name for name, tensor in before.items() if not same(tensor, after[name])}
+    assert changed == {f"model.layers.1.{norm}_layernorm.weight" for norm in ("input", "post_attention")}
+
+    def loaded(tensors):
+        state = {name: tensors[name] for name in model.state_dict()}
+        for name in state:
+            if name.endswith("_proj.weight"):
+                stem = name.removesuffix("weight")
+                parts = {full.removeprefix(stem): tensor for full, tensor in tensors.items() if full.startswith(stem)}
+                state[name] = decode(parts)
+        network = LlamaForCausalLM(deepcopy(config)).eval()
+        network.load_state_dict(state)
+        return network
+
+    network, excised = loaded(after), loaded(before)
+    del excised.model.layers[1]
+    excised.config.num_hidden_layers = 2
+    with torch.no_grad():
+        assert torch.equal(network(tokens).logits, excised(tokens).logits)
