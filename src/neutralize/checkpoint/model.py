@@ -428,7 +428,7 @@ def _refused(doing: str) -> Iterator[None]:
 @contextmanager
 def _bounded(layout: Layout) -> Iterator[None]:
     """Stop a model that is being built from getting many more parameters than the checkpoint has tensors."""
-    limit, thread, count = max(20_000, 64 * len(layout.tensors)), threading.get_ident(), 0
+    limit, thread, count = max(4_000, 16 * len(layout.tensors)), threading.get_ident(), 0
 
     def note(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal count

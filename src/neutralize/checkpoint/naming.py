@@ -100,8 +100,12 @@ def retarget(edits: Sequence[Edit], names: Names, layout: Layout) -> list[Edit]:
             problems.append(str(error).removeprefix("checkpoint: "))
     if problems:
         problems = list(dict.fromkeys(problems))
-        listing = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
-        raise NeutralizeError(f"checkpoint: {listing}")
+        if len(problems) == 1:
+            raise NeutralizeError(f"checkpoint: {problems[0]}")
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        raise NeutralizeError(
+            f"checkpoint: expected a plan that fits what is stored, got {len(problems)} problems:{listing}"
+        )
     return found
 
 
@@ -375,6 +379,7 @@ def _copies(edit: Copy, sources: tuple[Source, ...], read: tuple[Source, ...], l
             for other in read
             if (other.box, other.order, other.origin, other.offset) == (source.box, source.order, source.origin, 0.0)
             and not other.is_shuffled
+            and _is_whole(other, layout.tensors[other.stored])
         ]
         if source.is_shuffled or source.offset or not same or not _is_whole(source, stored):
             raise _refusal(

@@ -69,7 +69,11 @@ def attach(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None, file
             if weight.name in found and isinstance(stored, Elements):
                 weight = Unknown(weight.name, stored, f"both {name!r} and {found[weight.name].names[0]!r}")
             found[weight.name] = weight
-            claimed.update(weight.names)
+            if isinstance(weight, Quantized):
+                claimed.update(weight.names)
+    for name in claimed & found.keys():  # bytes of which nothing was known before their weight was found
+        if isinstance(found[name], Unknown):
+            del found[name]
     return {name: found.pop(name, stored) for name, stored in tensors.items()} | found
 
 

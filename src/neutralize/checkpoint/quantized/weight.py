@@ -60,7 +60,7 @@ class Axis:
             return self._scattered(self.order, wanted, size, cells, files)
         first, last = wanted
         if first % self.per or (last % self.per and last != size):
-            raise Unfit(f"{self.per} elements along dimension {self.dim} share a cell")
+            raise Unfit(f"{self.per} elements along dimension {self.dim} go together")
         return [self.covering(wanted)]
 
     def covering(self, wanted: Span) -> Span:
@@ -79,7 +79,7 @@ class Axis:
         outside[cell[: wanted[0]]] = True
         outside[cell[wanted[1] :]] = True
         if bool((inside & outside).any()):
-            raise Unfit(f"{self.per} elements along dimension {self.dim} share a scale, by {order.name!r}")
+            raise Unfit(f"{self.per} elements along dimension {self.dim} go together, by {order.name!r}")
         edges = torch.nn.functional.pad(inside.int(), (1, 1)).diff().nonzero().view(-1, 2).tolist()
         return [(first, last) for first, last in edges]
 
@@ -109,7 +109,7 @@ class Grid:
         held = {axis.dim for axis in self.axes}
         for dim, (span, size) in enumerate(zip(box, shape, strict=True)):
             if dim not in held and span != (0, size):
-                raise Unfit(f"all elements along dimension {dim} share a cell")
+                raise Unfit(f"all elements along dimension {dim} go together")
         spans = [
             [(0, cells)] if axis.dim is None else axis.spans(box[axis.dim], shape[axis.dim], cells, files)
             for axis, cells in zip(self.axes, self.sizes, strict=True)
