@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -61,3 +62,9 @@ def header_of(path: Path) -> bytes:
     """The header of a safetensors file, length included."""
     content = path.read_bytes()
     return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def own_model() -> nn.Module:
+    """A model that transformers does not know."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))

@@ -310,9 +310,7 @@ def _offset_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 
 def _stream(search: Search) -> dict[fx.Node, None]:
-    """The residual stream, in order: nodes that would hold the block's input if what is added to it were zero,
-    whatever it is.
-    """
+    """The residual stream, in order: what would hold the block's input if all that is added to it were zero."""
     stream: dict[fx.Node, None] = {search.call.entry: None}  # a set has another order in every process
     for node in search.call.nodes:
         for clause in carry_clauses(node):
