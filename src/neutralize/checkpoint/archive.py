@@ -34,11 +34,13 @@ class Record:
         offset: of its bytes, from the start of the file that holds the archive.
         nbytes: how many.
         checksums: where its CRC-32 stands.
+        is_plain: neither compressed nor encrypted.
     """
 
     offset: int
     nbytes: int
     checksums: tuple[int, ...]
+    is_plain: bool
 
 
 def read_records(file: BinaryIO, begin: int, nbytes: int, what: str) -> dict[str, Record]:
@@ -51,7 +53,7 @@ def read_records(file: BinaryIO, begin: int, nbytes: int, what: str) -> dict[str
         what: names it in messages.
 
     Raises:
-        NeutralizeError: it is no archive, is damaged, or holds compressed or encrypted records.
+        NeutralizeError: it is no archive, or is damaged.
     """
     archive = _Archive(file, begin, nbytes, what)
     try:
@@ -67,6 +69,7 @@ class _Entry:
     name: str
     place: int
     is_described: bool
+    is_plain: bool
     nbytes: int
     header: int
 
@@ -110,14 +113,17 @@ class _Archive:
         end = self.nbytes - _END.size
         if end < 0 or not (tail := self._read(end, _END.size)).startswith(b"PK\5\6") or tail[-2:] != b"\0\0":
             raise self.broken("a zip archive as torch.save writes it", "bytes without its end")
-        _, _, _, _, count, size, first, _ = _END.unpack(tail)
+        narrow = _END.unpack(tail)[4:7]
+        count, size, first = narrow
         if end >= _LOCATOR.size:
             signature, _, place, _ = _LOCATOR.unpack(self._read(end - _LOCATOR.size, _LOCATOR.size))
             if signature == b"PK\6\7":
                 end = place
                 signature, *_, count, size, first = _END64.unpack(self._read(place, _END64.size))
-                if signature != b"PK\6\6":
-                    raise self.broken("the end of an archive in 64 bits", "other bytes")
+                limits = (0xFFFF, _IN_64_BITS, _IN_64_BITS)
+                fits = all(a in (b, limit) for a, b, limit in zip(narrow, (count, size, first), limits, strict=True))
+                if signature != b"PK\6\6" or not fits:
+                    raise self.broken("one end of an archive", "another in 64 bits")
         if first > end or size != end - first or count * _ENTRY.size > size:
             raise self.broken("a directory of records before the end", f"one of {size} bytes at {first}")
         if size > _DIRECTORY_LIMIT:
@@ -135,9 +141,8 @@ class _Archive:
             name = data[at + _ENTRY.size : at + _ENTRY.size + name_size].decode()
             extra = data[at + _ENTRY.size + name_size : at + _ENTRY.size + name_size + extra_size]
             nbytes, packed, header = _in_full((nbytes, packed, header), extra)
-            if method or packed != nbytes or flags & 1:
-                raise self.broken("records that are stored as they are", f"{name[:200]!r}, compressed or encrypted")
-            entries.append(_Entry(name, first + at, bool(flags & 8), nbytes, header))
+            is_plain = method == 0 and packed == nbytes and not flags & 1
+            entries.append(_Entry(name, first + at, bool(flags & 8), is_plain, packed, header))
             at = after
         if at != size:
             raise self.broken(f"a directory of {count} records", f"{size - at} bytes more")
@@ -149,7 +154,7 @@ class _Archive:
         header = self._read(entry.header, _LOCAL.size)
         signature, _, _, method, _, _, crc, _, _, name_size, extra_size = _LOCAL.unpack(header)
         name = self._read(entry.header + _LOCAL.size, name_size)
-        if signature != START or method or name != entry.name.encode():
+        if signature != START or (method and entry.is_plain) or name != entry.name.encode():
             raise self.broken("a directory that fits the records", wrong)
         offset = entry.header + _LOCAL.size + name_size + extra_size
         end = offset + entry.nbytes
@@ -166,7 +171,8 @@ class _Archive:
             end += 16
         if end > limit:
             raise self.broken("records before the directory", f"{entry.name[:200]!r} past it")
-        return Record(self.begin + offset, entry.nbytes, tuple(self.begin + place for place in places)), end
+        checksums = tuple(self.begin + place for place in places)
+        return Record(self.begin + offset, entry.nbytes, checksums, entry.is_plain), end
 
 
 def _in_full(values: tuple[int, int, int], extra: bytes) -> tuple[int, ...]:

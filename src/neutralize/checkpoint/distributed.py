@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,7 +128,7 @@ class _Reader:
             raise self._broken("the metadata of torch.distributed.checkpoint", "something else")
         return metadata
 
-    def _table(self, metadata: Made, name: str) -> list[tuple[Value, Value]]:
+    def _table(self, metadata: Made, name: str) -> Sequence[tuple[Value, Value]]:
         table = metadata.fields().get(name)
         if not isinstance(table, Made) or table.what != "dict":
             raise self._broken(f"a table {name}", "none")

@@ -262,6 +262,12 @@ def read_archive(file: BinaryIO, name: str, begin: int, nbytes: int, what: str) 
             f"checkpoint: expected a state dict in {what}, got a TorchScript program; save its state_dict() with "
             "torch.save"
         )
+    changed = next((record for record in records if not records[record].is_plain), None)
+    if changed is not None:
+        raise NeutralizeError(
+            f"checkpoint: expected records stored as they are in {what}, got {changed[:200]!r}, compressed or "
+            "encrypted; save again with torch.save"
+        )
     order = f"{folder}/byteorder"
     if order in records and record_bytes(file, records, order, 16, what) != b"little":
         raise NeutralizeError(

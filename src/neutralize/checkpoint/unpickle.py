@@ -6,8 +6,8 @@ Source: the opcodes as the ``pickletools`` module of Python documents them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from neutralize.errors import NeutralizeError
@@ -19,7 +19,7 @@ _STEP_LIMIT = 16_000_000
 """Steps of a pickle; a tensor takes some 40."""
 
 _MADE_LIMIT = 3_000_000
-"""Objects that a pickle may make, each of which takes some 200 bytes; a shard of a tensor takes 9."""
+"""Objects that a pickle may make, each of which takes some 100 bytes; a shard of a tensor takes 9."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Made:
 
     what: str
     args: tuple[Value, ...] = ()
-    elements: list[Value] = field(default_factory=list)
-    items: list[tuple[Value, Value]] = field(default_factory=list)
+    elements: Sequence[Value] = ()
+    items: Sequence[tuple[Value, Value]] = ()
     state: Value = None
 
     def fields(self) -> dict[str, Value]:
@@ -172,18 +172,16 @@ class _Reader:
             self._target().state = state
         elif code == ord("s"):
             value, key = self._stack.pop(), self._stack.pop()
-            self._target().items.append((key, value))
+            self._set([(key, value)])
         elif code == ord("u"):
             values = self._to_mark()
             if len(values) % 2:
                 raise _Broken("a key without a value")
-            self._target().items.extend(zip(values[::2], values[1::2], strict=True))
+            self._set(zip(values[::2], values[1::2], strict=True))
         elif code == ord("a"):
-            value = self._stack.pop()
-            self._target().elements.append(value)
+            self._append([self._stack.pop()])
         elif code in (ord("e"), 0x90):
-            values = self._to_mark()
-            self._target().elements.extend(values)
+            self._append(self._to_mark())
         elif code == 0x91:
             values = self._to_mark()
             self._make(Made("set", elements=values))
@@ -209,6 +207,18 @@ class _Reader:
         if not isinstance(target, Made):
             raise _Broken("something put into what holds nothing")
         return target
+
+    def _append(self, values: list[Value]) -> None:
+        target = self._target()
+        if not isinstance(target.elements, list):  # most things hold nothing: a list each would double their size
+            target.elements = []
+        target.elements.extend(values)
+
+    def _set(self, items: Iterable[tuple[Value, Value]]) -> None:
+        target = self._target()
+        if not isinstance(target.items, list):
+            target.items = []
+        target.items.extend(items)
 
     def _to_mark(self) -> list[Value]:
         values, self._stack = self._stack, self._below.pop()
