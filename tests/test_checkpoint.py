@@ -7,10 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from checkpoints import digests
 from networks import perturbed
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 

@@ -67,7 +67,8 @@ def test_a_setter_writes_its_tensor_and_nothing_else(tmp_path: Path, setter: str
 
 
 def test_a_glob_stands_for_every_name_that_fits(tmp_path: Path) -> None:
-    found = after(tmp_path, "?.bias=2", "*orm* =3")
+    found = after(tmp_path, "?.bias=2", "*orm* =3", "conv.*=0")
+    assert not found["conv.weight"].any()
     assert all((found[name] == 2).all() for name in ("a.bias", "b.bias"))
     assert (found["norm.weight"] == 3).all()
 

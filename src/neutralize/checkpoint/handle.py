@@ -78,7 +78,12 @@ class Checkpoint:
     def _built(self) -> tuple[nn.Module, Names]:
         from neutralize.checkpoint.model import meta_model
 
-        return meta_model(self.layout, self._factory)
+        key = (self._factory, self.path.resolve(), *_described(self.layout))
+        if key not in _BUILT:
+            _BUILT[key] = meta_model(self.layout, self._factory)
+            while len(_BUILT) > _BUILT_KEPT:
+                del _BUILT[next(iter(_BUILT))]
+        return _BUILT[key]
 
     @property
     def model(self) -> nn.Module:
@@ -257,6 +262,18 @@ class Checkpoint:
     def __repr__(self) -> str:
         """Name the path."""
         return f"Checkpoint({str(self.path)!r})"
+
+
+_BUILT: dict[tuple[object, ...], tuple[nn.Module, Names]] = {}
+"""The last models that were built: a path is often planned for, edited and restored in one process."""
+
+_BUILT_KEPT = 4
+
+
+def _described(layout: Layout) -> tuple[object, ...]:
+    """All that a model is built from: its config, and what the tensors are called and look like."""
+    config = b"" if layout.config is None else (layout.config / "config.json").read_bytes()
+    return config, tuple((name, stored.shape, stored.encoding) for name, stored in layout.tensors.items())
 
 
 class FileUndo:

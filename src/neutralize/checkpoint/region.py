@@ -20,7 +20,7 @@ import torch
 
 from neutralize.errors import NeutralizeError
 
-BUFFER_BYTES = 16 << 20
+BUFFER_BYTES = 8 << 20
 """How much of a file is held in memory at a time."""
 
 _SPAN_GAP = 4096

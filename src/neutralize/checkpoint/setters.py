@@ -22,7 +22,8 @@ def parse_setters(texts: Sequence[str], layout: Layout) -> list[Rewrite]:
     A setter is ``NAME = VALUE``, ``NAME *= VALUE`` or ``NAME += VALUE``. ``NAME`` is that of a tensor or a glob over
     the names; ``[ROWS]`` or ``[ROWS,COLUMNS]`` after it confine the edit to indices or ranges of the first two
     dimensions. ``VALUE`` is a number, or after ``=`` also ``identity``: ones on the diagonal of a matrix, the Dirac
-    kernel of a convolution. A glob that ends in ``*`` needs a space before ``=``.
+    kernel of a convolution. ``NAME*=`` multiplies where ``NAME`` fits a tensor; else the ``*`` ends a glob (a space before ``=`` says
+    so too).
 
     Args:
         texts: the setters.
@@ -40,12 +41,14 @@ def _parsed(text: str, layout: Layout) -> list[Rewrite]:
     pattern, value = (left[:-1] if operator else left).strip(), right.strip().lower()
     if not equals or not pattern or not value:
         raise NeutralizeError(f"set: expected NAME=VALUE, got {text!r}; {_HOW}")
+    if operator == "*" and not _names(pattern, layout) and _names(f"{pattern}*", layout):
+        operator, pattern = "", f"{pattern}*"  # "layers.3.*=0": what no tensor is called is no factor
     slices = _SLICES.search(pattern)
     if slices and pattern not in layout.tensors:
         pattern = pattern[: slices.start()].strip()
     else:
         slices = None
-    names = [pattern] if pattern in layout.tensors else [n for n in layout.tensors if fnmatchcase(n, pattern)]
+    names = _names(pattern, layout)
     if not names:
         near = difflib.get_close_matches(pattern, layout.tensors, n=3, cutoff=0.5) or list(layout.tensors)[:3]
         raise NeutralizeError(
@@ -53,6 +56,11 @@ def _parsed(text: str, layout: Layout) -> list[Rewrite]:
             f"{', '.join(near)}"
         )
     return [_edit(text, layout.tensors[name], operator, value, slices and slices.group(1)) for name in names]
+
+
+def _names(pattern: str, layout: Layout) -> list[str]:
+    """The tensor of that name, or else those whose names fit it as a glob."""
+    return [pattern] if pattern in layout.tensors else [name for name in layout.tensors if fnmatchcase(name, pattern)]
 
 
 def _edit(text: str, stored: Stored, operator: str, value: str, slices: str | None) -> Rewrite:

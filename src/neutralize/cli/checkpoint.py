@@ -221,6 +221,8 @@ def _refusals() -> Iterator[None]:
 def _opened(path: Path, factory: str | None = None) -> Checkpoint:
     from neutralize.checkpoint import Checkpoint
 
+    if factory is not None and "" not in sys.path:
+        sys.path.insert(0, "")  # as python -m does: a module of one's own lies where one works
     return Checkpoint(path, factory=factory)
 
 
