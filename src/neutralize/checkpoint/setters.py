@@ -22,8 +22,8 @@ def parse_setters(texts: Sequence[str], layout: Layout) -> list[Rewrite]:
     A setter is ``NAME = VALUE``, ``NAME *= VALUE`` or ``NAME += VALUE``. ``NAME`` is that of a tensor or a glob over
     the names; ``[ROWS]`` or ``[ROWS,COLUMNS]`` after it confine the edit to indices or ranges of the first two
     dimensions. ``VALUE`` is a number, or after ``=`` also ``identity``: ones on the diagonal of a matrix, the Dirac
-    kernel of a convolution. ``NAME*=`` multiplies where ``NAME`` fits a tensor; else the ``*`` ends a glob (a space before ``=`` says
-    so too).
+    kernel of a convolution. ``NAME*=`` multiplies where ``NAME`` fits a tensor; else the ``*`` ends a glob (a space
+    before ``=`` says so too).
 
     Args:
         texts: the setters.
