@@ -191,6 +191,15 @@ def test_names_that_overlap_in_part_are_never_one(tmp_path):
         make_on_files(layout, (*edits, Rewrite("all", (8,), "float32")))
 
 
+def test_names_of_the_same_bytes_in_another_shape_are_never_one(tmp_path):
+    base = torch.randn(8)
+    path = tmp_path / "shapes.pt"
+    torch.save({"flat": base, "square": base.view(2, 4)}, path)
+    edits = tuple(Rewrite(name, (8,), "float32") for name in ("flat", "square"))
+    with pytest.raises(NeutralizeError, match="bytes of its own"):
+        make_on_files(read_torch_file(path), edits)
+
+
 # ---- marks ---------------------------------------------------------------------------------------------------------
 
 
