@@ -163,6 +163,31 @@ def test_a_small_buffer_gives_the_same_bits(tmp_path, monkeypatch, buffer):
     assert same_bits(got, made_live(model, every_edit(model)))
 
 
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("neutralize.checkpoint.region._OPEN_LIMIT", 3)
+    tensor = torch.randn(12, 2)
+    layout = Layout(tmp_path, (), {"w": cut("w", tensor, [list(range(1, 12)), []], tmp_path)})
+    now, most = set(), 0
+    open_one, close_one = os.open, os.close
+
+    def opening(*args):
+        nonlocal most
+        now.add(opened := open_one(*args))
+        most = max(most, len(now))
+        return opened
+
+    def closing(descriptor):
+        now.discard(descriptor)
+        close_one(descriptor)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "close", closing)
+    make_on_files(layout, (Rewrite("w", (12, 2), "float32", scale=0.5),))
+    assert (most, now) == (3, set())
+    with Files(tmp_path) as files:
+        assert torch.equal(layout.elements("w", "").read(files), tensor * 0.5)
+
+
 def test_shards_of_later_dimensions_are_refused_for_what_needs_a_matrix(tmp_path):
     tensor = torch.randn(2, 3, 4)
     layout = Layout(tmp_path, (), {"w": cut("w", tensor, [[], [], [2]], tmp_path)})

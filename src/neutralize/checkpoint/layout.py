@@ -350,15 +350,16 @@ class Layout:
             NeutralizeError: an edit does not fit.
         """
         accepted = [frozenset(group) for group in tied]
+        together = self._together(edits)
         found: list[Patch] = []
         problems: list[str] = []
-        for number, edit in enumerate(edits):
+        for edit in edits:
             stored = self.tensors.get(edit.parameter)
             if stored is None:
                 problems.append(f"expected a tensor {edit.parameter!r}, got a checkpoint without it")
                 continue
             try:
-                if not self._is_done(edit, edits[:number], edits, accepted):
+                if not self._is_done(edit, accepted, together):
                     found.extend(stored.patches(edit, self, files))
             except NeutralizeError as error:
                 problems.append(str(error).removeprefix("checkpoint: "))
@@ -368,26 +369,41 @@ class Layout:
             raise NeutralizeError(f"checkpoint: {listing}")
         return [*found, *self._checksums_over(region for patch in found for region in patch.regions)]
 
+    def _together(self, edits: Sequence[Edit]) -> dict[tuple[frozenset[str], Edit], list[str]]:
+        """For each group of tied names and edit of it, the names that the edit is given for, in order."""
+        found: dict[tuple[frozenset[str], Edit], dict[str, None]] = {}
+        for edit in edits:
+            if edit.parameter in self.tied and edit.parameters == (edit.parameter,):
+                key = self.tied[edit.parameter], replace(edit, parameter="")
+                found.setdefault(key, {})[edit.parameter] = None
+        return {key: list(names) for key, names in found.items()}
+
     def _is_done(
-        self, edit: Edit, before: Sequence[Edit], edits: Sequence[Edit], accepted: Sequence[frozenset[str]]
+        self,
+        edit: Edit,
+        accepted: Sequence[frozenset[str]],
+        together: Mapping[tuple[frozenset[str], Edit], Sequence[str]],
     ) -> bool:
-        """Whether the same was done already, under another name of the same bytes.
+        """Whether the same is done already, under another name of the same bytes.
 
         Raises:
             NeutralizeError: the bytes are also another tensor's, which is not meant.
         """
         for name in edit.parameters:
-            group = self.tied.get(name, frozenset())
-            if not group or any(group <= known for known in accepted):
+            group = self.tied.get(name)
+            if group is None or any(group <= known for known in accepted):
                 continue
-            others = sorted(group - {name})
-            twins = [replace(edit, parameter=other) for other in others if edit.parameters == (name,)]
-            regions = [self.tensors[other].regions for other in group]
-            if twins and all(twin in edits for twin in twins) and all(same == regions[0] for same in regions):
-                return any(twin in before for twin in twins)
+            names = together.get((group, replace(edit, parameter="")), ())
+            if len(names) == len(group):
+                if names[0] != name:
+                    return True
+                tensors = [self.tensors[other] for other in names]
+                if len({(stored.regions, stored.shape, stored.encoding) for stored in tensors}) == 1:
+                    return False
+            others = ", ".join(map(repr, sorted(group - {name})[:8]))
             raise NeutralizeError(
-                f"checkpoint: expected {name!r} to have bytes of its own, got a tensor that is also "
-                f"{', '.join(map(repr, others[:8]))}; give all of them the same edit, or clone it and save again"
+                f"checkpoint: expected {name!r} to have bytes of its own, got a tensor that is also {others}; give all "
+                "of them the same edit, or clone it and save again"
             )
         return False
 
@@ -397,9 +413,9 @@ class Layout:
         found: dict[Checksum, None] = {}
         for region in regions:
             at = max(bisect.bisect_right(starts, (region.file, region.offset)) - 1, 0)
-            for checksum in self.checksums[at:]:
-                if (checksum.covered.file, checksum.covered.offset) >= (region.file, region.end):
-                    break
-                if checksum.covered.file == region.file and checksum.covered.end > region.offset:
-                    found[checksum] = None
+            while at < len(starts) and starts[at] < (region.file, region.end):
+                covered = self.checksums[at].covered
+                if covered.file == region.file and covered.end > region.offset:
+                    found[self.checksums[at]] = None
+                at += 1
         return list(found)

@@ -23,6 +23,7 @@ MARK = b"EDIT"
 """Put over the start while a file is edited: neither an archive nor a pickle begins so, and torch.load raises."""
 
 _DEPTH_LIMIT = 64
+_NAME_LIMIT = 4096
 _NAMES_LIMIT = 128 << 20
 """Bytes that names of tensors may take: objects can be named often, by ways that a pickle of few bytes makes many."""
 
@@ -128,7 +129,7 @@ def read_torch_file(path: Path) -> Layout:
     for name, made in _tensors(archive.content, what):
         if name in tensors:
             raise NeutralizeError(
-                f"checkpoint: expected each tensor once in {what}, got two of the name {name[:200]!r}"
+                f"checkpoint: expected each tensor once in {what}, got two of the name {name[:200]!r}; rename one"
             )
         tensors[name] = archive.stored(name, made)
     if not tensors:
@@ -286,7 +287,7 @@ def _is_known(name: str) -> bool:
 def dtype_of(name: str) -> torch.dtype | None:
     """Return the dtype that a pickle names, or ``None`` if it names something else."""
     module, _, attribute = name.rpartition(".")
-    found = getattr(torch, attribute, None) if module == "torch" else None
+    found = vars(torch).get(attribute) if module == "torch" else None
     return found if isinstance(found, torch.dtype) else None
 
 
@@ -297,7 +298,7 @@ def _tensors(content: Made, what: str) -> Iterator[tuple[str, Made]]:
     def walk(path: str, value: Value, depth: int) -> Iterator[tuple[str, Made]]:
         nonlocal spent
         spent += 256 + len(path)
-        if depth > _DEPTH_LIMIT or spent > _NAMES_LIMIT:
+        if depth > _DEPTH_LIMIT or len(path) > _NAME_LIMIT or spent > _NAMES_LIMIT:
             raise NeutralizeError(
                 f"checkpoint: expected a state dict nested less than {_DEPTH_LIMIT} deep in {what}, got a deeper or "
                 "larger one; save the tensors alone"

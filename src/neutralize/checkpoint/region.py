@@ -27,6 +27,10 @@ _SPAN_GAP = 4096
 """Rows whose gaps are smaller than this are read and written together with the gaps: a system call costs more."""
 
 
+_OPEN_LIMIT = 256
+"""How many files are open at a time: a sharded checkpoint can have more than a process may open."""
+
+
 @dataclass(frozen=True)
 class Region:
     """Rows of bytes in a file: row ``r`` is ``width`` bytes from ``offset + r * stride``.
@@ -193,12 +197,14 @@ class Files:
             os.close(self._open.popitem()[1])
 
     def descriptor(self, file: str) -> int:
-        """Return the descriptor of a file, opened at its first use.
+        """Return the descriptor of a file, opened at its first use; use it before the next one is asked for.
 
         Raises:
             OSError: it cannot be opened.
         """
         if file not in self._open:
+            if len(self._open) >= _OPEN_LIMIT:
+                os.close(self._open.pop(next(iter(self._open))))
             flags = os.O_RDWR | os.O_NOFOLLOW if self._writable else os.O_RDONLY
             self._open[file] = os.open(self.root / file, flags | os.O_CLOEXEC)
         return self._open[file]

@@ -15,10 +15,10 @@ from neutralize.errors import NeutralizeError
 SIZE_LIMIT = 64 << 20
 """Bytes of a pickle that are read at all; that of 100,000 tensors has some 15 MB."""
 
-_STEP_LIMIT = 16_000_000
+_STEP_LIMIT = 8_000_000
 """Steps of a pickle; a tensor takes some 40."""
 
-_MADE_LIMIT = 3_000_000
+_MADE_LIMIT = 2_000_000
 """Objects that a pickle may make, each of which takes some 100 bytes; a shard of a tensor takes 9."""
 
 
