@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from neutralize.checkpoint.layout import Elements, Layout, Stored
+from neutralize.checkpoint.layout import Elements, Layout, Listed, Stored
 from neutralize.checkpoint.patch import Checksum
-from neutralize.checkpoint.pickled import MARK, Archive, Listed, dtype_of, is_size, read_archive, sizes_of
+from neutralize.checkpoint.pickled import MARK, Archive, dtype_of, is_size, read_archive, sizes_of
 from neutralize.checkpoint.unpickle import SIZE_LIMIT, Made, Named, Value, read_pickle
 from neutralize.errors import NeutralizeError
 from neutralize.plan import dtype_name

@@ -187,8 +187,14 @@ class Checkpoint:
                     edits.digest,
                     about or f"{edits.strategy}: {', '.join(entry.layer for entry in edits.layers)}",
                 )
-            edition = self.journal.edit(patches, self.layout.marks, digest, about, advance)
+            edition = self.journal.edit(patches, self._marks(patches), digest, about, advance)
         return FileUndo(self, edition)
+
+    def _marks(self, patches: Sequence[Patch]) -> dict[str, tuple[int, bytes]]:
+        """The marks of what is written, and of what says where everything is."""
+        touched = {region.file for patch in patches for region in patch.regions}
+        untouched = set(self.layout.files) - touched
+        return {file: mark for file, mark in self.layout.marks.items() if file not in untouched}
 
     def write(
         self,

@@ -223,10 +223,9 @@ class Journal:
         regions = list(dict.fromkeys(region for patch in patches for region in patch.regions if region.nbytes))
         touched = list(dict.fromkeys(region.file for region in regions))
         with Files(self.root, writable=True) as files:
-            for file in touched:
+            for file in dict.fromkeys((*touched, *marks)):
                 _check_writable(files, file)
-            edition = self._keep(files, regions, {file: marks[file] for file in touched if file in marks}, digest,
-                                 about, advance)  # fmt: skip
+            edition = self._keep(files, regions, marks, digest, about, advance)
             try:
                 self._lay(files, edition)
                 for patch in patches:
@@ -247,7 +246,7 @@ class Journal:
             NeutralizeError: the undo is damaged, a file was removed or has another size, or the disk fails.
         """
         with explained("restore"), Files(self.root, writable=True) as files:
-            for file in edition.files:
+            for file in dict.fromkeys((*edition.files, *(mark.file for mark in edition.marks))):
                 _check_writable(files, file)
             self._restore(files, edition, advance)
 

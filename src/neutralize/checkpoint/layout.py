@@ -211,31 +211,26 @@ class Elements:
 
 
 @dataclass(frozen=True)
-class Opaque:
-    """A tensor whose elements are not understood: listed, copied, never written.
+class Listed:
+    """A tensor that is listed and copied, and never written: its elements do not lie one by one, row by row.
 
     Attributes:
         name: its name.
-        encoding: how its values are stored, as the file calls it.
-        shape: of the tensor, as the file gives it.
-        region: its bytes.
+        encoding: how its values are stored, in words.
+        shape: when it is loaded, as far as it is known.
+        regions: its bytes, as far as they are known.
     """
 
     name: str
     encoding: str
-    shape: tuple[int, ...]
-    region: Region
-
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """Its bytes."""
-        return (self.region,)
+    shape: tuple[int, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """Refuse."""
         raise NeutralizeError(
-            f"checkpoint: expected a tensor whose elements are known for {self.name!r}, got {self.encoding}; edit what "
-            "it belongs to, or the norm before it"
+            f"checkpoint: expected a contiguous tensor of known elements for {self.name!r}, got {self.encoding}; edit "
+            "the norm before it, or save it again as a contiguous floating-point tensor"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
@@ -12,12 +12,12 @@ from typing import BinaryIO, TypeGuard
 import torch
 
 from neutralize.checkpoint.archive import START, Record, read_records, record_bytes
-from neutralize.checkpoint.layout import Elements, Layout, Piece, Stored, shared
-from neutralize.checkpoint.patch import Checksum, Patch
-from neutralize.checkpoint.region import Files, Region
+from neutralize.checkpoint.layout import Elements, Layout, Listed, Piece, Stored, shared
+from neutralize.checkpoint.patch import Checksum
+from neutralize.checkpoint.region import Region
 from neutralize.checkpoint.unpickle import SIZE_LIMIT, Made, Named, Value, read_pickle
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, dtype_name
+from neutralize.plan import dtype_name
 
 MARK = b"EDIT"
 """Put over the start while a file is edited: neither an archive nor a pickle begins so, and torch.load raises."""
@@ -67,30 +67,6 @@ _KNOWN = frozenset(
     }
 )
 """What ``torch.load(..., weights_only=True)`` takes of itself, as far as it is read here."""
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A tensor that is listed and never written: not one run of its elements, row by row.
-
-    Attributes:
-        name: its name.
-        encoding: how its values are stored, in words.
-        shape: when it is loaded, as far as it is known.
-        regions: its bytes, as far as they are known.
-    """
-
-    name: str
-    encoding: str
-    shape: tuple[int, ...] = ()
-    regions: tuple[Region, ...] = ()
-
-    def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
-        """Refuse."""
-        raise NeutralizeError(
-            f"checkpoint: expected a contiguous tensor for {self.name!r}, got {self.encoding}; call contiguous() on it "
-            "and save again"
-        )
 
 
 def read_torch_file(path: Path) -> Layout:

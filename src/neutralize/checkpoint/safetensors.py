@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from neutralize.checkpoint.bounded import TEXT_LIMIT, parse_json
-from neutralize.checkpoint.layout import Elements, Layout, Opaque, Stored
+from neutralize.checkpoint.layout import Elements, Layout, Listed, Stored
 from neutralize.checkpoint.region import Region
 from neutralize.errors import NeutralizeError
 
@@ -115,7 +115,7 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> tuple[Stored, int,
     if last < first or math.prod(shape) * bits != (last - first) * 8:
         raise _broken(path, f"{last - first} bytes for {shown}", f"{shape} of {kind}")
     if kind in _BITS:
-        return Opaque(name, kind, tuple(shape), Region.run(path.name, begin + first, last - first)), first, last
+        return Listed(name, kind, tuple(shape), (Region.run(path.name, begin + first, last - first),)), first, last
     return Elements.whole(name, _DTYPES[kind], shape, path.name, begin + first), first, last
 
 
