@@ -4,6 +4,7 @@ Each case is a checkpoint of one layer beside an untouched one, quantized by the
 a CPU. GPTQ has none that does: its decoder here is written from the published layout.
 """
 
+import itertools
 import json
 import math
 import struct
@@ -30,7 +31,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import neutralize as nz
 from neutralize.checkpoint.layout import Elements, Layout
 from neutralize.checkpoint.quantized import attach
-from neutralize.checkpoint.quantized.weight import Quantized, Unknown
+from neutralize.checkpoint.quantized.weight import Axis, Grid, Quantized, Unknown
 from neutralize.checkpoint.region import Files
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Copy, Fold, Rewrite
@@ -175,6 +176,15 @@ def fp8(weight, dtype, block=None, cast=torch.float32, suffix="weight_scale_inv"
         stored = scale.to(cast)
     spread = scale if not block else scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return {"weight": (weight / spread).to(dtype), suffix: stored}
+
+
+def fp8_experts(weight):
+    """Experts in one tensor, as transformers stacks them."""
+    each = [fp8(expert, torch.float8_e4m3fn, (32, 32)) for expert in weight]
+    return {
+        "": torch.stack([one["weight"] for one in each]),
+        "_scale_inv": torch.stack([one["weight_scale_inv"] for one in each]),
+    }
 
 
 def fp8_decode(state, suffix="weight_scale_inv"):
@@ -337,6 +347,15 @@ CASES = [
         row_damp=64,
         column_damp=64,
         only_powers=True,
+    ),
+    Case(
+        "fp8 experts",
+        fp8_experts,
+        {**FP8, "weight_block_size": [32, 32]},
+        lambda state: Fp8Dequantize(SimpleNamespace())._dequantize_one(state[""], state["_scale_inv"], torch.float32),
+        weight="",
+        shape=(4, 64, 96),
+        column_damp=32 * 96,
     ),
     Case(
         "fp8 e5m2 tensor",
@@ -546,13 +565,14 @@ def test_what_belongs_together_is_one_weight_and_its_parts_stay_listed(checkpoin
 
 @every_case
 def test_zero_is_exact_and_touches_nothing_else(checkpoint):
-    others = {name: tensor for name, tensor in read(checkpoint.path).items() if not name.startswith("a.")}
+    parts = checkpoint.layout.tensors[checkpoint.name].names
+    others = {name: tensor for name, tensor in read(checkpoint.path).items() if name not in parts}
+    assert {"a.bias", "norm.weight"} < others.keys()
     head = checkpoint.path.read_bytes()[: checkpoint.layout.tensors["a.bias"].regions[0].offset]
     edit_in_place(checkpoint.layout, checkpoint.edit())
     assert not checkpoint.weight().any()
     after = read(checkpoint.path)
     assert all(same(tensor, after[name]) for name, tensor in others.items())
-    assert torch.equal(after["a.bias"], torch.ones(3))
     assert checkpoint.path.read_bytes().startswith(head[: 8 + struct.unpack("<Q", head[:8])[0]])
 
 
@@ -562,6 +582,26 @@ def blocks(case, row_step, column_step):
     row = {"rows": (row_step, min(3 * row_step, rows))} if row_step and row_step < rows else {}
     column = {"columns": (column_step, min(3 * column_step, columns))} if column_step else {}
     return [block for block in (row, column, row | column if row and column else {}) if block]
+
+
+WRITTEN = {  # what zero costs, of 128 x 128 weights: the scales where they have a zero, else the codes
+    "bitsandbytes nf4": 256 * 4,
+    "bitsandbytes nf4 nested": 128 * 128 // 2,
+    "bitsandbytes int8": 128 * 4,
+    "gptq 4 bit": 2 * 128 * 2,
+    "awq": 4 * 128 * 2,
+    "modelopt nvfp4": 128 * 128 // 16,
+    "compressed-tensors int4 group": 2 * 128 * 4,
+    "compressed-tensors fp8 channel": 128 * 128,
+    "compressed-tensors mxfp4": 128 * 128 // 2,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_zero_writes_the_fewest_bytes_that_are_zero_for_sure(name, checkpoints):
+    checkpoint, original = checkpoints(by_name[name])
+    assert edit_in_place(checkpoint.layout, checkpoint.edit()) == WRITTEN[name]
+    checkpoint.path.write_bytes(original)
 
 
 @every_case
@@ -605,6 +645,29 @@ def test_another_factor_multiplies_up_to_the_rounding_of_the_scales(checkpoint):
         edit.block(expected).mul_(0.3)
         error = (checkpoint.weight() - expected).abs()
         assert (error <= case.rounding * expected.abs()).all(), (block, (error / expected.abs()).nan_to_num().max())
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors nvfp4", "modelopt nvfp4"])
+def test_a_whole_nvfp4_weight_is_multiplied_by_its_one_scale_in_float32(name, checkpoints):
+    checkpoint, original = checkpoints(by_name[name])
+    assert edit_in_place(checkpoint.layout, checkpoint.edit(0.3)) == 4
+    error = (checkpoint.weight() - 0.3 * checkpoint.before).abs()
+    checkpoint.path.write_bytes(original)
+    assert (error <= 2.0**-8 * checkpoint.before.abs()).all()  # decoded in bfloat16
+
+
+def test_any_cut_through_a_stored_tensor_is_the_bytes_of_its_cells(tmp_path):
+    tensor = torch.arange(3 * 4 * 5, dtype=torch.int32).view(3, 4, 5)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    (stored,) = elements_of(tmp_path / "x.safetensors").values()
+    grid = Grid(stored, (3, 4, 5), 4, (Axis(0), Axis(1), Axis(2)))
+    spans = [[(0, size), (0, 1), (1, size), (1, 2)] for size in (3, 4, 5)]
+    with Files(tmp_path) as files:
+        for box in itertools.product(*spans):
+            regions = grid.regions(box, (3, 4, 5), files)
+            found = torch.cat([files.read(region).view(-1).view(torch.int32) for region in regions])
+            assert torch.equal(found, tensor[tuple(slice(*span) for span in box)].reshape(-1)), box
+            assert len(regions) == 1 or (box[1] != (0, 4) and box[2] != (0, 5))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -669,6 +732,23 @@ def test_a_factor_that_leaves_the_range_of_the_scales_is_refused(name, factor, c
     with pytest.raises(NeutralizeError, match=r"would leave (its|their) range"):
         edit_in_place(checkpoint.layout, checkpoint.edit(factor))
     assert checkpoint.path.read_bytes() == original
+
+
+def test_columns_that_are_no_box_of_the_experts_are_refused(checkpoints):
+    checkpoint, _ = checkpoints(by_name["fp8 experts"])
+    with pytest.raises(NeutralizeError, match=r"its columns are no box of \[4, 64, 96\]"):
+        edit_in_place(checkpoint.layout, checkpoint.edit(columns=(90, 100)))
+
+
+def test_a_scale_that_is_not_a_number_stays_one(tmp_path):
+    """E8M0 has a NaN, which adding to the exponents would make a number."""
+    checkpoint = saved(by_name["mxfp4 experts"], tmp_path)
+    with Files(tmp_path, writable=True) as files:
+        first = checkpoint.layout.elements("a.experts_scales", "the scales").regions[0].part(0, 1, 0, 1)
+        files.write(first, torch.full((1, 1), 255, dtype=torch.uint8))
+    for scale in (0.5, 2.0, 0.0):
+        with pytest.raises(NeutralizeError, match=r"would leave their range|its scales hold Inf or NaN"):
+            edit_in_place(checkpoint.layout, checkpoint.edit(scale))
 
 
 def test_zero_codes_under_scales_that_are_not_finite_are_refused(tmp_path):
@@ -752,6 +832,11 @@ UNFIT = {  # a case, what is done to its tensors, and what is said
         {"weight_format": torch.tensor(2, dtype=torch.uint8)},
         "tiles of a GPU, by 'a.weight_format'",
     ),
+    "int8 with many words on its order": (
+        "bitsandbytes int8",
+        {"weight_format": torch.zeros(3, dtype=torch.uint8)},
+        "[3] for 'a.weight_format', not one number",
+    ),
     "int8 with too few scales": ("bitsandbytes int8", {"SCB": torch.ones(3)}, "[3] of float32 for 'a.SCB', not [128]"),
     "nf4 with too few codes": ("bitsandbytes nf4", {"weight": torch.ones(5, 1).byte()}, "5 bytes for 16384 codes"),
     "mxfp4 in blocks of 8": ("mxfp4 experts", {"_blocks": torch.ones(4, 48, 2, 8).byte()}, "the shape [4, 48, 2, 8]"),
@@ -816,6 +901,20 @@ def test_a_malformed_configuration_is_one_clear_error(what, checkpoints):
     checkpoint, _ = checkpoints(by_name["gptq 4 bit"])
     with pytest.raises(NeutralizeError, match=r"^checkpoint: expected .* in quantization_config, got .*malformed"):
         layout_of(checkpoint.path, {"quantization_config": CONFIGS[what]})
+
+
+def test_of_several_groups_of_a_configuration_the_one_that_fits_counts(checkpoints):
+    checkpoint, _ = checkpoints(by_name["compressed-tensors int4 group"])
+    (weights,) = [group["weights"] for group in checkpoint.case.settings["config_groups"].values()]
+    for other in ({"group_size": 32}, {"num_bits": 8}, {}, {"strategy": "channel"}):
+        groups = {"group_0": {"weights": {**weights, **other}}, "group_1": {"weights": weights}, "group_2": {}}
+        layout = layout_of(
+            checkpoint.path, {"quantization_config": {**checkpoint.case.settings, "config_groups": groups}}
+        )
+        assert isinstance(layout.tensors["a.weight"], Quantized)
+    groups = {"group_0": {"weights": {**weights, "group_size": 32}}}
+    layout = layout_of(checkpoint.path, {"quantization_config": {**checkpoint.case.settings, "config_groups": groups}})
+    assert "no group of the configuration" in refusal(layout, "a.weight")
 
 
 def test_plain_checkpoints_are_left_alone(tmp_path):

@@ -171,6 +171,17 @@ class _Checkpoint:
             raise Unfit(f"the shape {list(found.shape)} for {name!r}")
         return found
 
+    def number(self, name: str, dtype: torch.dtype) -> int:
+        """Return the integer that a tensor of one element holds.
+
+        Raises:
+            Unfit: it is not like that.
+        """
+        part = self.part(name, (dtype,))
+        if math.prod(part.shape) != 1:
+            raise Unfit(f"{list(part.shape)} for {name!r}, not one number")
+        return int(part.read(self.files).item())
+
     def rest(self, *names: str) -> tuple[Elements, ...]:
         """Return those of some tensors that are there."""
         return tuple(found for name in names if isinstance(found := self.tensors.get(name), Elements))
@@ -261,7 +272,7 @@ def _bitsandbytes_int8(source: _Checkpoint, anchor: str, weight: str) -> Quantiz
     rows, columns = _matrix(codes)
     scales = source.part(f"{stem}SCB", (torch.float32,), rows)
     order = source.rest(f"{stem}weight_format")
-    if order and source.part(order[0].name, (torch.uint8,)).read(source.files).any():
+    if order and source.number(order[0].name, torch.uint8):
         raise Unfit(f"tiles of a GPU, by {order[0].name!r}, not rows")
     factor = Factor(_grid(scales, (Axis(0),)))
     zeros = (Zero(factor.grid), Zero(_grid(codes, (Axis(0), Axis(1))), beside=(factor,)))

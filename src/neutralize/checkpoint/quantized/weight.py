@@ -125,24 +125,26 @@ class Grid:
         return list(self._of_cells(tuple(spans)))
 
     def _of_cells(self, spans: Box) -> Iterator[Region]:
-        """One region for each index of all axes but the last two that are not whole."""
-        whole = self.tensor.regions[0]
-        inner, last = self.itemsize, len(spans)
-        while last and spans[last - 1] == (0, self.sizes[last - 1]):
-            last -= 1
-            inner *= self.sizes[last]
-        if last == 0:
-            yield Region.run(whole.file, whole.offset, inner)
-            return
-        strides = [math.prod(self.sizes[axis + 1 : last]) * inner for axis in range(last)]
-        begin, end = spans[last - 1]
-        rows = spans[last - 2] if last > 1 else (0, 1)
-        stride = strides[last - 2] if last > 1 else inner
-        for outer in itertools.product(*(range(*span) for span in spans[: max(last - 2, 0)])):
-            offset = whole.offset + sum(index * step for index, step in zip(outer, strides, strict=False))
-            offset += rows[0] * stride + begin * inner
-            width = (end - begin) * inner
-            yield Region(whole.file, offset, rows[1] - rows[0], width, max(stride, width))
+        """One region, or one per outer index where more than two axes are cut."""
+        whole, inner = self.tensor.regions[0], self.itemsize
+        sizes, cut = list(self.sizes), list(spans)
+        while cut and cut[-1] == (0, sizes[-1]):  # whole rows are runs of bytes
+            cut.pop()
+            inner *= sizes.pop()
+        for axis in range(len(cut) - 2, 0, -1):  # an axis that is whole joins the one before it
+            if cut[axis] == (0, sizes[axis]):
+                size, (first, last) = sizes.pop(axis), cut[axis - 1]
+                cut.pop(axis)
+                sizes[axis - 1] *= size
+                cut[axis - 1] = (first * size, last * size)
+        sizes, cut = [1] * (2 - len(cut)) + sizes, [(0, 1)] * (2 - len(cut)) + cut
+        (*outer, (top, bottom), (left, right)), stride = cut, sizes[-1] * inner
+        for index in itertools.product(*(range(*span) for span in outer)):
+            row = top
+            for axis, place in enumerate(index):
+                row += place * math.prod(sizes[axis + 1 : -1])
+            width = (right - left) * inner
+            yield Region(whole.file, whole.offset + row * stride + left * inner, bottom - top, width, stride)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ class Factor:
         factor, dtype = (1 / factor if self.is_divisor else factor), self.grid.tensor.dtype
         regions, limits = self.grid.regions(box, shape, files), torch.finfo(dtype)
         largest = max((_largest(region, dtype, files) for region in regions), default=0.0)
-        if largest and not limits.tiny <= largest * factor <= limits.max:
+        if largest == 0:  # zero stays zero by any factor
+            return []
+        if not limits.tiny <= largest * factor <= limits.max:
             raise Unfit(f"the scales of {dtype_name(dtype)} would leave its range: {largest:.4g} times {factor:.4g}")
         return [Affine(region, dtype, scale=factor) for region in regions]
 
@@ -196,7 +200,8 @@ class Exponents:
         for region in regions:
             for part in _parts(region, 1):
                 data = files.read(part)
-                if int(data.min()) + shift < 0 or int(data.max()) + shift >= _E8M0_NAN:
+                low, high = int(data.min()), int(data.max())
+                if high == _E8M0_NAN or low + shift < 0 or high + shift >= _E8M0_NAN:
                     raise Unfit(f"its scales 2^-127 to 2^127 would leave their range by a factor of {factor:.6g}")
         return [Shift(region, shift) for region in regions]
 
