@@ -283,7 +283,7 @@ def main() -> int:
             f"{row['case']}: {row['bytes']} bytes, {row['apply_s']:.3f} s and {row['restore_s']:.3f} s to restore; "
             f"load and save {row['load_save_s']:.2f} s: {row['ratio']:.1f} x (planning {row['planning_s']:.1f} s)"
         )
-        # fmt: skip
+
     for key, unit in (("checkpoint", "GB"), ("edit", "MiB")):
         print(f"{key}: " + ", ".join(f"{x:g} {unit} {y:.3f} s" for x, y in sizes[key]))
     for row in peaks:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from neutralize.checkpoint import Checkpoint, region
 from neutralize.checkpoint.setters import parse_setters
 from neutralize.errors import NeutralizeError
 
-SETTERS = ("a.weight=0", "b.weight[3:50,10:200]*=0.5", "conv.weight=identity", "*.bias=0.25", "fp8.weight+=1")
+SETTERS = ("a.weight=0", "b.weight[3:50,10:200]*=0.5", "conv.weight=identity", "*.bias=0.25")
 
 
 def edit(folder: Path, *setters: str) -> Checkpoint:
@@ -46,7 +47,6 @@ def expected(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ops.rewrite_(made["b.weight"][3:50, 10:200], scale=0.5)
     torch.nn.init.dirac_(made["conv.weight"])
     ops.rewrite_([made["a.bias"], made["b.bias"]], fill=0.25)
-    ops.rewrite_(made["fp8.weight"], scale=1.0, fill=1.0)
     return made
 
 
@@ -180,7 +180,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize(("name", "calls"), [("pwritev", 9), ("fsync", 8), ("preadv", 18)])
+@pytest.mark.parametrize(("name", "calls"), [("pwritev", 9), ("fsync", 8), ("preadv", 14)])
 def test_a_disk_that_fails_once_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int, code: int
 ) -> None:
@@ -256,8 +256,9 @@ def test_a_half_written_file_is_taken_for_a_whole_one_by_nobody(
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 
-def forked(folder: Path) -> None:
+def forked(folder: Path, started: Event) -> None:
     region.BUFFER_BYTES = 4096
+    started.set()
     while True:
         checkpoint = Checkpoint(folder)
         undo = checkpoint.apply(
@@ -274,13 +275,12 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_journal"])
     states = []
-    for _ in range(int(os.environ.get("NEUTRALIZE_KILLS", "12"))):
-        child = context.Process(target=forked, args=(tmp_path,))
+    for _ in range(int(os.environ.get("NEUTRALIZE_KILLS", "10"))):
+        started = context.Event()
+        child = context.Process(target=forked, args=(tmp_path, started))
         child.start()
-        deadline = time.monotonic() + 30
-        while not (tmp_path / ".neutralize").exists() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.15))
+        assert started.wait(60)
+        time.sleep(chance.uniform(0.01, 0.2))
         child.kill()
         child.join()
         checkpoint = Checkpoint(tmp_path)

@@ -219,18 +219,19 @@ class Listed:
         encoding: how its values are stored, in words.
         shape: when it is loaded, as far as it is known.
         regions: its bytes, as far as they are known.
+        remedy: what can be done, in words.
     """
 
     name: str
     encoding: str
     shape: tuple[int, ...] = ()
     regions: tuple[Region, ...] = ()
+    remedy: str = "call contiguous() on it and save again"
 
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """Refuse."""
         raise NeutralizeError(
-            f"checkpoint: expected a contiguous tensor of known elements for {self.name!r}, got {self.encoding}; edit "
-            "the norm before it, or save it again as a contiguous floating-point tensor"
+            f"checkpoint: expected a contiguous tensor for {self.name!r}, got {self.encoding}; {self.remedy}"
         )
 
 

@@ -45,6 +45,8 @@ _DTYPES = {
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 """Those that are less than a byte, in bits: known, and never written as elements."""
 
+_REMEDY = "edit the norm before it, or dequantize it first"
+
 
 def read_safetensors(path: Path) -> Layout:
     """Return the layout of one file.
@@ -115,7 +117,11 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> tuple[Stored, int,
     if last < first or math.prod(shape) * bits != (last - first) * 8:
         raise _broken(path, f"{last - first} bytes for {shown}", f"{shape} of {kind}")
     if kind in _BITS:
-        return Listed(name, kind, tuple(shape), (Region.run(path.name, begin + first, last - first),)), first, last
+        return (
+            Listed(name, kind, tuple(shape), (Region.run(path.name, begin + first, last - first),), _REMEDY),
+            first,
+            last,
+        )
     return Elements.whole(name, _DTYPES[kind], shape, path.name, begin + first), first, last
 
 
