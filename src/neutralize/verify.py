@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,6 +30,9 @@ from neutralize.undo import untouched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
 
 _HANDING_ON = ("input", "partial")
 # Functions that work element by element; ``x * y`` comes as ``mul``, ``2 - x`` as ``__rsub__``.
@@ -397,6 +400,29 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         if brought is None:
             raise NeutralizeError("verify: expected inputs for the model, got none; pass its arguments after the plan")
         inputs, kwargs = placed_inputs(model, brought)
+    return compared(model, plan, (inputs, kwargs), lambda: plan.applied(model))
+
+
+def compared(
+    model: nn.Module,
+    plan: Plan,
+    call: Call,
+    applied: Callable[[], AbstractContextManager[object]],
+    *,
+    differentiate: bool = True,
+) -> Verification:
+    """Measure how far a plan is from its aim: ``verify``, however the plan comes into the model.
+
+    Args:
+        model: the model planned for.
+        plan: the plan.
+        call: positional and keyword arguments of the model.
+        applied: makes a context in which the model has the plan's weights.
+        differentiate: measure gradients too.
+
+    Raises:
+        NeutralizeError: the plan does not fit the model.
+    """
     modules = with_stacked(dict(model.named_modules(remove_duplicate=False)))
     owners = {entry.layer: owner_of(part, modules) for entry in plan.layers if (part := _part(entry, modules))}
     modules.update({layer: modules[owner] for layer, owner in owners.items() if owner in modules})
@@ -406,9 +432,9 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
             f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it"
         )
     with _reference(modules, plan), without_parts(model, plan), untouched(model):
-        wanted, wanted_probe = _run(model, modules, plan, (inputs, kwargs), watch=False)
-    with plan.applied(model), untouched(model):
-        got, probe = _run(model, modules, plan, (inputs, kwargs), watch=True)
+        wanted, wanted_probe = _run(model, modules, plan, call, watch=False, differentiate=differentiate)
+    with applied(), untouched(model):
+        got, probe = _run(model, modules, plan, call, watch=True, differentiate=differentiate)
     per_layer, within = {}, {}
     unmeasured: set[str] = set()
     for entry in plan.layers:
@@ -420,17 +446,14 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
     bounds = {entry.layer: entry.certificate.bound for entry in plan.layers if entry.certificate.bound is not None}
     whole = plan.certificate
     output_error = _absolute_error(got, wanted)
-    assumptions_hold = all(within.values()) and (
-        whole.inputs_within is None or _peak((inputs, kwargs)) <= whole.inputs_within
-    )
+    assumptions_hold = all(within.values()) and (whole.inputs_within is None or _peak(call) <= whole.inputs_within)
     is_within = whole.bound is None or not assumptions_hold or output_error <= whole.bound
 
     def again(scale: float) -> Verification:
         scaled = pytree.tree_map(
-            lambda part: part * scale if isinstance(part, torch.Tensor) and part.is_floating_point() else part,
-            (inputs, kwargs),
+            lambda part: part * scale if isinstance(part, torch.Tensor) and part.is_floating_point() else part, call
         )
-        return verify(model, plan, *scaled[0], **scaled[1])
+        return compared(model, plan, scaled, applied, differentiate=differentiate)
 
     return Verification(
         relative_error=_relative_error(got, wanted),
@@ -448,14 +471,11 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         bounds=bounds,
         output_error=output_error,
         output_bound=whole.bound,
-        _again=again if any(tensor.is_floating_point() for tensor in tensors_in((inputs, kwargs))) else None,
+        _again=again if any(tensor.is_floating_point() for tensor in tensors_in(call)) else None,
     )
 
 
 # ---- running and probing ---------------------------------------------------------------------------------------------
-
-
-_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -469,17 +489,19 @@ class _Probe:
 
 
 def _run(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call, *, watch: bool
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: Call, *, watch: bool, differentiate: bool
 ) -> tuple[list[torch.Tensor], _Probe]:
     """Run the model once, in the same random state each time, and differentiate the loss where the model allows it."""
     try:
-        return _run_once(model, modules, plan, inputs, watch=watch, differentiate=True)
+        return _run_once(model, modules, plan, inputs, watch=watch, differentiate=differentiate)
     except RuntimeError:  # an op without a derivative, or one that overwrites what its derivative needs
+        if not differentiate:
+            raise
         return _run_once(model, modules, plan, inputs, watch=watch, differentiate=False)
 
 
 def _run_once(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: _Call, *, watch: bool, differentiate: bool
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, inputs: Call, *, watch: bool, differentiate: bool
 ) -> tuple[list[torch.Tensor], _Probe]:
     probe = _Probe()
     nudges: dict[str, torch.Tensor] = {}

@@ -364,10 +364,10 @@ def restored(part: torch.Tensor, source: Source) -> torch.Tensor:
 
 
 def placed(content: torch.Tensor, source: Source) -> torch.Tensor:
-    """The reverse of ``restored``: the content of a source's box with the dimensions of the parameter."""
+    """The reverse of ``restored``: the content of a source's box with the dimensions of the parameter, a view."""
     kept = [dim for dim in source.order if dim is not None]
     content = content.permute([*kept, *(dim for dim in range(content.dim()) if dim not in kept)])
-    return content.reshape(source.extent) + source.offset if source.offset else content.reshape(source.extent)
+    return content.reshape(source.extent)
 
 
 def _copies(edit: Copy, sources: tuple[Source, ...], read: tuple[Source, ...], layout: Layout) -> Iterator[Copy]:

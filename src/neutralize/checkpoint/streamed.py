@@ -1,0 +1,346 @@
+"""Verify a plan on files that are too large for memory: weights are read when an op asks for them, and let go again.
+
+The model stands on the meta device; each of its parameters is replaced by a tensor that has no elements until an op
+takes it as an argument. So the whole of ``neutralize.verify`` runs as it does on a live model, with two tensors in
+memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from neutralize.checkpoint.layout import Elements, Layout, Stored
+from neutralize.checkpoint.model import meta_model
+from neutralize.checkpoint.naming import Names, Source, placed, retarget
+from neutralize.checkpoint.region import Files, Region
+from neutralize.dataflow import Inputs, as_call, own_inputs
+from neutralize.errors import NeutralizeError
+from neutralize.plan import Edit, Plan
+from neutralize.progress import Advance, silent
+from neutralize.verify import Verification, compared
+
+
+@dataclass(frozen=True)
+class StreamedVerification:
+    """What was measured on a checkpoint.
+
+    Attributes:
+        measured: as on a live model, without gradients.
+        ok: every bound that a certificate states holds; where the plan is exact, bit for bit.
+        peak_bytes: the most bytes of weights that were held at a time.
+        read_bytes: how many bytes of weights were read in all.
+    """
+
+    measured: Verification
+    ok: bool
+    peak_bytes: int
+    read_bytes: int
+
+    @property
+    def per_layer(self) -> dict[str, float]:
+        """For each layer the largest error of what it hands on, relative to its input; NaN: not seen from outside."""
+        return self.measured.per_layer
+
+    def __str__(self) -> str:
+        """Return a table: layer, measured error, bound; then the end-to-end figures."""
+        from neutralize.report import format_bytes, verification_table
+
+        table = verification_table(self.measured)
+        held = (
+            f"{format_bytes(self.read_bytes)} of weights read, at most {format_bytes(self.peak_bytes)} held at a time"
+        )
+        return f"{table}{held}\n"
+
+
+def verify(
+    layout: Layout,
+    plan: Plan,
+    inputs: Inputs | None = None,
+    *,
+    factory: str | Callable[..., nn.Module] | None = None,
+    applied: bool = False,
+    advance: Advance = silent,
+) -> StreamedVerification:
+    """Measure how far a plan for a checkpoint is from its aim, with two tensors of it in memory at a time.
+
+    Args:
+        layout: the checkpoint; it is only read.
+        plan: a plan for its model, of whole modules.
+        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for the model; by default those
+            that the model brings itself.
+        factory: see ``meta_model``.
+        applied: the files already hold the plan. Otherwise its edits are made in memory, on what is read.
+        advance: told how many bytes of weights were read; in all it is about twice the size of the model.
+
+    Returns:
+        What was measured against the network without the layers.
+
+    Raises:
+        NeutralizeError: the plan does not fit, a parameter cannot be read, the model does not run, or ``applied`` is
+            asked of a plan whose aim the edited files no longer show.
+    """
+    _check(plan, applied)
+    model, names = meta_model(layout, factory, buffers=True)
+    given = own_inputs(model) if inputs is None else inputs
+    if given is None:
+        raise NeutralizeError(
+            "checkpoint: expected inputs for the model, got none; pass its arguments, token ids for example"
+        )
+    args, kwargs = as_call(given)
+    edits = [] if applied else retarget(plan.edits, names, layout)
+    with Files(layout.root) as files:
+        weights = _Weights(layout, names, files, edits, advance)
+        with weights.placed_in(model):
+            try:
+                found = compared(model, plan, (args, kwargs), lambda: weights.edited(model), differentiate=False)
+            except NeutralizeError:
+                raise
+            except Exception as error:  # the user's model, on the user's inputs
+                told = " ".join(str(error).split())[:300]
+                raise NeutralizeError(
+                    f"checkpoint: expected a model that runs on the inputs, got {type(error).__name__}: {told}; give "
+                    "others, or verify the loaded model"
+                ) from error
+    is_exact = found.exact or plan.certificate.kind != "exact"
+    return StreamedVerification(found, found.bound_holds and is_exact, weights.peak_bytes, weights.read_bytes)
+
+
+def _check(plan: Plan, applied: bool) -> None:
+    from neutralize.parts import part_of
+
+    for entry in plan.layers:
+        if part_of(entry.layer) is not None:
+            raise NeutralizeError(
+                f"checkpoint: expected whole modules to verify on files, got {entry.layer!r}; verify the loaded model"
+            )
+        # A factor, or a scale that the next layer undoes, shows only against the weights of before.
+        is_seen = entry.target == "input" and entry.epsilon is None and entry.sides not in ("around", "within")
+        if applied and not is_seen and entry.target != "null":
+            raise NeutralizeError(
+                f"checkpoint: expected a plan whose layers hand on their input or nothing, to verify it on files that "
+                f"hold it, got {entry.target!r} for {entry.layer!r}; restore them and verify before applying"
+            )
+
+
+class _Weights:
+    """Reads parameters from a checkpoint, keeps the last few, and counts."""
+
+    def __init__(self, layout: Layout, names: Names, files: Files, edits: Sequence[Edit], advance: Advance) -> None:
+        self._layout, self._names, self._files, self._advance = layout, names, files, advance
+        self._groups = _connected(edits)
+        self._edited = False
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._budget = 0
+        self.peak_bytes = 0
+        self.read_bytes = 0
+
+    @contextmanager
+    def placed_in(self, model: nn.Module) -> Iterator[None]:
+        """Put tensors that are read when they are needed in the place of a model's parameters; they are put back."""
+        held = [(module._parameters, name, tensor) for module in model.modules() for name, tensor in _own(module)]
+        prefixes = {id(module): prefix for prefix, module in model.named_modules()}
+        owners = {id(module._parameters): prefixes[id(module)] for module in model.modules()}
+        buffers = [(module._buffers, name, old) for module in model.modules() for name, old in module._buffers.items()]
+        self._budget = max((tensor.nbytes for _, _, tensor in held), default=0)
+        try:
+            for parameters, name, tensor in held:
+                full = f"{owners[id(parameters)]}.{name}".lstrip(".")
+                parameters[name] = _Unread(tensor.shape, tensor.dtype, self._reader(full, tensor))  # type: ignore[assignment]
+            self._read_buffers(model)
+            yield
+        finally:
+            for parameters, name, tensor in held:
+                parameters[name] = tensor
+            for registered, name, old in buffers:
+                registered[name] = old
+            self._kept.clear()
+
+    @contextmanager
+    def edited(self, model: nn.Module) -> Iterator[None]:
+        """Read what the edits make of the files."""
+        self._kept.clear()
+        self._edited = True
+        try:
+            self._read_buffers(model)
+            yield
+        finally:
+            self._edited = False
+            self._kept.clear()
+
+    def _read_buffers(self, model: nn.Module) -> None:
+        for prefix, module in model.named_modules():
+            for name, buffer in module._buffers.items():
+                full = f"{prefix}.{name}".lstrip(".")
+                if buffer is not None and full in self._names:
+                    module._buffers[name] = self._read(full, buffer.shape, buffer.dtype)
+
+    def _reader(self, name: str, like: torch.Tensor) -> Callable[[], torch.Tensor]:
+        shape, dtype = like.shape, like.dtype
+
+        def read() -> torch.Tensor:
+            if name not in self._kept:
+                self._make_room(like.nbytes)
+                self._kept[name] = self._read(name, shape, dtype)
+            self._kept.move_to_end(name)
+            return self._kept[name]
+
+        return read
+
+    def _make_room(self, needed: int) -> None:
+        """Let the oldest weights go, until what stays has the size of one tensor."""
+        held = sum(tensor.nbytes for tensor in self._kept.values())
+        while self._kept and held > self._budget:
+            held -= self._kept.popitem(last=False)[1].nbytes
+        self.peak_bytes = max(self.peak_bytes, held + needed)
+
+    def _read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        sources = self._names.get(name, ())
+        if not sources:
+            raise NeutralizeError(
+                f"checkpoint: expected {name!r} to be stored, for the model runs with it, got a checkpoint without it; "
+                "verify the loaded model"
+            )
+        out = None
+        for source in sources:  # the copies of a tied weight are equal
+            if source.is_shuffled or source.is_computed:
+                raise NeutralizeError(
+                    f"checkpoint: expected {name!r} to lie in the checkpoint element by element, got one that the "
+                    f"loader rearranges from {source.stored!r}; verify the loaded model"
+                )
+            content = placed(self._content(source), source)
+            if source.offset:
+                content = content.float() + source.offset
+            if content.shape == shape:
+                out = content.to(dtype)
+                break
+            out = torch.empty(shape, dtype=dtype) if out is None else out
+            out[tuple(slice(*extent) for extent in source.place())] = content
+        assert out is not None
+        self.read_bytes += out.nbytes
+        self._advance(out.nbytes)
+        return out
+
+    def _content(self, source: Source) -> torch.Tensor:
+        """What a source's box holds, with the dimensions of the stored tensor."""
+        stored = self._layout.tensors[source.stored]
+        group = self._groups.get(source.stored) if self._edited else None
+        if group is None:
+            return _box(stored, source, self._files)
+        tensors = dict.fromkeys(name for edit in group for name in edit.parameters)
+        regions = [region for name in tensors for region in self._layout.tensors[name].regions]
+        with _Held(self._layout.root, regions) as held:
+            for patch in self._layout.patches(group, held):
+                for _ in patch.run(held):
+                    pass
+            return _box(stored, source, held)
+
+
+def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def _connected(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    """For each tensor that is written the edits that its new value depends on, in order."""
+    groups: dict[str, list[Edit]] = {}
+    for edit in edits:
+        before = {id(groups[name]): groups[name] for name in edit.parameters if name in groups}
+        group = [*(earlier for joined in before.values() for earlier in joined), edit]
+        members = {name for earlier in group for name in earlier.parameters}
+        groups.update(dict.fromkeys(members, group))
+    return groups
+
+
+def _box(stored: Stored, source: Source, files: Files) -> torch.Tensor:
+    """The box of a stored tensor; of plain elements in one run only the rows that it reaches over are read."""
+    inside = tuple(slice(*extent) for extent in source.box)
+    if isinstance(stored, Elements) and len(stored.pieces) == 1 and stored.shape and stored.shape[0]:
+        first, last = source.box[0]
+        row = stored.regions[0].nbytes // stored.shape[0]
+        content = files.read(stored.regions[0].part(0, 1, first * row, last * row)).view(-1).view(stored.dtype)
+        within = (slice(None), *inside[1:])
+        return content.view(last - first, *stored.shape[1:])[within]
+    read = getattr(stored, "read", None)
+    if read is None:
+        raise NeutralizeError(
+            f"checkpoint: expected plain elements for {stored.name!r}, for the model runs with them, got "
+            f"{stored.encoding}; verify the loaded model"
+        )
+    whole: torch.Tensor = read(files)
+    return whole[inside]
+
+
+class _Held(Files):
+    """Files of which some regions are held in memory: what is written goes there, and is read from there."""
+
+    def __init__(self, root: Path, regions: Sequence[Region]) -> None:
+        super().__init__(root)
+        self._regions: list[tuple[Region, torch.Tensor]] = []
+        for region in regions:
+            content = torch.empty(region.end - region.offset, dtype=torch.uint8)
+            super()._read_into(region.file, region.offset, content)
+            self._regions.append((region, content))
+
+    def _held(self, file: str, offset: int, size: int) -> torch.Tensor | None:
+        for region, content in self._regions:
+            if region.file == file and region.offset <= offset and offset + size <= region.end:
+                return content[offset - region.offset : offset - region.offset + size]
+        return None
+
+    def _read_into(self, file: str, offset: int, out: torch.Tensor) -> None:
+        held = self._held(file, offset, out.numel())
+        if held is None:
+            super()._read_into(file, offset, out)
+        else:
+            out.copy_(held)
+
+    def _write_from(self, file: str, offset: int, data: torch.Tensor) -> None:
+        held = self._held(file, offset, data.numel())
+        if held is None:
+            raise NeutralizeError(
+                f"checkpoint: expected to write only into tensors of the plan, got {offset} of {file!r}; report this"
+            )
+        held.copy_(data)
+
+    def _zero_range(self, region: Region) -> bool:
+        return False
+
+
+class _Unread(torch.Tensor):
+    """A tensor on the CPU whose elements are read each time an op takes it."""
+
+    read: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def __new__(cls: type[_Unread], shape: torch.Size, dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> _Unread:
+        """Make one of a shape and a dtype."""
+        made: _Unread = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        made.read = read
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Read what is asked for, and run the op."""
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return _Unread(args[0].shape, args[0].dtype, args[0].read)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, _Unread) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise NeutralizeError(
+                    f"checkpoint: expected a model that only reads its parameters, got {func} on one; verify the "
+                    "loaded model"
+                )
+        args, kwargs = pytree.tree_map_only(_Unread, lambda tensor: tensor.read(), (args, kwargs))
+        return func(*args, **kwargs)

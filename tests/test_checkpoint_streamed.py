@@ -1,0 +1,144 @@
+"""Verify on files against verify on the loaded model, with little in memory."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from bits import refusal
+from networks import perturbed
+from safetensors.torch import save_file
+from stored import edited, located
+from test_checkpoint_model import GROUPED, bert, gemma2, gpt2, llama, loaded, mixtral, saved
+from torch import nn
+
+import neutralize as nz
+from neutralize.checkpoint.model import meta_model
+from neutralize.checkpoint.streamed import verify
+
+IDS = {"input_ids": torch.arange(20).reshape(2, 10) * 7 % 90 + 5}
+
+CASES = [
+    (llama, "model.layers[1]", "auto", {}),
+    (llama, "model.layers[0].mlp", "damp", {"factor": 0.3}),
+    (mixtral, "model.layers[1]", "auto", {"edit": "outgoing"}),
+    (gemma2, "model.layers[1]", "auto", {}),
+    (gpt2, "transformer.h[1].mlp", "zero", {}),
+    (bert, "bert.encoder.layer[1]", "auto", {}),
+]
+
+
+@pytest.mark.parametrize(("make", "layers", "strategy", "options"), CASES)
+def test_it_measures_what_verify_measures_on_the_loaded_model(make, layers, strategy, options, tmp_path):
+    folder = saved(make, tmp_path, torch.float32)
+    layout = located(folder)
+    model, _ = meta_model(layout)
+    plan = nz.plan(model, layers, strategy, **options)
+    told: list[float] = []
+    found = verify(layout, plan, IDS, advance=told.append)
+
+    wanted = nz.verify(loaded(type(model), folder), plan, **IDS)
+    assert found.ok
+    assert found.measured.exact == wanted.exact
+    assert found.per_layer == wanted.per_layer
+    assert found.measured.relative_error == wanted.relative_error
+    assert sum(told) == found.read_bytes
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert found.peak_bytes <= 2 * largest < sum(parameter.nbytes for parameter in model.parameters())
+    assert "held at a time" in str(found)
+
+
+def test_files_that_hold_the_plan_pass_and_files_that_do_not_fail(tmp_path):
+    layout = located(saved(llama, tmp_path))
+    model, names = meta_model(layout)
+    plan = nz.plan(model, "model.layers[1]")
+    assert not verify(layout, plan, IDS, applied=True).ok
+    assert verify(layout, plan, IDS).measured.exact
+    edited(layout, plan.edits, names)
+    after = verify(layout, plan, IDS, applied=True)
+    assert after.ok
+    assert after.per_layer == {"model.layers.1": 0.0}
+
+
+def test_a_wrong_byte_is_seen(tmp_path):
+    layout = located(saved(llama, tmp_path))
+    model, names = meta_model(layout)
+    plan = nz.plan(model, "model.layers[1]", edit="outgoing")
+    edited(layout, plan.edits, names)
+    assert verify(layout, plan, IDS, applied=True).ok
+    stored = layout.tensors["model.layers.1.mlp.down_proj.weight"]
+    with (tmp_path / stored.regions[0].file).open("r+b") as file:
+        file.seek(stored.regions[0].offset + 7)
+        file.write(b"\x40")
+    assert not verify(layout, plan, IDS, applied=True).ok
+
+
+class Chain(nn.Module):
+    """A plain layer whose reader takes up its scale and its offset: folds and rewrites of the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_folds_are_made_in_memory(tmp_path):
+    torch.manual_seed(0)
+    live = perturbed(Chain()).eval()
+    save_file({name: tensor.clone() for name, tensor in live.state_dict().items()}, tmp_path / "model.safetensors")
+    x = torch.randn(5, 8)
+    plan = nz.plan(live, "layers.0", example_inputs=x)
+    assert {type(edit).__name__ for edit in plan.edits} >= {"Fold"}
+    found = verify(located(tmp_path), plan, x, factory=Chain)
+    wanted = nz.verify(live, plan, x)
+    assert found.ok
+    assert found.per_layer == wanted.per_layer
+    assert found.measured.output_error == wanted.output_error
+    message = refusal(lambda: verify(located(tmp_path), plan, x, factory=Chain, applied=True))
+    assert "got 'input' for 'layers.0'; restore them and verify before applying" in message
+
+
+def test_refusals(tmp_path):
+    layout = located(saved(llama, tmp_path))
+    model, _ = meta_model(layout)
+    heads = nz.plan(model, "model.layers[1].self_attn.heads[2]", "zero")
+    assert "expected whole modules to verify on files" in refusal(lambda: verify(layout, heads, IDS))
+    plan = nz.plan(model, "model.layers[1]")
+    assert "expected a model that runs on the inputs" in refusal(lambda: verify(layout, plan, {"nothing": 1}))
+    assert "expected inputs for the model, got none" in refusal(
+        lambda: verify(located_chain(tmp_path / "chain"), nz.plan(Chain().eval(), "layers.4", "zero"), factory=Chain)
+    )
+
+
+def located_chain(folder: Path):
+    folder.mkdir()
+    save_file({name: tensor.clone() for name, tensor in Chain().state_dict().items()}, folder / "model.safetensors")
+    return located(folder)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_stays_small(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8}
+    config = transformers.LlamaConfig(**(GROUPED | sizes))
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.config.save_pretrained(tmp_path)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    assert total > 200 << 20
+    for name, parameter in model.named_parameters():
+        save_file({name: torch.full(parameter.shape, 0.01)}, tmp_path / f"{name}.safetensors")
+    layout = located(tmp_path)
+    plan = nz.plan(meta_model(layout)[0], "model.layers[1:3]")
+    seen = [resident()]
+    found = verify(layout, plan, IDS, advance=lambda _: seen.append(resident()))
+    assert found.ok
+    assert found.read_bytes > 1.9 * total
+    assert found.peak_bytes <= 2 * 4096 * 512 * 4
+    assert max(seen) - seen[0] < total / 2
