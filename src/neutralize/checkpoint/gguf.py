@@ -5,6 +5,7 @@ Source: the format's description in the documentation of ggml (``docs/gguf.md``)
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -82,7 +83,7 @@ def read_gguf(path: Path) -> Layout:
         found[name] = stored
         spans.append((offset, offset + nbytes, name))
     spans.sort()
-    for (_, end, _), (begin, _, name) in zip(spans, spans[1:], strict=False):
+    for (_, end, _), (begin, _, name) in itertools.pairwise(spans):
         if begin < end:
             raise _broken(path, f"tensors that overlap at {name[:200]!r}", "tensors one after the other")
     ordered = {name: found[name] for _, _, name in spans}

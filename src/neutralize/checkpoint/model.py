@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from neutralize import ops
 from neutralize.apply import tensors_of
+from neutralize.checkpoint.gguf_names import gguf_model
 from neutralize.checkpoint.layout import Elements, Layout
 from neutralize.checkpoint.naming import Names, Source
 from neutralize.checkpoint.provenance import Traced, traced
@@ -75,6 +76,14 @@ def meta_model(
         with torch.device("meta"), _bounded(layout):
             model = build()
         names = _same_names(model, layout)
+    elif layout.kind == "GGUF":
+        with _refused("reading the config of a GGUF file"), _quiet(), _bounded(layout):
+            model, names = gguf_model(layout)
+
+        def build() -> nn.Module:
+            made: nn.Module = type(model)(model.config)
+            return made
+
     else:
         kind, config, dtype = _transformer(layout)
 
