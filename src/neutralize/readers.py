@@ -19,7 +19,7 @@ from torch import fx
 
 from neutralize.dataflow import Dataflow, argument, op_name, shape_of
 from neutralize.rules import DROPOUT, JOIN, REARRANGE, SPLIT, is_number, is_transparent
-from neutralize.sites import PRODUCTS, Affine, Norm, Product, affine_of, describe, norm_of, product_of
+from neutralize.sites import PRODUCTS, Affine, Norm, Product, affine_of, describe, norm_of, product_of, recurrent_maps
 
 _MAXIMA = frozenset(
     f"aten::{name}"
@@ -32,9 +32,10 @@ _MEANS = frozenset(
     for name in """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
     _adaptive_avg_pool3d mean upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
-    upsample_bicubic2d index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+    upsample_bicubic2d index_select index gather reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
     replication_pad2d replication_pad3d""".split()
 )
+_PACK = "aten::_pack_padded_sequence"  # selects what is no padding
 # Linear in their first operand, without an offset, but a constant does not come out of them as it went in.
 _LINEAR = frozenset(f"aten::{name}" for name in "sum cumsum im2col col2im neg masked_fill div".split()) | PRODUCTS
 
@@ -46,9 +47,10 @@ class Read:
     Attributes:
         reader: the op.
         features: half-open range of its input features that are the layer's; ``None``: all of them are.
-        zeros: what puts zeros beside the layer's values on the way, or in the op itself, in words.
+        zeros: what puts zeros beside the layer's values on the way, in words.
         ordered: a maximum stands on the way: it commutes with a positive scale only.
         linear: what stands on the way that is linear and no more, in words: φ(a) must be 0.
+        padded: the op is a convolution that pads zeros to what it reads.
     """
 
     reader: Affine | Norm | Product
@@ -56,6 +58,7 @@ class Read:
     zeros: tuple[str, ...]
     ordered: bool
     linear: tuple[str, ...] = ()
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def reads_of(flow: Dataflow, result: fx.Node) -> tuple[list[Read], list[fx.Node]
             found = _read(reader, flow, way)
             onward = None if found else _onward(reader, flow, way, reached)
             if found:
-                reads.append(found)
+                reads.extend(found)
             elif onward:
                 ways.append(onward)
             elif reader not in others:
@@ -113,18 +116,24 @@ def _reached_from(result: fx.Node) -> set[fx.Node]:
 
 
 def _is_idle(node: fx.Node) -> bool:
-    """Whether nothing comes of a node: the indices of a maximum that nobody reads, a check of a dtype."""
+    """Whether nothing comes of a node: the indices of a maximum that nobody reads, a check of a dtype, batch sizes."""
+    if op_name(node) == "getitem" and op_name(node.args[0]) == _PACK:  # type: ignore[arg-type]
+        return bool(node.args[1] != 0)
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and not node.users and not (schema is not None and schema.is_mutable)
 
 
-def _read(node: fx.Node, flow: Dataflow, way: _Way) -> Read | None:
-    affine = affine_of(node, flow)
-    reader: Affine | Norm | Product | None = affine if affine is not None else norm_of(node, flow)
-    if reader is None or reader.data is not way.node:
-        reader = product_of(node, way.node, flow) if _is_linear(node, way.node) else None
-    if reader is None:
-        return None
+def _read(node: fx.Node, flow: Dataflow, way: _Way) -> list[Read]:
+    """The reads of the layer's result by weights of the node's own: none, one, or one per direction of an RNN."""
+    readers: list[Affine | Norm | Product | None] = [*recurrent_maps(node, flow)]
+    readers = readers or [affine_of(node, flow) or norm_of(node, flow)]
+    if readers[0] is None or readers[0].data is not way.node:
+        readers = [product_of(node, way.node, flow) if _is_linear(node, way.node) else None]
+    reads = [None if reader is None else _one_read(reader, flow, way) for reader in readers]
+    return [read for read in reads if read is not None]
+
+
+def _one_read(reader: Affine | Norm | Product, flow: Dataflow, way: _Way) -> Read | None:
     axis = -1
     if isinstance(reader, Norm):
         axis = 1
@@ -133,10 +142,8 @@ def _read(node: fx.Node, flow: Dataflow, way: _Way) -> Read | None:
     found, features = _features(way.marker, axis)
     if not found or (features is not None and not _is_divisible(reader)):
         return None
-    zeros = way.zeros
-    if isinstance(reader, Affine) and reader.is_convolution and _has_zeros(reader, flow):
-        zeros = (*zeros, f"the padding of {reader.label!r}")
-    return Read(reader, features, zeros, way.ordered, way.linear)
+    padded = isinstance(reader, Affine) and reader.is_convolution and _has_zeros(reader, flow)
+    return Read(reader, features, way.zeros, way.ordered, way.linear, padded)
 
 
 def _features(marker: torch.Tensor | None, axis: int) -> tuple[bool, tuple[int, int] | None]:
@@ -218,7 +225,7 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> 
         if op_name(way.node) in SPLIT:
             part = way.marker[place] if isinstance(way.marker, tuple) and isinstance(place, int) else None
             return _Way(node, part, zeros, ordered, way.linear)
-        first = place == 0 and (op_name(way.node) in _MAXIMA or op_name(way.node) in DROPOUT)
+        first = place == 0 and (op_name(way.node) in (*_MAXIMA, _PACK) or op_name(way.node) in DROPOUT)
         return _Way(node, way.marker, zeros, ordered, way.linear) if first else None
     if op in DROPOUT:
         return _Way(node, way.marker, zeros, ordered, way.linear) if is_transparent(node) else None
@@ -234,6 +241,9 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> 
             if not is_number(argument(node, "value", 0) or 0, 0):
                 return None
             zeros = (*zeros, "the zeros of a pad")
+    elif op == _PACK:
+        if way.marker is not None:
+            return None
     elif op not in _MEANS and op not in REARRANGE and op not in SPLIT and not is_transparent(node):
         return None
     if way.marker is None:

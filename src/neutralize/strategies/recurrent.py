@@ -33,7 +33,7 @@ from neutralize.plan import Certificate, Edit, LayerPlan, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request
 from neutralize.regime import unit_roundoff
 from neutralize.rules import CAST, REARRANGE, SPLIT, is_transparent, scaled_clauses
-from neutralize.sites import Affine, affine_of, describe
+from neutralize.sites import Affine, affine_of, describe, recurrent_maps
 from neutralize.stacked import module_name
 from neutralize.strategies.sides import check_own
 
@@ -61,7 +61,6 @@ _GRU = Cell("gru", (0, -1, None), (0, -1, 0), 1)  # rows: r, z, n
 _RNN = Cell("rnn", (None,), (0,), 1)
 SEQUENCES = {"aten::lstm": _LSTM, "aten::gru": _GRU, "aten::rnn_tanh": _RNN}
 STEPS = {"aten::lstm_cell": _LSTM, "aten::gru_cell": _GRU, "aten::rnn_tanh_cell": _RNN}
-_READERS = (*SEQUENCES, *STEPS, "aten::rnn_relu", "aten::rnn_relu_cell")
 
 _TANH_ROUNDOFFS = 8
 """Unit roundoffs that one tanh of a small number may be off by, its store and the products with gates of 1 included."""
@@ -519,18 +518,9 @@ def _reading_weights(node: fx.Node, flow: Dataflow, read: list[fx.Node]) -> Iter
         if read == [affine.data]:
             yield affine
         return
-    if op_name(node) in _READERS:
-        data = argument(node, "input", argument(node, "data"))
-        if read != [data] or not isinstance(data, fx.Node):  # as a state, say
-            return
-        weights = [argument(node, "w_ih")]
-        if op_name(node) not in STEPS and op_name(node) != "aten::rnn_relu_cell":
-            params = argument(node, "params")
-            first_layer = len(params) // int(argument(node, "num_layers"))
-            weights = params[: first_layer : first_layer // (2 if argument(node, "bidirectional") else 1)]
-        for weight in weights:
-            if weight in flow.names:
-                yield Affine(node, data, flow.names[weight], None, False)
+    maps = recurrent_maps(node, flow)
+    if maps and read == [maps[0].data]:  # and not as a state, say
+        yield from maps
 
 
 def _passes_scale_on(node: fx.Node, read: list[fx.Node]) -> bool:

@@ -102,10 +102,10 @@ def _why_not_alone(request: Request, read: Read, *, keeps_order: bool) -> str:
 
 
 def unique(consumers: Iterable[Affine]) -> list[Affine]:
-    """Each op once, in order."""
-    found: dict[fx.Node, Affine] = {}
+    """Each op's weight once, in order: a recurrent op has one for each direction."""
+    found: dict[tuple[fx.Node, str], Affine] = {}
     for consumer in consumers:
-        found.setdefault(consumer.node, consumer)
+        found.setdefault((consumer.node, consumer.weight), consumer)
     return list(found.values())
 
 
@@ -117,7 +117,8 @@ def check_shared(request: Request, layer: str, consumers: list[Affine]) -> None:
     """
     nodes: dict[fx.Node, tuple[str, ...]] = {}
     for consumer in consumers:
-        nodes[consumer.node] = tuple(name for name in (consumer.weight, consumer.bias) if name is not None)
+        names = tuple(name for name in (consumer.weight, consumer.bias) if name is not None)
+        nodes[consumer.node] = (*nodes.get(consumer.node, ()), *names)
         if consumer.added is not None:
             nodes[consumer.added] = ()
     check_own(request, layer, nodes)
