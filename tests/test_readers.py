@@ -434,6 +434,23 @@ def test_a_convolution_that_is_off_too_reads_no_padding():
         nz.plan(model, "0", example_inputs=x)
 
 
+@pytest.mark.parametrize("join", [torch.stack, lambda steps: torch.cat(steps, 0)])
+@pytest.mark.parametrize(("function", "goal"), [(torch.tanh, 1e-9), (torch.sigmoid, 1e-7)])
+def test_the_results_of_several_calls_are_read_together(join, function, goal):
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(join([function(self.layer(step)) for step in x]))
+
+        def without(self, x):
+            return self.head(join(list(x)))
+
+    assert errors(perturbed(Steps()).double(), unit(3, 4, 6).double())[1] <= goal
+
+
 # ---- recurrent layers that read a plain one --------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ ops on the way run on a tensor that is one where the layer is and zero elsewhere
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,35 +79,41 @@ class _Way:
     linear: tuple[str, ...] = ()
 
 
-def reads_of(flow: Dataflow, result: fx.Node) -> tuple[list[Read], list[fx.Node]]:
-    """Everything that reads ``result``: ops with weights, and the rest.
+def reads_of(flow: Dataflow, results: Sequence[fx.Node]) -> tuple[list[Read], list[fx.Node]]:
+    """Everything that reads what a layer hands on: ops with weights, and the rest.
+
+    Args:
+        flow: the dataflow.
+        results: what the layer hands on in each of its calls; these may come together on the way, in a stack of steps.
 
     Returns:
-        The reads, and the nodes that are neither an op with weights nor on the way to one.
+        The reads, each once, and the nodes that are neither an op with weights nor on the way to one.
     """
-    reads: list[Read] = []
+    reads: dict[tuple[fx.Node, str | None, tuple[int, int] | None], Read] = {}
     others: list[fx.Node] = []
-    ways = [_Way(result)]
-    reached = _reached_from(result)
+    ways = [_Way(result) for result in results]
+    reached = _reached_from(results)
     while ways:
         way = ways.pop()
         for reader in way.node.users:
             if _is_idle(reader):
                 continue
             found = _read(reader, flow, way)
-            onward = None if found else _onward(reader, flow, way, reached)
+            onward = None if found else _onward(reader, flow, way, reached, results)
+            for read in found:
+                reads.setdefault((reader, read.reader.weight, read.features), read)
             if found:
-                reads.extend(found)
-            elif onward:
+                continue
+            if onward:
                 ways.append(onward)
             elif reader not in others:
                 others.append(reader)
-    return reads, others
+    return list(reads.values()), others
 
 
-def _reached_from(result: fx.Node) -> set[fx.Node]:
-    """Every node that a value has an effect on."""
-    reached, stack = {result}, [result]
+def _reached_from(results: Sequence[fx.Node]) -> set[fx.Node]:
+    """Every node that some values have an effect on."""
+    reached, stack = set(results), list(results)
     while stack:
         for user in stack.pop().users:
             if user not in reached:
@@ -202,7 +209,7 @@ def per_dim(given: Any, rank: int) -> list[int]:
     return values * rank if len(values) == 1 else values
 
 
-def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> _Way | None:
+def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node], results: Sequence[fx.Node]) -> _Way | None:
     """The way past a node that commutes with ``c + s x``, or with ``s x``, or ``None``."""
     op = op_name(node)
     zeros, ordered = way.zeros, way.ordered
@@ -215,7 +222,7 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> 
         parts = node.args[0]
         if not isinstance(parts, list | tuple):
             return None
-        markers = [_marker_of(part, way) for part in parts]
+        markers = [_marker_of(part, way, results) for part in parts]
         joined = _run(node, markers)
         return None if joined is None else _Way(node, joined, zeros, ordered, way.linear)
     if not node.args or node.args[0] is not way.node:
@@ -272,13 +279,20 @@ def _is_linear(node: fx.Node, data: fx.Node) -> bool:
     return sum(operand is data for operand in places) == 1 and len(places) <= 2
 
 
-def _marker_of(part: Any, way: _Way) -> torch.Tensor | None:
+def _marker_of(part: Any, way: _Way, results: Sequence[fx.Node]) -> torch.Tensor | None:
     shape = shape_of(part)
     if shape is None:
         return None
     if part is not way.node:
-        return torch.zeros(shape)
+        return torch.ones(shape) if _is_view_of(part, results) else torch.zeros(shape)
     return torch.ones(shape) if way.marker is None else way.marker
+
+
+def _is_view_of(node: Any, results: Sequence[fx.Node]) -> bool:
+    """Whether a node holds what a result does, element by element."""
+    while isinstance(node, fx.Node) and node not in results and is_transparent(node):
+        node = node.args[0]
+    return node in results
 
 
 def _run(node: fx.Node, first: Any) -> Any:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import fx
 
 from neutralize.activations import is_activation, is_proven
 from neutralize.certify import Interpretation, side_readers
@@ -545,15 +544,9 @@ def _incoming_edits(
 
 
 def _reads(request: Request, sites: list[AffineSite]) -> tuple[list[Read], list[str]]:
-    """What reads a layer in any of its calls: each op (and range of features) once; and other readers, in words."""
-    found: dict[tuple[fx.Node, str | None, tuple[int, int] | None], Read] = {}
-    others: list[str] = []
-    for site in sites:
-        reads, rest = reads_of(request.flow, site.result)
-        others.extend(describe(node, request.flow) for node in rest)
-        for read in reads:
-            found.setdefault((read.reader.node, read.reader.weight, read.features), read)
-    return list(found.values()), others
+    """What reads a layer in any of its calls; and other readers, in words."""
+    reads, rest = reads_of(request.flow, [site.result for site in sites])
+    return reads, [describe(node, request.flow) for node in rest]
 
 
 def _check_readers(request: Request, layer: str, site: AffineSite, reads: list[Read], others: list[str]) -> None:
