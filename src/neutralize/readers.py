@@ -136,33 +136,34 @@ def _read(node: fx.Node, flow: Dataflow, way: _Way) -> list[Read]:
     readers = readers or [affine_of(node, flow) or norm_of(node, flow)]
     if readers[0] is None or readers[0].data is not way.node:
         readers = [product_of(node, way.node, flow) if _is_linear(node, way.node) else None]
-    reads = [None if reader is None else _one_read(reader, flow, way) for reader in readers]
-    return [read for read in reads if read is not None]
+    return [read for reader in readers if reader is not None for read in _reads_by(reader, flow, way)]
 
 
-def _one_read(reader: Affine | Norm | Product, flow: Dataflow, way: _Way) -> Read | None:
+def _reads_by(reader: Affine | Norm | Product, flow: Dataflow, way: _Way) -> list[Read]:
+    """One read for each range of features that is the layer's."""
     axis = -1
     if isinstance(reader, Norm):
         axis = 1
     elif isinstance(reader, Affine) and reader.is_convolution:
         axis = -(len(flow.shapes[reader.weight]) - 1)
-    found, features = _features(way.marker, axis)
-    if not found or (features is not None and not _is_divisible(reader)):
-        return None
+    ranges = _features(way.marker, axis)
+    if ranges != [None] and not _is_divisible(reader):
+        return []
     padded = isinstance(reader, Affine) and reader.is_convolution and _has_zeros(reader, flow)
-    return Read(reader, features, way.zeros, way.ordered, way.linear, padded)
+    return [Read(reader, features, way.zeros, way.ordered, way.linear, padded) for features in ranges]
 
 
-def _features(marker: torch.Tensor | None, axis: int) -> tuple[bool, tuple[int, int] | None]:
-    """Whether the layer is a range of whole features, and which one (``None``: all)."""
+def _features(marker: torch.Tensor | None, axis: int) -> list[tuple[int, int] | None]:
+    """The ranges of whole features that are the layer's (``None``: all); none if it is a part of one."""
     if marker is None or bool((marker == 1).all()):
-        return True, None
+        return [None]
     rows = marker.movedim(axis, -1).reshape(-1, marker.shape[axis])
+    if not bool((rows == rows[0]).all()) or not bool(((rows[0] == 0) | (rows[0] == 1)).all()):
+        return []
     ones = (rows[0] == 1).nonzero().flatten().tolist()
-    whole = bool((rows == rows[0]).all()) and bool(((rows[0] == 0) | (rows[0] == 1)).all())
-    if not whole or not ones or ones[-1] - ones[0] + 1 != len(ones):
-        return False, None
-    return True, (ones[0], ones[-1] + 1)
+    firsts = [place for place in ones if place - 1 not in ones]
+    lasts = [place + 1 for place in ones if place + 1 not in ones]
+    return list(zip(firsts, lasts, strict=True))
 
 
 def _is_divisible(reader: Affine | Norm | Product) -> bool:
