@@ -360,6 +360,7 @@ def test_what_reads_a_recurrent_layer_holds_its_mean(name):
     ("options", "rest", "message"),
     [
         ({"strategy": "damp", "factor": 0.5, "sides": "in"}, READ["lstm, linear"][1], r"expected sides='out' for the "),
+        ({"strategy": "constant"}, READ["lstm, linear"][1], r"documented fill after 'rnn', .*got none; give weight="),
         ({"strategy": "damp", "factor": 0.5}, lambda m, h: h, r"to read 'rnn', .*got the model's output"),
         ({"strategy": "damp", "factor": 0.5}, lambda m, h: m.linear(torch.cat([h, h[:, :, :0]], 2).cos()), "got cos"),
         ({"strategy": "damp", "factor": 0.5}, lambda m, h: m.norm(h), r"got the layer norm of 'norm'"),
