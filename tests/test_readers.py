@@ -525,3 +525,18 @@ def test_a_recurrent_layer_that_reads_a_layer_as_its_state_or_without_a_bias_is_
     unbiased = Net(nn.Linear(6, 6), torch.sigmoid, lambda net, h, x: net.rnn(h)[0], rnn=nn.GRU(6, 6, bias=False))
     with pytest.raises(nz.NeutralizeError, match=r"a bias in 'rnn' to absorb the operating point of 'layer', got none"):
         nz.plan(unbiased, "layer", example_inputs=unit(4, 3, 6))
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        lambda net, h, x: net.head(h[:, [2, 0, 1]]),
+        lambda net, h, x: net.head(h[:, torch.tensor([1, 1])]),
+        lambda net, h, x: net.head(torch.cat([x[:, :3], h[:, [2, 0, 1]]], -1)),
+    ],
+)
+def test_steps_that_are_picked_by_index_are_read(rest):
+    head = nn.LazyLinear(3)
+    model, x = Net(nn.Linear(6, 6), torch.sigmoid, rest, head=head).double(), unit(2, 5, 6).double()
+    model(x)
+    assert errors(perturbed(model), x)[1] <= 1e-7
