@@ -589,3 +589,19 @@ def test_largest_values_of_every_format_are_taken():
                     Rewrite("w", (2, 2), name(dtype), fill=beyond)
                 ).apply(model)
             )
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight", "name"), [(nn.Tanh(), 1e4, "2.weight"), (nn.Sigmoid(), 5e2, "2.bias")]
+)
+def test_weights_that_a_rescale_takes_out_of_float16_are_refused_before_anything_is_written(activation, weight, name):
+    model = nn.Sequential(nn.Linear(6, 6), activation, nn.Linear(6, 3)).half()
+    plan = nz.plan(copy.deepcopy(model).to("meta"), "0", input_bound=4.0, example_inputs=torch.ones(2, 6).half())
+    model[2].weight.data.fill_(weight)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(nz.NeutralizeError, match=rf"expected '{name}' to stay inside float16 when .*wider dtype"):
+        plan.apply(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model[2].weight.data.fill_(1.0)
+    with plan.applied(model):
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())

@@ -195,3 +195,10 @@ def test_an_eighty_layer_model_is_planned_on_the_meta_device():
     plan = nz.plan(model, "model.layers[20:25]")
     assert plan.written_bytes == 5 * 2 * 8192 * 2
     assert {certificate.kind for certificate in plan.certificates} == {"exact"}
+
+
+@pytest.mark.parametrize("first", [nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4), nn.LSTM(4, 4), nn.LayerNorm(4)])
+def test_guessed_inputs_are_of_the_dtype_of_the_first_layer(first):
+    model = nn.Sequential(first, nn.Identity()).double()
+    model.forward = lambda x: model[0](x)
+    assert trace(model, {"0": model[0]}, None).calls["0"]

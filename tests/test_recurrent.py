@@ -214,7 +214,10 @@ class Unreadable(Tagger):
         (Tagger(nn.GRU, hidden=5, bidirectional=True), r"8 features in and hidden size 5 or 10 \(both directions\)"),
         (Tagger(nn.LSTM, bias=False), r"expected biases in 'rnn' to hold the gates of a LSTM .*got bias=False"),
         (Tagger(nn.GRU, num_layers=2, dropout=0.5), r"between the 2 stacked layers of 'rnn', got dropout=0\.5"),
-        (Tagger(lambda a, b: nn.RNN(a, b, nonlinearity="relu")), r"one lstm, gru or tanh rnn inside 'rnn', got a RNN"),
+        (
+            Tagger(lambda a, b: nn.RNN(a, b, nonlinearity="relu")),
+            r"tanh rnn inside 'rnn', got a RNN with nonlinearity='relu'",
+        ),
         (Unreadable(nn.LSTM, lambda m, y, s: m.last(y) + s[0].sum()), r"read the final states of 'rnn', got sum"),
         (Unreadable(nn.LSTM, lambda m, y, s: (m.last(y), s[1])), r"final states of 'rnn', got the model's output"),
         (Unreadable(nn.GRU, lambda m, y, s: m.last(torch.tanh(y))), r"layers to read 'rnn', got tanh"),
@@ -277,3 +280,106 @@ def test_what_is_written():
         assert model.rnn.bias_ih_l0.tolist() == [128.0] * 8 + [-128.0] * 8 + [0.0] * 8 + [128.0] * 8
         assert torch.equal(model.last.weight.detach(), last / epsilon)
     assert nz.Plan.from_json(plan.to_json()) == plan
+
+
+# ---- damped, and set to their mean -----------------------------------------------------------------------------------
+
+
+class Read(nn.Module):
+    """Linear, a recurrent layer (a cell is called step by step), and what is made of its output."""
+
+    def __init__(self, rnn, rest, **parts):
+        super().__init__()
+        self.first, self.rnn, self.rest = nn.Linear(5, rnn.input_size), rnn, rest
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def output(self, x):
+        entering = self.first(x)
+        if isinstance(self.rnn, nn.RNNBase):
+            return self.rnn(entering)[0]
+        state, outputs = None, []
+        for step in entering:
+            state = self.rnn(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs)
+
+    def forward(self, x):
+        return self.rest(self, self.output(x))
+
+
+# name: a recurrent layer, what is made of its output, and of the outputs the part that is read.
+READ = {
+    "lstm, linear": (nn.LSTM(4, 6, num_layers=2), lambda m, h: m.linear(h), lambda h: h),
+    "projected lstm, last step": (nn.LSTM(4, 9, proj_size=6), lambda m, h: m.linear(h[-1]), lambda h: h[-1:]),
+    "gru, both directions, gru": (nn.GRU(4, 3, bidirectional=True), lambda m, h: m.gru(h)[0], lambda h: h),
+    "rnn, convolution": (nn.RNN(4, 6), lambda m, h: m.conv(h.permute(1, 2, 0)), lambda h: h),
+    "lstm cell, linear": (nn.LSTMCell(4, 6), lambda m, h: m.linear(h), lambda h: h),
+    "gru cell, linear": (nn.GRUCell(4, 6), lambda m, h: m.linear(h), lambda h: h),
+}
+
+
+def reading(name):
+    rnn, rest, _ = READ[name]
+    parts = {"linear": nn.Linear(6, 3), "conv": nn.Conv1d(6, 3, 2), "gru": nn.GRU(6, 3, bidirectional=True)}
+    return perturbed(Read(rnn, rest, **parts)).double()
+
+
+@pytest.mark.parametrize("factor", [0.3, -0.5, 0.0])
+@pytest.mark.parametrize("name", READ)
+def test_what_reads_a_recurrent_layer_damps_it(name, factor):
+    model, x = reading(name), unit(4, 3, 5).double()
+    plan = nz.plan(model, "rnn", "damp", factor=factor, example_inputs=x)
+    with torch.no_grad():
+        before, wanted = model(x), model.rest(model, factor * model.output(x))
+        with plan.applied(model):
+            assert relative(model(x), wanted) <= 1e-14
+        assert torch.equal(model(x), before)
+    assert (plan.certificates[0].kind, plan.layers[0].sides) == ("rounding", "out")
+    assert nz.verify(model, plan, x).relative_error <= 1e-14
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_reads_a_recurrent_layer_holds_its_mean(name):
+    model, batches = reading(name), [unit(4, size, 5, seed=size).double() for size in (3, 1, 6)]
+    x, progress = unit(4, 2, 5).double(), []
+    plan = nz.plan(model, "rnn", "mean", batches=iter(batches), progress=lambda *done: progress.append(done))
+    assert progress == [(1, None), (2, None), (3, None)]
+    with torch.no_grad():
+        seen = torch.cat([READ[name][2](model.output(batch)).flatten(0, -2) for batch in batches])
+        before, wanted = model(x), model.rest(model, seen.mean(0).expand_as(model.output(x)))
+        with plan.applied(model):
+            assert relative(model(x), wanted) <= 1e-13
+        assert torch.equal(model(x), before)
+    verification = nz.verify(model, plan, x)
+    assert verification.relative_error <= 1e-13
+    assert verification.bound_holds
+
+
+@pytest.mark.parametrize(
+    ("options", "rest", "message"),
+    [
+        ({"strategy": "damp", "factor": 0.5, "sides": "in"}, READ["lstm, linear"][1], r"expected sides='out' for the "),
+        ({"strategy": "constant"}, READ["lstm, linear"][1], r"documented fill after 'rnn', .*got none; give weight="),
+        ({"strategy": "damp", "factor": 0.5}, lambda m, h: h, r"to read 'rnn', .*got the model's output"),
+        ({"strategy": "damp", "factor": 0.5}, lambda m, h: m.linear(torch.cat([h, h[:, :, :0]], 2).cos()), "got cos"),
+        ({"strategy": "damp", "factor": 0.5}, lambda m, h: m.norm(h), r"got the layer norm of 'norm'"),
+        ({"strategy": "mean"}, lambda m, h: m.linear(h.sum(0)), r"something on the way that changes a constant"),
+        ({"strategy": "mean"}, lambda m, h: m.free(h), r"got no bias in 'free', which reads it"),
+        ({"strategy": "mean"}, lambda m, h: m.padded(h.permute(1, 2, 0)), r"a padded convolution 'padded'"),
+        ({"strategy": "mean"}, lambda m, h: (m.linear(h), m.conv(h.mT)), r"'conv', which reads other features"),
+    ],
+)
+def test_a_recurrent_layer_that_cannot_be_damped_or_set_says_why(options, rest, message):
+    parts = {"linear": nn.Linear(6, 3), "conv": nn.Conv1d(6, 3, 1), "padded": nn.Conv1d(6, 3, 3, padding=1)}
+    model = Read(nn.LSTM(4, 6), rest, free=nn.Linear(6, 3, bias=False), norm=nn.LayerNorm(6), **parts)
+    x = unit(4, 3, 5)
+    options = options | ({"batches": [x]} if options["strategy"] == "mean" else {})
+    with pytest.raises(nz.NeutralizeError, match=message):
+        nz.plan(model, "rnn", example_inputs=x, **options)
+
+
+def test_final_states_that_are_read_are_not_damped():
+    model = Unreadable(nn.GRU, lambda m, y, s: m.last(y) + s.sum())
+    with pytest.raises(nz.NeutralizeError, match=r"nothing its final states, got sum"):
+        nz.plan(model, "rnn", "damp", factor=0.5, example_inputs=unit(3, 5, 8))

@@ -516,18 +516,6 @@ def test_a_batch_norm_in_training_mode_is_refused():
         nz.plan(model, "0", example_inputs=unit(4, 6))
 
 
-def test_two_selected_layers_one_of_which_reads_the_other_beside_something_else_are_refused():
-    model = Net(
-        nn.Linear(6, 6),
-        torch.tanh,
-        lambda net, h, x: net.parts["end"](torch.tanh(net.parts["next"](torch.cat([h, x], -1)))),
-        next=nn.Linear(12, 12),
-        end=nn.Linear(12, 3),
-    ).eval()
-    with pytest.raises(nz.NeutralizeError, match=r"expected 'parts\.next' to read 'layer' and nothing else"):
-        nz.plan(model, ["layer", "parts.next"], example_inputs=unit(2, 6))
-
-
 # ---- batch norm between the layer and its activation, in networks as they are ----------------------------------------
 
 

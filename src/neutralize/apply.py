@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
 from neutralize.undo import Saved, Undo, overwrite_
+
+_SMALL_RANGE = 1e6
+"""Formats whose largest number is below this: a weight times 1/ε may leave float16 and the 8-bit formats."""
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -123,7 +127,37 @@ def _problems(plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tup
                     f"expected {name!r} to be no other layer's, got a tensor that is also {others}; untie them first "
                     "(clone the parameter), or select both layers"
                 )
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys(problems or _overflows(plan, named)))
+
+
+def _overflows(plan: Plan, named: dict[str, torch.Tensor]) -> Iterator[str]:
+    """Weights that a rescale would take out of a format of a small range: the plan may be of other weights, or of none.
+
+    What the plan sets itself and then rescales is checked when it is made.
+    """
+    written: set[str] = set()
+    for edit in plan.edits:
+        limit = torch.finfo(named[edit.parameter].dtype).max
+        rescales = isinstance(edit, Fold) or (isinstance(edit, Rewrite) and abs(edit.scale) > 1)
+        if rescales and limit < _SMALL_RANGE and not written & set(edit.parameters):
+            assert isinstance(edit, Rewrite | Fold)
+            grown = {edit.parameter: abs(edit.scale) * float(_largest(edit.block(named[edit.parameter].detach())))}
+            if isinstance(edit, Fold):
+                grown[edit.bias] = max(
+                    float(_largest(bias.float() + edit.shift * weight.float().flatten(1).sum(1)))
+                    for weight, bias in edit.pairs(named[edit.parameter].detach(), named[edit.bias].detach())
+                )
+            for name, peak in grown.items():
+                if limit < peak < math.inf:  # infinite weights are the model's own
+                    yield (
+                        f"expected {name!r} to stay inside {edit.dtype} when '{edit.describe()}' is written, got "
+                        f"{peak:.3g}; plan for the weights of this model, or use a wider dtype"
+                    )
+        written.update(edit.parameters)
+
+
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float().abs().max() if tensor.numel() else torch.zeros(())
 
 
 def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[str]:

@@ -185,23 +185,25 @@ def own_inputs(model: nn.Module) -> Inputs | None:
 def guessed_inputs(model: nn.Module) -> Iterator[Inputs]:
     """Inputs that a plain chain of layers accepts, guessed from its first layer; they serve for shapes only."""
     for module in model.modules():
+        own = module.parameters(recurse=False)
+        dtype = next((parameter.dtype for parameter in own if parameter.is_floating_point()), None)
         if isinstance(module, nn.Linear):
-            yield torch.zeros(2, module.in_features)
-            yield torch.zeros(2, 3, module.in_features)
+            yield torch.zeros(2, module.in_features, dtype=dtype)
+            yield torch.zeros(2, 3, module.in_features, dtype=dtype)
             return
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            yield torch.zeros(2, *module.normalized_shape)
-            yield torch.zeros(2, 3, *module.normalized_shape)
+            yield torch.zeros(2, *module.normalized_shape, dtype=dtype)
+            yield torch.zeros(2, 3, *module.normalized_shape, dtype=dtype)
             return
         if isinstance(module, nn.Embedding):
             yield torch.zeros(2, 8, dtype=torch.long)
             return
         if isinstance(module, nn.RNNBase):
-            yield torch.zeros(2, 5, module.input_size)
+            yield torch.zeros(2, 5, module.input_size, dtype=dtype)
             return
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             for extent in (32, 64, 224):
-                yield torch.zeros(2, module.in_channels, *[extent] * len(module.kernel_size))
+                yield torch.zeros(2, module.in_channels, *[extent] * len(module.kernel_size), dtype=dtype)
             return
         if next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None:
             return

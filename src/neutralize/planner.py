@@ -74,7 +74,7 @@ class Request:
     example_inputs: Inputs | None = None
     remembered: dict[str, dict[str, Any]] = field(default_factory=dict)
     _bounds: dict[str, float] = field(default_factory=dict)
-    _written: dict[str, float] = field(default_factory=dict)
+    _written: dict[str, tuple[float, float]] = field(default_factory=dict)
     _whole: Request | None = None
 
     def part(self, layers: Iterable[str]) -> Request:
@@ -235,16 +235,21 @@ class Request:
         )
 
     def note_written(self, edits: tuple[Edit, ...]) -> None:
-        """Note how large the parameters are that a draft sets anew: another layer's rescale may fall on them."""
+        """Note what a draft sets parameters to: another layer's rescale may fall on them."""
         self._written.update(
-            (edit.parameter, abs(edit.diagonal) + abs(edit.fill))
+            (edit.parameter, (edit.diagonal, edit.fill))
             for edit in edits
             if isinstance(edit, Rewrite) and edit.scale == 0
         )
 
     def written_peak(self, name: str) -> float | None:
         """The largest magnitude that a draft so far sets in a parameter; ``None``: none sets it."""
-        return self._written.get(self.canonical(name))
+        diagonal, fill = self._written.get(self.canonical(name), (None, 0.0))
+        return None if diagonal is None else abs(diagonal) + abs(fill)
+
+    def is_diagonal(self, name: str) -> bool:
+        """Whether a draft so far sets a weight to a diagonal, or to zero."""
+        return self._written.get(self.canonical(name), (0.0, 1.0))[1] == 0.0
 
     def input_bound(self, layer: str) -> float:
         """A bound on the magnitude of what enters a layer, measured on the example inputs with ``BOUND_MARGIN``.

@@ -11,6 +11,7 @@ ops on the way run on a tensor that is one where the layer is and zero elsewhere
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import fx
 
 from neutralize.dataflow import Dataflow, argument, op_name, shape_of
 from neutralize.rules import DROPOUT, JOIN, REARRANGE, SPLIT, is_number, is_transparent
-from neutralize.sites import PRODUCTS, Affine, Norm, Product, affine_of, describe, norm_of, product_of
+from neutralize.sites import PRODUCTS, Affine, Norm, Product, affine_of, describe, norm_of, product_of, recurrent_maps
 
 _MAXIMA = frozenset(
     f"aten::{name}"
@@ -32,9 +33,10 @@ _MEANS = frozenset(
     for name in """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
     _adaptive_avg_pool3d mean upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
-    upsample_bicubic2d index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+    upsample_bicubic2d index_select index gather reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
     replication_pad2d replication_pad3d""".split()
 )
+_PACK = "aten::_pack_padded_sequence"  # selects what is no padding
 # Linear in their first operand, without an offset, but a constant does not come out of them as it went in.
 _LINEAR = frozenset(f"aten::{name}" for name in "sum cumsum im2col col2im neg masked_fill div".split()) | PRODUCTS
 
@@ -46,9 +48,10 @@ class Read:
     Attributes:
         reader: the op.
         features: half-open range of its input features that are the layer's; ``None``: all of them are.
-        zeros: what puts zeros beside the layer's values on the way, or in the op itself, in words.
+        zeros: what puts zeros beside the layer's values on the way, in words.
         ordered: a maximum stands on the way: it commutes with a positive scale only.
         linear: what stands on the way that is linear and no more, in words: φ(a) must be 0.
+        padded: the op is a convolution that pads zeros to what it reads.
     """
 
     reader: Affine | Norm | Product
@@ -56,6 +59,7 @@ class Read:
     zeros: tuple[str, ...]
     ordered: bool
     linear: tuple[str, ...] = ()
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,35 +79,41 @@ class _Way:
     linear: tuple[str, ...] = ()
 
 
-def reads_of(flow: Dataflow, result: fx.Node) -> tuple[list[Read], list[fx.Node]]:
-    """Everything that reads ``result``: ops with weights, and the rest.
+def reads_of(flow: Dataflow, results: Sequence[fx.Node]) -> tuple[list[Read], list[fx.Node]]:
+    """Everything that reads what a layer hands on: ops with weights, and the rest.
+
+    Args:
+        flow: the dataflow.
+        results: what the layer hands on in each of its calls; these may come together on the way, in a stack of steps.
 
     Returns:
-        The reads, and the nodes that are neither an op with weights nor on the way to one.
+        The reads, each once, and the nodes that are neither an op with weights nor on the way to one.
     """
-    reads: list[Read] = []
+    reads: dict[tuple[fx.Node, str | None, tuple[int, int] | None], Read] = {}
     others: list[fx.Node] = []
-    ways = [_Way(result)]
-    reached = _reached_from(result)
+    ways = [_Way(result) for result in results]
+    reached = _reached_from(results)
     while ways:
         way = ways.pop()
         for reader in way.node.users:
             if _is_idle(reader):
                 continue
             found = _read(reader, flow, way)
-            onward = None if found else _onward(reader, flow, way, reached)
+            onward = None if found else _onward(reader, flow, way, reached, results)
+            for read in found:
+                reads.setdefault((reader, read.reader.weight, read.features), read)
             if found:
-                reads.append(found)
-            elif onward:
+                continue
+            if onward:
                 ways.append(onward)
             elif reader not in others:
                 others.append(reader)
-    return reads, others
+    return list(reads.values()), others
 
 
-def _reached_from(result: fx.Node) -> set[fx.Node]:
-    """Every node that a value has an effect on."""
-    reached, stack = {result}, [result]
+def _reached_from(results: Sequence[fx.Node]) -> set[fx.Node]:
+    """Every node that some values have an effect on."""
+    reached, stack = set(results), list(results)
     while stack:
         for user in stack.pop().users:
             if user not in reached:
@@ -113,42 +123,47 @@ def _reached_from(result: fx.Node) -> set[fx.Node]:
 
 
 def _is_idle(node: fx.Node) -> bool:
-    """Whether nothing comes of a node: the indices of a maximum that nobody reads, a check of a dtype."""
+    """Whether nothing comes of a node: the indices of a maximum that nobody reads, a check of a dtype, batch sizes."""
+    if op_name(node) == "getitem" and op_name(node.args[0]) == _PACK:  # type: ignore[arg-type]
+        return bool(node.args[1] != 0)
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and not node.users and not (schema is not None and schema.is_mutable)
 
 
-def _read(node: fx.Node, flow: Dataflow, way: _Way) -> Read | None:
-    affine = affine_of(node, flow)
-    reader: Affine | Norm | Product | None = affine if affine is not None else norm_of(node, flow)
-    if reader is None or reader.data is not way.node:
-        reader = product_of(node, way.node, flow) if _is_linear(node, way.node) else None
-    if reader is None:
-        return None
+def _read(node: fx.Node, flow: Dataflow, way: _Way) -> list[Read]:
+    """The reads of the layer's result by weights of the node's own: none, one, or one per direction of an RNN."""
+    readers: list[Affine | Norm | Product | None] = [*recurrent_maps(node, flow)]
+    readers = readers or [affine_of(node, flow) or norm_of(node, flow)]
+    if readers[0] is None or readers[0].data is not way.node:
+        readers = [product_of(node, way.node, flow) if _is_linear(node, way.node) else None]
+    return [read for reader in readers if reader is not None for read in _reads_by(reader, flow, way)]
+
+
+def _reads_by(reader: Affine | Norm | Product, flow: Dataflow, way: _Way) -> list[Read]:
+    """One read for each range of features that is the layer's."""
     axis = -1
     if isinstance(reader, Norm):
         axis = 1
     elif isinstance(reader, Affine) and reader.is_convolution:
         axis = -(len(flow.shapes[reader.weight]) - 1)
-    found, features = _features(way.marker, axis)
-    if not found or (features is not None and not _is_divisible(reader)):
-        return None
-    zeros = way.zeros
-    if isinstance(reader, Affine) and reader.is_convolution and _has_zeros(reader, flow):
-        zeros = (*zeros, f"the padding of {reader.label!r}")
-    return Read(reader, features, zeros, way.ordered, way.linear)
+    ranges = _features(way.marker, axis)
+    if ranges != [None] and not _is_divisible(reader):
+        return []
+    padded = isinstance(reader, Affine) and reader.is_convolution and _has_zeros(reader, flow)
+    return [Read(reader, features, way.zeros, way.ordered, way.linear, padded) for features in ranges]
 
 
-def _features(marker: torch.Tensor | None, axis: int) -> tuple[bool, tuple[int, int] | None]:
-    """Whether the layer is a range of whole features, and which one (``None``: all)."""
+def _features(marker: torch.Tensor | None, axis: int) -> list[tuple[int, int] | None]:
+    """The ranges of whole features that are the layer's (``None``: all); none if it is a part of one."""
     if marker is None or bool((marker == 1).all()):
-        return True, None
+        return [None]
     rows = marker.movedim(axis, -1).reshape(-1, marker.shape[axis])
+    if not bool((rows == rows[0]).all()) or not bool(((rows[0] == 0) | (rows[0] == 1)).all()):
+        return []
     ones = (rows[0] == 1).nonzero().flatten().tolist()
-    whole = bool((rows == rows[0]).all()) and bool(((rows[0] == 0) | (rows[0] == 1)).all())
-    if not whole or not ones or ones[-1] - ones[0] + 1 != len(ones):
-        return False, None
-    return True, (ones[0], ones[-1] + 1)
+    firsts = [place for place in ones if place - 1 not in ones]
+    lasts = [place + 1 for place in ones if place + 1 not in ones]
+    return list(zip(firsts, lasts, strict=True))
 
 
 def _is_divisible(reader: Affine | Norm | Product) -> bool:
@@ -195,7 +210,7 @@ def per_dim(given: Any, rank: int) -> list[int]:
     return values * rank if len(values) == 1 else values
 
 
-def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> _Way | None:
+def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node], results: Sequence[fx.Node]) -> _Way | None:
     """The way past a node that commutes with ``c + s x``, or with ``s x``, or ``None``."""
     op = op_name(node)
     zeros, ordered = way.zeros, way.ordered
@@ -208,7 +223,7 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> 
         parts = node.args[0]
         if not isinstance(parts, list | tuple):
             return None
-        markers = [_marker_of(part, way) for part in parts]
+        markers = [_marker_of(part, way, results) for part in parts]
         joined = _run(node, markers)
         return None if joined is None else _Way(node, joined, zeros, ordered, way.linear)
     if not node.args or node.args[0] is not way.node:
@@ -218,7 +233,7 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> 
         if op_name(way.node) in SPLIT:
             part = way.marker[place] if isinstance(way.marker, tuple) and isinstance(place, int) else None
             return _Way(node, part, zeros, ordered, way.linear)
-        first = place == 0 and (op_name(way.node) in _MAXIMA or op_name(way.node) in DROPOUT)
+        first = place == 0 and (op_name(way.node) in (*_MAXIMA, _PACK) or op_name(way.node) in DROPOUT)
         return _Way(node, way.marker, zeros, ordered, way.linear) if first else None
     if op in DROPOUT:
         return _Way(node, way.marker, zeros, ordered, way.linear) if is_transparent(node) else None
@@ -234,6 +249,9 @@ def _onward(node: fx.Node, flow: Dataflow, way: _Way, reached: set[fx.Node]) -> 
             if not is_number(argument(node, "value", 0) or 0, 0):
                 return None
             zeros = (*zeros, "the zeros of a pad")
+    elif op == _PACK:
+        if way.marker is not None:
+            return None
     elif op not in _MEANS and op not in REARRANGE and op not in SPLIT and not is_transparent(node):
         return None
     if way.marker is None:
@@ -262,13 +280,20 @@ def _is_linear(node: fx.Node, data: fx.Node) -> bool:
     return sum(operand is data for operand in places) == 1 and len(places) <= 2
 
 
-def _marker_of(part: Any, way: _Way) -> torch.Tensor | None:
+def _marker_of(part: Any, way: _Way, results: Sequence[fx.Node]) -> torch.Tensor | None:
     shape = shape_of(part)
     if shape is None:
         return None
     if part is not way.node:
-        return torch.zeros(shape)
+        return torch.ones(shape) if _is_view_of(part, results) else torch.zeros(shape)
     return torch.ones(shape) if way.marker is None else way.marker
+
+
+def _is_view_of(node: Any, results: Sequence[fx.Node]) -> bool:
+    """Whether a node holds what a result does, element by element."""
+    while isinstance(node, fx.Node) and node not in results and is_transparent(node):
+        node = node.args[0]
+    return node in results
 
 
 def _run(node: fx.Node, first: Any) -> Any:

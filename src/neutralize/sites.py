@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from neutralize.activations import Activation, activation_after
 from neutralize.certify import without_dtype
@@ -14,6 +15,9 @@ from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_mark, op_
 from neutralize.rules import DROPOUT, REARRANGE, affine_operands, is_number, is_transparent, norm_operands
 
 PRODUCTS = frozenset(f"aten::{name}" for name in "mul mm bmm matmul dot mv outer einsum inner tensordot".split())
+RECURRENT = frozenset(
+    f"aten::{name}{step}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for step in ("", "_cell")
+)
 PADS = frozenset(
     f"aten::{name}"
     for name in """pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
@@ -272,6 +276,31 @@ def product_of(node: fx.Node, data: fx.Node, flow: Dataflow) -> Product | None:
         weight = weight.args[0]
     name = flow.names[weight]
     return Product(node, data, name) if flow.dtypes[name].is_floating_point else None
+
+
+def recurrent_maps(node: fx.Node, flow: Dataflow) -> list[Affine]:
+    """The affine maps ``W_ih x + b_ih`` by which a recurrent op takes in its data, one per direction.
+
+    None if it is no recurrent op, or reads its data as a state too.
+    """
+    data = argument(node, "input", argument(node, "data"))
+    if op_name(node) not in RECURRENT or not isinstance(data, fx.Node):
+        return []
+    if sum(leaf is data for leaf in pytree.tree_leaves((node.args, node.kwargs))) > 1:
+        return []
+    if op_name(node).endswith("_cell"):
+        pairs = [(argument(node, "w_ih"), argument(node, "b_ih"))]
+    else:
+        params, directions = argument(node, "params"), 2 if argument(node, "bidirectional") else 1
+        per_direction = len(params) // (int(argument(node, "num_layers")) * directions)  # of the first stacked layer
+        firsts = [params[place * per_direction : (place + 1) * per_direction] for place in range(directions)]
+        pairs = [(names[0], names[2] if argument(node, "has_biases") else None) for names in firsts]
+    if any(operand is not None and operand not in flow.names for pair in pairs for operand in pair):
+        return []
+    return [
+        Affine(node, data, flow.names[weight], None if bias is None else flow.names[bias], False)
+        for weight, bias in pairs
+    ]
 
 
 def norm_of(node: fx.Node, flow: Dataflow) -> Norm | None:

@@ -23,7 +23,7 @@ from neutralize.activations import FUNCTION_NAMES, GRID, identify
 from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tensors_in
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, owner_of, part_of
-from neutralize.plan import LayerPlan, Plan
+from neutralize.plan import Fold, LayerPlan, Plan, Rewrite
 from neutralize.select import Layers, select, unwrap
 from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
 from neutralize.undo import untouched
@@ -460,7 +460,7 @@ def compared(
         per_layer=per_layer,
         gradient_gain=dict.fromkeys(per_layer, math.nan)
         | {
-            name: _ratio(probe.gradients[name] * _encoding(name, plan), wanted_probe.gradients[name])
+            name: _ratio(probe.gradients[name], wanted_probe.gradients[name])
             for name in probe.gradients
             if name not in renormed  # there it is the gradient of something else
         },
@@ -558,23 +558,26 @@ def _run_once(
         with followers if watch else nullcontext():
             outputs = list(tensors_in(model(*args, **kwargs)))
         probe.handed_on = followers.handed_on
-        probe.gradients = _gradients(outputs, nudges) if differentiate else dict.fromkeys(layers, math.nan)
+        found = _gradients(outputs, nudges) if differentiate else {}
+        for name in nudges if differentiate else layers:
+            gradient = found.get(name)
+            if gradient is not None:
+                gradient = _per_value(name, plan, gradient.double()) if watch else gradient.double()
+            probe.gradients[name] = (0.0 if gradient is None else float(gradient.norm())) if differentiate else math.nan
     return [output.detach() for output in outputs], probe
 
 
-def _gradients(outputs: list[torch.Tensor], nudges: dict[str, torch.Tensor]) -> dict[str, float]:
+def _gradients(outputs: list[torch.Tensor], nudges: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """The gradient that reaches each layer's input; ``None`` where there is none."""
     parts = [
         output.double().square().mean() for output in outputs if output.is_floating_point() and output.requires_grad
     ]
     if not parts or not nudges:
-        return dict.fromkeys(nudges, 0.0)
+        return dict.fromkeys(nudges)
     found = torch.autograd.grad(
         torch.stack([part.cpu() for part in parts]).sum(), list(nudges.values()), allow_unused=True
     )
-    return {
-        name: 0.0 if gradient is None else float(gradient.double().norm())
-        for name, gradient in zip(nudges, found, strict=True)
-    }
+    return dict(zip(nudges, found, strict=True))
 
 
 @contextmanager
@@ -741,27 +744,55 @@ def _layer_error(entry: LayerPlan, plan: Plan, got: _Probe, wanted: _Probe) -> t
     return float((handed_on - expected).abs().max()) / entry.input_bound, peak <= entry.input_bound
 
 
-def _encoding(layer: str, plan: Plan) -> float:
-    """What the input of a layer is multiplied by in the rewritten network: ε φ'(a) of a pass-through that it reads."""
+def _encodings(layer: str, plan: Plan) -> Iterator[tuple[LayerPlan, tuple[int, tuple[int, int]] | None]]:
+    """The pass-throughs that a layer reads, and which part of its input each is: a dimension and a range of it.
+
+    ``None``: all of it. The range is that of the layer's weights which undo the scale.
+    """
+    # The first of stacked layers reads what its module reads.
+    names = {layer, module_name(layer, {}) if layer.endswith("[0]") else layer}
     for entry in plan.layers:
-        if (
-            layer in entry.consumers
-            and entry.target in _HANDING_ON
-            and entry.epsilon is not None
-            and entry.slope is not None
-        ):
-            return entry.epsilon * entry.slope
-    return 1.0
+        reads = any(name in names or name.startswith(f"{layer}.") for name in entry.consumers)
+        if not reads or entry.target not in _HANDING_ON or entry.epsilon is None or entry.layer == layer:
+            continue
+        ranges: dict[tuple[int, tuple[int, int]] | None, None] = {}
+        for edit in (plan.edits[place] for place in entry.edits):
+            if not any(edit.parameter.startswith(f"{name}.") for name in names):
+                continue
+            columns = edit.columns if isinstance(edit, Fold | Rewrite) else None
+            if columns is not None and not (isinstance(edit, Fold) and edit.transposed):
+                taps = math.prod(edit.shape[2:])
+                columns = columns[0] // taps, columns[1] // taps
+            elif isinstance(edit, Rewrite):
+                columns = edit.rows  # the weight is stored (in, out)
+            ranges[None if columns is None else (1 - len(edit.shape), columns)] = None
+        yield from ((entry, found) for found in ranges or {None: None})
+
+
+def _part_of(tensor: torch.Tensor, place: tuple[int, tuple[int, int]] | None) -> torch.Tensor:
+    """A view of the part of a layer's input that ``_encodings`` names."""
+    if place is None:
+        return tensor
+    dim, (first, last) = place
+    return tensor.narrow(dim, first, last - first)
+
+
+def _per_value(layer: str, plan: Plan, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient at a layer's input by the values that the pass-throughs which it reads hand on: times ε φ'(a)."""
+    gradient = gradient.clone()
+    for entry, place in _encodings(layer, plan):
+        assert entry.epsilon is not None
+        assert entry.slope is not None
+        _part_of(gradient, place).mul_(entry.epsilon * entry.slope)
+    return gradient
 
 
 def _decoded(layer: str, plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
-    """What enters a layer, decoded if the layer that it reads is a pass-through itself."""
-    for entry in plan.layers:
-        # The first of stacked layers reads what its module reads.
-        names = {layer, module_name(layer, {}) if layer.endswith("[0]") else layer}
-        reads = any(name in names or name.startswith(f"{layer}.") for name in entry.consumers)
-        if reads and entry.target in _HANDING_ON and entry.layer != layer:
-            return _decode(entry, tensor)
+    """What enters a layer, decoded where that is a pass-through's."""
+    tensor = tensor.clone()
+    for entry, place in _encodings(layer, plan):
+        part = _part_of(tensor, place)
+        part.copy_(_decode(entry, part))
     return tensor
 
 

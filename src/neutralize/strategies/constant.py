@@ -12,7 +12,8 @@ from neutralize.activations import ACTIVATIONS
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan, dtype_name
 from neutralize.planner import Draft, Request
-from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers, sites_of
+from neutralize.sites import affine_site
+from neutralize.strategies.sides import SIDES, check_sides, outgoing_consumers
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _documented(request: Request, layer: str) -> tuple[float, str]:
     """The documented fill for the activation that follows the layer, and its name."""
     documented = {row.name: row.fill for row in ACTIVATIONS if row.fill is not None}
     table = ", ".join(f"{fill:g} ({name})" for name, fill in documented.items())
-    names = {site.activation.name if site.activation is not None else "" for site in sites_of(request, layer)}
+    sites = [affine_site(request.flow, call) for call in request.calls(layer)]
+    names = {site.activation.name if site is not None and site.activation is not None else "" for site in sites}
     name = names.pop()
     if names or name not in documented:
         found = "different ones" if names else name or "none"

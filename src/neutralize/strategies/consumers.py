@@ -42,15 +42,11 @@ def check_readers(request: Request, layer: str, reads: list[Read]) -> None:
     ranges: dict[fx.Node, set[tuple[int, int] | None]] = {}
     for read in reads:
         reader = read.reader
-        nodes[reader.node] = _written(reader)
+        # A recurrent op has a map for each direction.
+        nodes[reader.node] = tuple(dict.fromkeys((*nodes.get(reader.node, ()), *_written(reader))))
         ranges.setdefault(reader.node, set()).add(read.features)
         if isinstance(reader, Affine) and reader.added is not None:
             nodes[reader.added] = ()
-        if read.features is not None and reader.module in request.layers:
-            raise NeutralizeError(
-                f"plan: expected {reader.module!r} to read {layer!r} and nothing else, got a concatenation, and both "
-                f"selected; switch {reader.module!r} off first, in a plan of its own, then {layer!r}"
-            )
     check_own(request, layer, nodes)
     canonical = {node: tuple(map(request.canonical, nodes[node])) for node in ranges}
     for node, names in canonical.items():
@@ -72,9 +68,17 @@ def _written(reader: Affine | Norm | Product) -> tuple[str, ...]:
     return tuple(name for name in names if name is not None)
 
 
-def zeros_beside(reads: list[Read]) -> list[str]:
-    """What reads zeros where the layer would hand on φ(a), in words; each once."""
-    return list(dict.fromkeys(zeros for read in reads for zeros in read.zeros))
+def zeros_beside(request: Request, reads: list[Read]) -> list[str]:
+    """What reads zeros where the layer would hand on φ(a), in words; each once.
+
+    A convolution that the plan makes the identity (or zero) reads each sample by its own tap, and no padding.
+    """
+    found: dict[str, None] = {}
+    for read in reads:
+        found.update(dict.fromkeys(read.zeros))
+        if read.padded and read.reader.weight is not None and not request.is_diagonal(read.reader.weight):
+            found[f"the padding of {read.reader.label!r}"] = None
+    return list(found)
 
 
 def rewritten_modules(reads: list[Read]) -> tuple[str, ...]:
@@ -110,7 +114,7 @@ def reading_error(
         spreads: of the norms among the readers.
         zeros: let zeros stand beside φ(a).
     """
-    stand = zeros_beside(reads)
+    stand = zeros_beside(request, reads)
 
     def error(regime: Regime) -> float:
         if regime.value != 0.0 and stand and not zeros:

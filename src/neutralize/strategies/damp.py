@@ -11,10 +11,19 @@ from neutralize.errors import NeutralizeError, require_finite
 from neutralize.plan import Certificate, Edit, LayerPlan
 from neutralize.planner import Draft, Request, describe_refusals
 from neutralize.search import Assignment, Preference, joint, scaling
-from neutralize.sites import AffineSite, Norm, affine_site
+from neutralize.sites import Affine, AffineSite, Norm, affine_site
 from neutralize.strategies.part import draft_part
 from neutralize.strategies.passthrough import skip_window
-from neutralize.strategies.sides import SIDES, check_own, check_sides, outgoing_consumers, sites_of
+from neutralize.strategies.recurrent import is_recurrent, recurrent_reads
+from neutralize.strategies.sides import (
+    SIDES,
+    check_own,
+    check_shared,
+    check_sides,
+    outgoing_consumers,
+    sites_of,
+    why_not_alone,
+)
 
 _HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
 """Activations with φ(s x) = s φ(x) for s >= 0."""
@@ -30,8 +39,9 @@ class Damp:
             parameters that suffice. ``out``: the weights that read the layer, for a block its last parameters.
             ``both``: each side times √|factor|, the sign on the way out. By default, of a plain layer ``in`` where no
             activation follows but ReLU, LeakyReLU or PReLU, and else ``out``; of a block ``out``, by the fewest bytes
-            (a LayerScale, the last projection). With ``in`` and ``both`` before another activation it is the
-            activation's argument that is multiplied, φ(f x), which is not f φ(x): such a plan is ``measured``.
+            (a LayerScale, the last projection); of a recurrent layer ``out``, the only one there is. With ``in`` and
+            ``both`` before another activation it is the activation's argument that is multiplied, φ(f x), which is not
+            f φ(x): such a plan is ``measured``.
 
     Source: MATH §4 (what scales a branch is what would null it).
     """
@@ -52,6 +62,8 @@ class Damp:
         if request.fraction(layer) is not None:
             return draft_part(request, layer, self.factor)
         request.require_module(layer, self.name)
+        if is_recurrent(request.layers[layer]):
+            return self._recurrent(request, layer)
         if any(affine_site(request.flow, call) is None for call in request.calls(layer)):
             return self._block(request, layer)
         return self._plain(request, layer)
@@ -90,6 +102,31 @@ class Damp:
             layer, "scaled", certificate, (), gain=self.factor, consumers=consumers, sides=sides,
             note=f"{own:g} times the argument of {argument_of}" if argument_of else "",
         )  # fmt: skip
+        return Draft(tuple(edits), entry)
+
+    def _recurrent(self, request: Request, layer: str) -> Draft:
+        if self.sides not in (None, "out"):
+            raise NeutralizeError(
+                f"plan: expected sides='out' for the recurrent layer {layer!r}, got {self.sides!r}: a tanh, and "
+                "its own next step, stand behind its weights; leave sides out"
+            )
+        consumers: list[Affine] = []
+        others: list[str] = []
+        for read in recurrent_reads(request, layer):
+            why = why_not_alone(request, read, keeps_order=self.factor >= 0)
+            others.extend([why] if why else [])
+            consumers.extend([read.reader] if isinstance(read.reader, Affine) else [])
+        if others:
+            raise NeutralizeError(
+                f"plan: expected affine or recurrent layers, and nothing else, to read {layer!r}, got "
+                f"{', '.join(sorted(set(others)))}; use strategy='zero', or select the block that contains it"
+            )
+        check_shared(request, layer, consumers)
+        entry = LayerPlan(
+            layer, "scaled", self._certificate(layer, 1, "out"), (), gain=self.factor, sides="out",
+            consumers=tuple(dict.fromkeys(reader.module for reader in consumers)),
+        )  # fmt: skip
+        edits = (request.rewrite(name, scale=self.factor) for name in dict.fromkeys(one.weight for one in consumers))
         return Draft(tuple(edits), entry)
 
     def _block(self, request: Request, layer: str) -> Draft:

@@ -10,6 +10,8 @@ A plain layer is zeroed, ``W = 0``, and the mean μ of what it handed on goes
 A batch norm behind the layer is a part of it, and has the parameters that are written: ``γ = 0``, and μ goes into β. A
 batch norm that reads the layer takes it into β too: ``β ← β + γ (μ - φ(0)) / √(σ² + ε)``.
 
+A recurrent layer is zeroed and its gates shut; its mean goes into the biases of what reads it.
+
 A block adds the mean of what it added: its branches are zeroed and the mean is the bias of the last projection.
 
 Source: MATH §4 (which parameters null a branch), §2 (what a consumer's bias absorbs).
@@ -36,6 +38,7 @@ from neutralize.rules import is_number, is_transparent
 from neutralize.search import Assignment
 from neutralize.sites import Affine, AffineSite, Norm, affine_of, affine_site, norm_of
 from neutralize.strategies.passthrough import identity_assignment
+from neutralize.strategies.recurrent import draft_recurrent_null, is_recurrent, recurrent_reads
 from neutralize.strategies.sides import check_own, unique
 from neutralize.strategies.zero import zero_assignment
 from neutralize.undo import untouched
@@ -71,8 +74,8 @@ class _Route:
     """Where a layer's mean goes.
 
     Attributes:
-        kind: ``bias`` (of the layer), ``consumers`` (their biases), ``offset`` (what a block adds), ``output`` (of a
-            block, or branch).
+        kind: ``bias`` (of the layer), ``consumers`` (their biases), ``recurrent`` (of a recurrent layer: their biases
+            too), ``offset`` (what a block adds), ``output`` (of a block, or branch).
         watched: module at which the mean is taken; one per consumer.
         axis: dimension of the features there.
         assignment: what nulls a block's branches.
@@ -90,6 +93,11 @@ class _Route:
     factor: float = 1.0
     site: AffineSite | None = None
     consumers: tuple[Affine | Norm, ...] = ()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the mean is that of what reads the layer."""
+        return self.kind in ("consumers", "recurrent")
 
     @property
     def own(self) -> tuple[str, str | None]:
@@ -155,6 +163,8 @@ class Mean:
             )
         if route.site is not None:
             return _plain(request, layer, route, mean)
+        if route.kind == "recurrent":
+            return _recurrent(request, layer, route, mean)
         return _block(request, layer, route, mean)
 
     def _measure(self, request: Request, routes: dict[str, _Route]) -> dict[str, torch.Tensor | None]:
@@ -167,7 +177,7 @@ class Mean:
         for layer, route in routes.items():
             for name in route.watched:
                 hook = _watch(running[layer], route)
-                if route.kind == "consumers":
+                if route.is_read:
                     handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
                 else:
                     handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
@@ -207,7 +217,7 @@ def _watch(running: _Running, route: _Route) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         entering = first_tensor((args, kwargs))
-        tensor = entering if route.kind == "consumers" else first_tensor(output)
+        tensor = entering if route.is_read else first_tensor(output)
         if tensor is None or not tensor.is_floating_point():
             return
         if activation is not None:
@@ -234,8 +244,12 @@ def _routes(request: Request) -> tuple[dict[str, _Route], dict[str, NeutralizeEr
         found = [site for site in sites if site is not None]
         try:
             request.require_module(layer, "mean")
-            whole = len(found) == len(sites)
-            routes[layer] = _plain_route(request, layer, found) if whole else _block_route(request, layer)
+            if is_recurrent(request.layers[layer]):
+                routes[layer] = _recurrent_route(request, layer)
+            elif len(found) == len(sites):
+                routes[layer] = _plain_route(request, layer, found)
+            else:
+                routes[layer] = _block_route(request, layer)
         except NeutralizeError as error:
             refusals[layer] = error
     return routes, refusals
@@ -270,6 +284,22 @@ def _plain_route(request: Request, layer: str, sites: list[AffineSite]) -> _Rout
         f"plan: expected a bias that can hold the mean of {layer!r}, got no bias of its own and {why}; add a zero "
         "bias, select the block that contains it, or use strategy='zero'"
     )
+
+
+def _recurrent_route(request: Request, layer: str) -> _Route:
+    reads = recurrent_reads(request, layer)
+    consumers: list[Affine | Norm] = [read.reader for read in reads if isinstance(read.reader, Affine)]
+    changed = [read for read in reads if read.zeros or read.linear or not isinstance(read.reader, Affine)]
+    why = "something on the way that changes a constant" if changed else _why_not_consumers(request, layer, consumers)
+    if not why and any(read.features is not None for read in reads):
+        why = f"{consumers[0].module!r}, which reads something else beside it"
+    if why:
+        raise NeutralizeError(
+            f"plan: expected affine or recurrent layers with biases that can hold the mean of {layer!r}, got {why}; "
+            "select the block that contains it, or use strategy='zero'"
+        )
+    watched = tuple(dict.fromkeys(consumer.module for consumer in consumers))
+    return _Route("recurrent", watched, _axis(consumers[0], request), consumers=tuple(consumers))
 
 
 def _check_norms(request: Request, layer: str, sites: list[AffineSite]) -> None:
@@ -328,8 +358,10 @@ def _why_not_consumers(request: Request, layer: str, consumers: list[Affine | No
         padded = isinstance(consumer, Affine) and consumer.is_convolution and consumer.has_padding
         if padded or "conv_transpose" in op_name(consumer.node):
             return f"a padded convolution {consumer.module!r}, whose borders do not read it"
-        if consumer.module in request.layers or _axis(consumer, request) != _axis(consumers[0], request):
+        if consumer.module in request.layers:
             return f"a selected layer {consumer.module!r} that reads it"
+        if _axis(consumer, request) != _axis(consumers[0], request):
+            return f"{consumer.module!r}, which reads other features than {consumers[0].module!r}"
     if len(consumers) > 1 and len({consumer.data for consumer in consumers}) > 1:
         return "several values of it that are read"
     nodes: dict[fx.Node, tuple[str, ...]] = {}
@@ -452,6 +484,18 @@ def _plain(request: Request, layer: str, route: _Route, mean: torch.Tensor) -> D
         layer, "mean", certificate, (), activation=activation.name if activation is not None else "",
         consumers=tuple(dict.fromkeys(consumers)), sides="out" if route.kind == "consumers" else "in",
         values=tuple(values.tolist()), axis=route.axis,
+    )  # fmt: skip
+    return Draft(tuple(edits), entry)
+
+
+def _recurrent(request: Request, layer: str, route: _Route, mean: torch.Tensor) -> Draft:
+    edits = [*draft_recurrent_null(request, layer, "in").edits]
+    edits.extend(_absorbed(request, consumer, mean) for consumer in route.consumers)
+    reason = "the layer is zero, its gates shut, and what reads it has its mean in the bias"
+    certificate = Certificate(layer, "rounding", None, "finite activations", reason)
+    entry = LayerPlan(
+        layer, "mean", certificate, (), consumers=route.watched, sides="out", values=tuple(mean.tolist()),
+        axis=route.axis,
     )  # fmt: skip
     return Draft(tuple(edits), entry)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import fx
 
 from neutralize.activations import is_activation, is_proven
 from neutralize.certify import Interpretation, side_readers
@@ -188,7 +187,7 @@ class Passthrough:
         if not trivial:
             edits.extend(undoing_edits(request, layer, reads, regime, spreads))
             self._check_norms(layer, site, dtype, regime, bound, spreads)
-            zeros = zeros_beside(reads) if regime.value != 0.0 else []
+            zeros = zeros_beside(request, reads) if regime.value != 0.0 else []
         certificate = self._certificate(request, layer, sites, regime, bound, measured=self.input_bound is None)
         if any(spread.error(regime.epsilon * regime.slope, spread.least) for spread in spreads):
             least = min(spread.least for spread in spreads)
@@ -545,15 +544,9 @@ def _incoming_edits(
 
 
 def _reads(request: Request, sites: list[AffineSite]) -> tuple[list[Read], list[str]]:
-    """What reads a layer in any of its calls: each op (and range of features) once; and other readers, in words."""
-    found: dict[tuple[fx.Node, tuple[int, int] | None], Read] = {}
-    others: list[str] = []
-    for site in sites:
-        reads, rest = reads_of(request.flow, site.result)
-        others.extend(describe(node, request.flow) for node in rest)
-        for read in reads:
-            found.setdefault((read.reader.node, read.features), read)
-    return list(found.values()), others
+    """What reads a layer in any of its calls; and other readers, in words."""
+    reads, rest = reads_of(request.flow, [site.result for site in sites])
+    return reads, [describe(node, request.flow) for node in rest]
 
 
 def _check_readers(request: Request, layer: str, site: AffineSite, reads: list[Read], others: list[str]) -> None:

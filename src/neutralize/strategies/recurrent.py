@@ -31,9 +31,10 @@ from neutralize.dataflow import Call, Dataflow, argument, dtype_of, op_name, sha
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Certificate, Edit, LayerPlan, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request
+from neutralize.readers import Read, reads_of
 from neutralize.regime import unit_roundoff
 from neutralize.rules import CAST, REARRANGE, SPLIT, is_transparent, scaled_clauses
-from neutralize.sites import Affine, affine_of, describe
+from neutralize.sites import Affine, affine_of, describe, recurrent_maps
 from neutralize.stacked import module_name
 from neutralize.strategies.sides import check_own
 
@@ -61,7 +62,6 @@ _GRU = Cell("gru", (0, -1, None), (0, -1, 0), 1)  # rows: r, z, n
 _RNN = Cell("rnn", (None,), (0,), 1)
 SEQUENCES = {"aten::lstm": _LSTM, "aten::gru": _GRU, "aten::rnn_tanh": _RNN}
 STEPS = {"aten::lstm_cell": _LSTM, "aten::gru_cell": _GRU, "aten::rnn_tanh_cell": _RNN}
-_READERS = (*SEQUENCES, *STEPS, "aten::rnn_relu", "aten::rnn_relu_cell")
 
 _TANH_ROUNDOFFS = 8
 """Unit roundoffs that one tanh of a small number may be off by, its store and the products with gates of 1 included."""
@@ -145,13 +145,7 @@ def draft_recurrent(request: Request, layer: str, input_bound: float | None, gai
         raise NeutralizeError(
             f"plan: expected gain=1 for the recurrent layer {layer!r}, got {gain}; it hands its input on as it is"
         )
-    sites = [recurrent_site(request.flow, call) for call in request.calls(layer)]
-    found = [site for site in sites if site is not None]
-    if len(found) != len(sites):
-        raise NeutralizeError(
-            f"plan: expected one lstm, gru or tanh rnn inside {layer!r}, got a {type(request.layers[layer]).__name__} "
-            "that was traced to other operations; use strategy='zero', or select the block that contains it"
-        )
+    found = _sites(request, layer)
     site = found[0]
     place = request.place(layer)
     off = range(site.layers) if place is None else range(place, place + 1)
@@ -231,6 +225,51 @@ def draft_recurrent_null(request: Request, layer: str, sides: str) -> Draft:
     certificate = Certificate(layer, "exact", 0.0, "finite activations", reason)
     note = "its own weights are zeroed, and those of no reader" if sides == "both" else ""
     return Draft(tuple(edits), LayerPlan(layer, "null", certificate, (), sides=sides, note=note))
+
+
+def recurrent_reads(request: Request, layer: str) -> list[Read]:
+    """Everything that reads what a recurrent module hands on, its own next step left out.
+
+    Args:
+        request: the request.
+        layer: qualified name of the module.
+
+    Raises:
+        NeutralizeError: something without weights reads it, or its final states are read.
+    """
+    sites = _sites(request, layer)
+    own = {site.node for site in sites}
+    reads, rest = reads_of(request.flow, [output for site in sites for output in site.outputs])
+    others = [node for node in rest if _is_read(node) and node not in own]
+    for site in sites:
+        others.extend(_state_readers(site, range(site.layers), own))
+    if others or not reads:
+        found_there = ", ".join(sorted({describe(node, request.flow) for node in others})) or "none"
+        raise NeutralizeError(
+            f"plan: expected only layers with weights to read {layer!r}, and nothing its final states, got "
+            f"{found_there}; use strategy='zero', or select the block that contains it"
+        )
+    return reads
+
+
+def _sites(request: Request, layer: str) -> list[RecurrentSite]:
+    """The recurrent site of every call of a layer.
+
+    Raises:
+        NeutralizeError: a call is not one recurrent op.
+    """
+    found = [recurrent_site(request.flow, call) for call in request.calls(layer)]
+    sites = [site for site in found if site is not None]
+    if len(sites) != len(found):
+        module = request.layers[layer]
+        why = "that was traced to other operations"
+        if getattr(module, "nonlinearity", "tanh") == "relu":
+            why = "with nonlinearity='relu'"
+        raise NeutralizeError(
+            f"plan: expected one lstm, gru or tanh rnn inside {layer!r}, got a {type(module).__name__} {why}; use "
+            "strategy='zero', or select the block that contains it"
+        )
+    return sites
 
 
 def recurrent_site(flow: Dataflow, call: Call) -> RecurrentSite | None:
@@ -519,18 +558,9 @@ def _reading_weights(node: fx.Node, flow: Dataflow, read: list[fx.Node]) -> Iter
         if read == [affine.data]:
             yield affine
         return
-    if op_name(node) in _READERS:
-        data = argument(node, "input", argument(node, "data"))
-        if read != [data] or not isinstance(data, fx.Node):  # as a state, say
-            return
-        weights = [argument(node, "w_ih")]
-        if op_name(node) not in STEPS and op_name(node) != "aten::rnn_relu_cell":
-            params = argument(node, "params")
-            first_layer = len(params) // int(argument(node, "num_layers"))
-            weights = params[: first_layer : first_layer // (2 if argument(node, "bidirectional") else 1)]
-        for weight in weights:
-            if weight in flow.names:
-                yield Affine(node, data, flow.names[weight], None, False)
+    maps = recurrent_maps(node, flow)
+    if maps and read == [maps[0].data]:  # and not as a state, say
+        yield from maps
 
 
 def _passes_scale_on(node: fx.Node, read: list[fx.Node]) -> bool:

@@ -65,15 +65,14 @@ def outgoing_consumers(request: Request, layer: str, *, required: bool, keeps_or
         return []
     consumers: list[Affine] = []
     others: list[str] = []
-    for site in sites_of(request, layer):
-        reads, rest = reads_of(request.flow, site.result)
-        others.extend(describe(node, request.flow) for node in rest)
-        for read in reads:
-            why = _why_not_alone(request, read, keeps_order=keeps_order)
-            if why:
-                others.append(why)
-            elif isinstance(read.reader, Affine):
-                consumers.append(read.reader)
+    reads, rest = reads_of(request.flow, [site.result for site in sites_of(request, layer)])
+    others.extend(describe(node, request.flow) for node in rest)
+    for read in reads:
+        why = why_not_alone(request, read, keeps_order=keeps_order)
+        if why:
+            others.append(why)
+        elif isinstance(read.reader, Affine):
+            consumers.append(read.reader)
     consumers = unique(consumers)
     if required and (others or not consumers):
         found = ", ".join(sorted(set(others))) or "nothing"
@@ -86,7 +85,7 @@ def outgoing_consumers(request: Request, layer: str, *, required: bool, keeps_or
     return consumers
 
 
-def _why_not_alone(request: Request, read: Read, *, keeps_order: bool) -> str:
+def why_not_alone(request: Request, read: Read, *, keeps_order: bool) -> str:
     """Why a reader's weight does not stand for what the layer alone contributes, in words, or ``""``."""
     reader = read.reader
     label, module = repr(reader.label), request.modules.get(reader.module)
@@ -102,10 +101,10 @@ def _why_not_alone(request: Request, read: Read, *, keeps_order: bool) -> str:
 
 
 def unique(consumers: Iterable[Affine]) -> list[Affine]:
-    """Each op once, in order."""
-    found: dict[fx.Node, Affine] = {}
+    """Each op's weight once, in order: a recurrent op has one for each direction."""
+    found: dict[tuple[fx.Node, str], Affine] = {}
     for consumer in consumers:
-        found.setdefault(consumer.node, consumer)
+        found.setdefault((consumer.node, consumer.weight), consumer)
     return list(found.values())
 
 
@@ -117,7 +116,8 @@ def check_shared(request: Request, layer: str, consumers: list[Affine]) -> None:
     """
     nodes: dict[fx.Node, tuple[str, ...]] = {}
     for consumer in consumers:
-        nodes[consumer.node] = tuple(name for name in (consumer.weight, consumer.bias) if name is not None)
+        names = tuple(name for name in (consumer.weight, consumer.bias) if name is not None)
+        nodes[consumer.node] = (*nodes.get(consumer.node, ()), *names)
         if consumer.added is not None:
             nodes[consumer.added] = ()
     check_own(request, layer, nodes)
