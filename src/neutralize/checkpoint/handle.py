@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from neutralize.checkpoint.output import Written
+    from neutralize.checkpoint.streamed import StreamedVerification
+    from neutralize.dataflow import Inputs
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,14 @@ class Checkpoint:
         tied = [{source.stored for name in group for source in self.names.get(name, ())} for group in edits.tied]
         with Files(self.layout.root) as files:
             return self.layout.patches(retarget(edits.edits, self.names, self.layout), files, tied)
+
+    def verify(
+        self, plan: Plan, inputs: Inputs | None = None, *, applied: bool = False, advance: Advance = silent
+    ) -> StreamedVerification:
+        """Measure a plan on the files, a few tensors in memory at a time; see
+        ``neutralize.checkpoint.streamed.verify``.""" from neutralize.checkpoint.streamed import verify
+
+        return verify(self.layout, plan, inputs, factory=self._factory, applied=applied, advance=advance)
 
     def _check_fits(self, plan: Plan) -> None:
         """Check that a plan was made for parameters like those of this checkpoint's model.

@@ -55,6 +55,7 @@ for command in (
     checkpoint.apply,
     checkpoint.restore,
     checkpoint.status,
+    checkpoint.verify,
 ):
     app.command()(command)
 

@@ -200,6 +200,49 @@ def status(checkpoint: _Path, json: _Json = False) -> None:
             raise typer.Exit(1)
 
 
+def verify(
+    checkpoint: _Path,
+    layers: _Layers = None,
+    plan_file: _PlanFile = None,
+    strategy: _Strategy = "auto",
+    option: _Options = None,
+    applied: Annotated[bool, typer.Option("--applied", help="The files hold the plan already.")] = False,
+    model: _Model = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Run the model from its files, two tensors in memory at a time, with the layers off and with them cut out.
+
+    Exit status: 0 if every certificate holds, 1 if one does not, 2 if the request cannot be carried out.
+    """
+    from neutralize.errors import NeutralizeError
+
+    with _refusals(), _bar(quiet=quiet) as advance:
+        if bool(layers) == bool(plan_file):
+            raise NeutralizeError("verify: expected --layers or --plan, got none or both; give one of them")
+        opened = _opened(checkpoint, model)
+        made, _ = _edits(opened, layers, None, plan_file, strategy, option)
+        if made is None:
+            raise AssertionError("unreachable: there are no setters")
+        found = opened.verify(made, applied=applied, advance=advance)
+        if json:
+            measured = found.measured
+            _print_json(
+                {
+                    "ok": found.ok,
+                    "exact": measured.exact,
+                    "relative_error": measured.relative_error,
+                    "per_layer": {name: error if error == error else None for name, error in found.per_layer.items()},
+                    "read_bytes": found.read_bytes,
+                    "peak_bytes": found.peak_bytes,
+                }
+            )
+        else:
+            print(found, end="", flush=True)
+        if not found.ok:
+            raise typer.Exit(1)
+
+
 # ---- what the commands share -----------------------------------------------------------------------------------------
 
 
