@@ -123,8 +123,8 @@ class Checkpoint:
     def verify(
         self, plan: Plan, inputs: Inputs | None = None, *, applied: bool = False, advance: Advance = silent
     ) -> StreamedVerification:
-        """Measure a plan on the files, a few tensors in memory at a time; see
-        ``neutralize.checkpoint.streamed.verify``.""" from neutralize.checkpoint.streamed import verify
+        """Measure a plan on the files, a few tensors in memory at a time; see ``checkpoint.streamed.verify``."""
+        from neutralize.checkpoint.streamed import verify
 
         return verify(self.layout, plan, inputs, factory=self._factory, applied=applied, advance=advance)
 
