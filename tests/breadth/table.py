@@ -97,8 +97,8 @@ def _page(results: dict[str, Any], about: dict[str, Any]) -> str:
         for row in each["rows"]:
             error = "" if row["error"] is None else f"{row['error']:.1e}" if row["error"] else "0"
             lines.append(
-                f"| {name} | {each['model']} | `{row['block']}` ({row['kind']}) | {row['verdict']} | {error} | {row['inputs']} | "
-                f"{row['certificate']} | {row['written'] or ''} | {row['total']} |"
+                f"| {name} | {each['model']} | `{row['block']}` ({row['kind']}) | {row['verdict']} | {error} | "
+                f"{row['inputs']} | {row['certificate']} | {row['written'] or ''} | {row['total']} |"
             )
     lines += ["", "## Not built, or without a stack", "", "| reason | types |", "|-|-|"]
     absent: dict[str, list[str]] = {}
