@@ -395,3 +395,163 @@ def test_a_block_whose_other_outputs_are_read_later_is_not_called_exact():
         assert plan.certificates[0].kind == kind
     assert "the edits change what add" in plan.certificates[0].reason
     assert not nz.verify(perturbed(Model(True)), plan, x).exact
+
+
+# ---- what an exact claim must not rest on ----------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    """x + f(LN(x)) in the shapes that would fool a prover; ``forward`` is given by the test."""
+
+    def __init__(self, forward, norm=nn.RMSNorm):
+        super().__init__()
+        self.norm, self.lin, self.out = norm(8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def off(forward, x=None, **options):
+    """Plan the middle one of three such blocks; return the plan, and the outputs rewritten and excised."""
+    model = perturbed(nn.Sequential(*(Branch(forward) for _ in range(3)), nn.Linear(8, 2)))
+    x = features() if x is None else x
+    plan = nz.plan(model, "1", example_inputs=x, **options)
+    with torch.no_grad(), plan.applied(model):
+        got = model(x.clone())
+    with torch.no_grad():
+        return plan, got, nn.Sequential(model[0], model[2], model[3])(x.clone())
+
+
+DIVIDED = {
+    "normalised without an epsilon": lambda self, y: y / y.norm(dim=-1, keepdim=True),
+    "a root mean square without one": lambda self, y: y * torch.rsqrt(y.square().sum(-1, keepdim=True)),
+    "a logarithm": lambda self, y: y * y.abs().log(),
+    "linear attention": lambda self, y: y.relu() / torch.einsum("btd,bd->bt", y.relu(), y.relu().sum(1))[..., None],
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_what_the_edits_make_zero_is_no_divisor(name):
+    """The entry norm's gain would be cheaper, and every output not a number."""
+    plan, got, wanted = off(lambda self, x: x + self.out(DIVIDED[name](self, self.lin(self.norm(x)))))
+    assert plan.parameters == ("1.out.weight",)
+    assert plan.certificates[0].kind == "exact"
+    assert torch.equal(got, wanted)
+
+
+def test_a_divisor_that_stays_positive_does_no_harm():
+    def forward(self, x):
+        y = self.lin(self.norm(x))
+        weights = (y @ y.transpose(1, 2)).exp()
+        y = nn.functional.normalize(y, dim=-1) + weights / weights.sum(-1, keepdim=True) @ y
+        keys = nn.functional.elu(y) + 1
+        return x + self.out(y / torch.sqrt(y.var(-1, keepdim=True) + 1e-6) / keys.sum(-1, keepdim=True))
+
+    plan, got, wanted = off(forward)
+    assert plan.parameters == ("1.norm.weight",)
+    assert torch.equal(got, wanted)
+
+
+def test_a_spectral_norm_without_a_norm_before_it_is_refused():
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+
+        def forward(self, x):
+            return x + torch.relu(self.lin(x))
+
+    model = nn.Sequential(perturbed(Spectral()), nn.Linear(8, 2)).eval()
+    with pytest.raises(nz.NeutralizeError, match="not proven to be its input"):  # W / sigma(W) of W = 0
+        nz.plan(model, "0", example_inputs=features())
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_is_not_saved_or_that_the_model_writes_is_no_gate(persistent):
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.lin = nn.LayerNorm(8), nn.Linear(8, 8)
+            self.register_buffer("gate", torch.ones(1), persistent=persistent)
+
+        def forward(self, x):
+            y = x + self.gate * self.lin(self.norm(x))
+            if persistent:
+                self.gate.add_(0.1)
+            return y
+
+    model = nn.Sequential(perturbed(Gate()), nn.Linear(8, 2)).eval()
+    assert "0.gate" not in nz.plan(model, "0", example_inputs=features()).parameters
+
+
+class Keeps(nn.Module):
+    """A block whose input is read again behind it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.head = block, nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = x + 0.5
+        return self.head(self.block(x) + x)
+
+
+@pytest.mark.parametrize("forward", [
+    lambda self, x: x.clone() + self.lin(self.norm(x.relu_())),  # the input as it was, and then changed
+    lambda self, x: (x + self.lin(self.norm(x)), x.zero_())[0],
+])  # fmt: skip
+def test_a_block_that_writes_into_an_input_that_others_read_is_not_called_exact(forward):
+    model = perturbed(Keeps(Branch(forward)))
+    (certificate,) = nz.plan(model, "block", example_inputs=features()).certificates
+    assert (certificate.kind, certificate.bound) == ("measured", None)
+    assert "it writes into its input too, which is read again behind it" in certificate.reason
+
+
+def test_a_block_that_adds_to_its_input_in_place_leaves_it_alone_when_off():
+    model = perturbed(Keeps(Branch(lambda self, x: x.add_(self.lin(self.norm(x))))))
+    x = features()
+    plan = nz.plan(model, "block", example_inputs=x)
+    assert plan.certificates[0].kind == "exact"
+    with torch.no_grad(), plan.applied(model):
+        assert torch.equal(model(x), model.head(2 * (x + 0.5)))
+
+
+@pytest.mark.parametrize(("forward", "fits"), [
+    (lambda self, x: nn.functional.pad(x, (0, 0, 1, 0))[:, :-1] + self.lin(self.norm(x)), False),  # tokens shifted
+    (lambda self, x: x[:, 1:-1] + self.lin(self.norm(x))[:, 1:-1], True),
+])  # fmt: skip
+def test_a_skip_that_moves_its_elements_is_no_crop(forward, fits):
+    if fits:
+        model = perturbed(nn.Sequential(Branch(forward), nn.Linear(8, 2)))
+        assert nz.plan(model, "0", example_inputs=features()).layers[0].target == "partial"
+    else:
+        with pytest.raises(nz.NeutralizeError, match="not proven to be its input"):
+            off(forward)
+
+
+def test_a_factor_of_one_that_comes_from_the_shape_is_named_as_an_assumption():
+    plan, _, _ = off(lambda self, x: x * (x.shape[1] / 5) + self.lin(self.norm(x)))
+    assert "the number on its skip connection the same for inputs of other shapes" in plan.certificates[0].assumption
+
+
+def test_a_factor_of_one_that_was_computed_from_the_data_is_unknown():
+    with pytest.raises(nz.NeutralizeError, match="not proven to be its input"):
+        off(lambda self, x: x * (1.0 + float(x.abs().max() > 1e6)) + self.lin(self.norm(x)))
+
+
+def test_autocast_inside_a_block_is_seen_through():
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x + self.out(self.lin(self.norm(x)))
+
+    plan, got, wanted = off(forward)
+    assert plan.certificates[0].kind == "exact"
+    assert torch.equal(got, wanted)
+
+    def narrowed(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.out(x).float() + self.lin(self.norm(x))  # with W = I: x rounded to bfloat16
+
+    with pytest.raises(nz.NeutralizeError, match="expected a layer that can hand its input on"):
+        off(narrowed)

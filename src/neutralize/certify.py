@@ -3,6 +3,8 @@
 Every value is one of: a known constant everywhere; the block's input, rearranged in a known way; or unknown. The
 rearrangement is not reasoned about but executed: the views of the block run on a tensor of indices. ``exact`` is
 claimed only if the block's output comes out as its input with every element in its place.
+
+A value that may not be finite under the edits (``finite.may_break``) is unknown, and so is all that is made of it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import fx
 
 from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_empty, op_name, shape_of
+from neutralize.finite import may_break
 from neutralize.rules import (
     CAST,
     DROPOUT,
@@ -84,14 +87,19 @@ class Interpretation:
         self.call = call
         self.assignment = {alias: value for name, value in assignment.items() for alias in flow.tied.get(name, (name,))}
         self.uses_identity = False
+        self.uses_number = False
         self._normalised = normalised
         self._carriers: dict[fx.Node, fx.Node] = {}
         self._values: dict[fx.Node, Value] = {}
+        self._constants: dict[fx.Node, float] = {}
+        self._broken: set[fx.Node] = set()  # may not be finite
+        self._changed: set[fx.Node] = set()  # may not be what they are without the edits, nor the block's input
         shape = shape_of(call.entry)
         if shape is not None:
             self._values[call.entry] = Rearranged(torch.arange(math.prod(shape)).reshape(shape))
         for node in call.nodes:
             self._values[node] = self._evaluate(node)
+            self._note(node)
 
     @property
     def output(self) -> Value:
@@ -101,15 +109,20 @@ class Interpretation:
     @property
     def is_identity(self) -> bool:
         """Whether the output is proven to be the input, every element in its place and of the same type."""
-        output, entry = self.output, self.call.entry
-        if not isinstance(output, Rearranged) or dtype_of(self.call.exit) != dtype_of(entry):
+        return dtype_of(self.call.exit) == dtype_of(self.call.entry) and self.holds_input(self.call.exit)
+
+    def holds_input(self, node: fx.Node) -> bool:
+        """Whether a node of the block is proven to hold its input, every element in its place."""
+        held, start = self._values.get(node), self._values[self.call.entry]
+        if not isinstance(held, Rearranged) or not isinstance(start, Rearranged):
             return False
-        start = self._values[entry]
-        return isinstance(start, Rearranged) and torch.equal(output.indices, start.indices)
+        return torch.equal(held.indices, start.indices)
 
     @property
     def window(self) -> tuple[int, ...] | None:
         """How the output crops, strides over or pads the input, or ``None`` if it is no such part of it.
+
+        Where the shape stays, it is none: cropped at one end and padded at the other, every element has moved.
 
         Returns:
             For each dimension four numbers: how many zeros come first, the first element, the step, how many elements.
@@ -118,7 +131,11 @@ class Interpretation:
         if not isinstance(output, Rearranged) or not isinstance(start, Rearranged):
             return None
         indices, shape = output.indices, start.indices.shape
-        if indices.dim() != len(shape) or dtype_of(self.call.exit) != dtype_of(self.call.entry):
+        if (
+            indices.shape == shape
+            or indices.dim() != len(shape)
+            or dtype_of(self.call.exit) != dtype_of(self.call.entry)
+        ):
             return None
         kept = indices != _FILLED
         window: list[int] = []
@@ -164,7 +181,23 @@ class Interpretation:
         value = self.value(node)
         return isinstance(value, Constant) and value.value == number
 
+    def _note(self, node: fx.Node) -> None:
+        """Note what is known of a node beside its value."""
+        value = self._values[node]
+        if isinstance(value, Constant):
+            self._constants[node] = value.value
+        if not isinstance(value, Rearranged) and any(map(self._is_changed, node.all_input_nodes)):
+            self._changed.add(node)
+
+    def _is_changed(self, node: fx.Node) -> bool:
+        return node in self._changed or self.flow.names.get(node) in self.assignment
+
     def _evaluate(self, node: fx.Node) -> Value:
+        if any(operand in self._broken for operand in node.all_input_nodes) or may_break(
+            node, self._is_changed, self._constants
+        ):
+            self._broken.add(node)
+            return None
         op = op_name(node)
         constant = self._constant(node, op)
         if constant is not None:
@@ -188,8 +221,11 @@ class Interpretation:
                 self.uses_identity = True
             if clause.non_negative and not self._non_negative_entry:
                 continue
+            if clause.by_number and self.flow.is_recorded:
+                continue  # the run may have computed it from its data
             moved = self._carry(node, op, clause.carrier, carried)
-            if moved is not None:
+            if moved is not None and self._holds_all(node):
+                self.uses_number = self.uses_number or clause.by_number
                 self._carriers[node] = clause.carrier
                 return moved
         return None
@@ -218,9 +254,6 @@ class Interpretation:
                 carried if self._is_normalised(carried.indices, math.prod(argument(node, "normalized_shape"))) else None
             )
         if op in CAST:
-            before, after = dtype_of(self.call.entry), dtype_of(node)
-            if before is None or after is None or torch.promote_types(before, after) != after:
-                return None  # narrower than the input: not every element survives
             return carried
         if op in ("aten::constant_pad_nd", "aten::pad"):
             if not is_number(argument(node, "value", 0) or 0, 0) or argument(node, "mode", "constant") != "constant":
@@ -248,6 +281,13 @@ class Interpretation:
             return Rearranged(carried.indices.broadcast_to(shape))
         except RuntimeError:
             return None
+
+    def _holds_all(self, node: fx.Node) -> bool:
+        """Whether the node's dtype holds every number of the input's: casts and autocast may make it narrower."""
+        before, after = dtype_of(self.call.entry), dtype_of(node)
+        if after is None:  # parts of a tuple
+            return shape_of(node) is None
+        return before is not None and torch.promote_types(before, after) == after
 
     def _is_normalised(self, indices: torch.Tensor, width: int) -> bool:
         """Whether every ``width`` elements in a row are all that one row of the input has, in any order."""

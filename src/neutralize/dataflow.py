@@ -70,6 +70,10 @@ class Dataflow:
         position: node to its place in the graph.
         tied: name to every name of the same tensor (itself included).
         shapes, dtypes: of parameters and buffers, by name.
+        unwritable: what no plan may write, with the reason: buffers that are not saved, or that the model writes.
+        overwriting: layers that write into their input while something else reads that later, with the ops that do;
+            without them where the graph no longer has them.
+        is_quick: it was recorded on the meta device, which holds no data for the control flow to depend on.
         is_recorded: the graph is what one run on the example inputs did; on others the control flow may be another.
     """
 
@@ -80,6 +84,9 @@ class Dataflow:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     is_recorded: bool = False
+    is_quick: bool = False
+    unwritable: dict[str, str] = field(default_factory=dict)
+    overwriting: dict[str, tuple[fx.Node, ...]] = field(default_factory=dict)
     position: dict[fx.Node, int] = field(default_factory=dict, init=False)
     _users: dict[str, list[fx.Node]] = field(default_factory=dict, init=False)
 
@@ -302,7 +309,9 @@ def _marked(layers: Mapping[str, nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inputs | None) -> Dataflow:
+def trace(
+    model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inputs | None, *, is_thorough: bool = False
+) -> Dataflow:
     """Trace ``model`` with the given layers marked.
 
     Args:
@@ -311,6 +320,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
             failed export computes once).
         layers: qualified name to module.
         example_inputs: arguments for the model, or ``None`` for what it brings itself.
+        is_thorough: export a meta model too, which takes several times as long as recording it.
 
     Raises:
         NeutralizeError: no inputs, or the model can neither be exported nor recorded on them, or a layer was not
@@ -327,7 +337,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
     for inputs in candidates:
         args, kwargs = placed_inputs(model, inputs)
         try:
-            flow = _trace(model, layers, args, kwargs)
+            flow = _trace(model, layers, args, kwargs, is_thorough=is_thorough)
         except NeutralizeError:
             raise
         except Exception as error:
@@ -369,16 +379,29 @@ def placed_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], di
 
 
 def _trace(
-    model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    is_thorough: bool,
 ) -> Dataflow:
     wrapped = _TensorsOnly(model)
     wrapped.training = model.training
+    on_meta = [tensor.is_meta for tensor in model.parameters()]
     with torch.no_grad(), _marked(layers), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if on_meta and all(on_meta) and not is_thorough:
+            try:
+                flow = _recorded(wrapped, args, kwargs)
+            except Exception:  # control flow that depends on data, an op without a meta kernel: the export says which
+                flow = None
+            if flow is not None and all(flow.calls.get(name) for name in layers):
+                return replace(flow, is_recorded=False, is_quick=True)
         try:
             return _exported(wrapped, args, kwargs)
         except Exception as error:
-            if any(tensor.is_meta for tensor in model.parameters()):
+            if any(on_meta):
                 raise
             try:
                 return _recorded(wrapped, args, kwargs)
@@ -390,8 +413,13 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
     """Export the model on fake tensors: nothing is computed or copied."""
     with redirect_stderr(io.StringIO()):  # a failing export prints the graph that it had so far
         program = torch.export.export(wrapped, args, kwargs, strict=False)
-    if _reads_stale_values(program.graph):
+    memory = _Memory(program.graph)
+    overwriting = memory.overwriting()
+    is_nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in program.graph.nodes)  # autocast
+    if is_nested or memory.reads_stale_values:
         program = program.run_decompositions({})
+        overwriting = dict.fromkeys(overwriting, ())  # those nodes are in the graph no more
+        memory = _Memory(program.graph)
     signature = program.graph_signature
     by_name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {
@@ -399,7 +427,8 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in by_name
     }
-    return _dataflow(wrapped.model, program.graph, names)
+    mutated = {name.removeprefix("model.") for name in signature.buffers_to_mutate.values()}
+    return _dataflow(wrapped.model, memory, names, overwriting, mutated)
 
 
 def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
@@ -412,7 +441,8 @@ def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         recorder = Recorder(tensors)
         with recorder:
             outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
-    return replace(_dataflow(wrapped.model, recorder.finish(outputs), recorder.names), is_recorded=True)
+    memory = _Memory(recorder.finish(outputs))
+    return replace(_dataflow(wrapped.model, memory, recorder.names, memory.overwriting(), set()), is_recorded=True)
 
 
 def copied(value: Any) -> Any:
@@ -420,39 +450,97 @@ def copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _reads_stale_values(graph: fx.Graph) -> bool:
-    """Whether a value is read under an old name after an in-place op has changed it.
+@dataclass
+class _Memory:
+    """Which nodes of a graph live in the same memory, and which of them ops write.
 
-    Where none is, the node of the in-place op stands for the new value everywhere: the graph is as good as functional.
+    Attributes:
+        home: node to the first node of the memory that it lives in.
+        sharing: that first node to all that live there, in order.
+        writes: in-place ops, with what they write.
+        is_complete: no op writes or hands on a list of tensors, which is not followed.
     """
-    position = {node: place for place, node in enumerate(graph.nodes)}
-    memory: dict[fx.Node, fx.Node] = {}  # node to the first node of the memory that it lives in
-    sharing: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-        base = node
-        if schema is None and node.op == "call_function":
-            base = next(iter(node.all_input_nodes), node)  # a part of a tuple
-        for place, operand in enumerate(schema.arguments if schema is not None else ()):
-            value = node.args[place] if place < len(node.args) else node.kwargs.get(operand.name)
-            if operand.alias_info is None or value is None:
+
+    graph: fx.Graph
+    home: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    sharing: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    writes: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    is_complete: bool = True
+
+    def __post_init__(self) -> None:
+        """Follow every tensor through the ops that return it, or a view of it."""
+        for node in self.graph.nodes:
+            schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+            base = node
+            if schema is None and node.op == "call_function":
+                base = next(iter(node.all_input_nodes), node)  # a part of a tuple
+            for place, operand in enumerate(schema.arguments if schema is not None else ()):
+                value = node.args[place] if place < len(node.args) else node.kwargs.get(operand.name)
+                if operand.alias_info is None or value is None:
+                    continue
+                if not isinstance(value, fx.Node):
+                    self.is_complete = False
+                    continue
+                base = value
+                if operand.alias_info.is_write:
+                    self.writes.append((node, value))
+            self.home[node] = self.home.get(base, node)
+            self.sharing.setdefault(self.home[node], []).append(node)
+
+    @property
+    def reads_stale_values(self) -> bool:
+        """Whether a value is read under an old name after an in-place op has changed it.
+
+        Where none is, the node of the in-place op stands for the new value everywhere: the graph is as good as
+        functional.
+        """
+        if not self.is_complete:
+            return True  # let functionalization sort it out
+        position = {node: place for place, node in enumerate(self.graph.nodes)}
+        return any(
+            position[old] < position[node] < position[user]
+            for node, value in self.writes
+            for old in self.sharing[self.home[value]]
+            for user in old.users
+        )
+
+    def overwriting(self) -> dict[str, tuple[fx.Node, ...]]:
+        """Selected layers that write into what enters them while something else reads it later, and where they do.
+
+        A mark is a clone: in the graph what a layer does to its input does not reach whoever else holds it.
+        """
+        position = {node: place for place, node in enumerate(self.graph.nodes)}
+        found: dict[str, tuple[fx.Node, ...]] = {}
+        for node, value in self.writes:
+            entry = self.home[value]
+            if not is_mark(entry):
                 continue
-            if not isinstance(value, fx.Node):
-                return True  # a list of tensors: let functionalization sort it out
-            base = value
-            if operand.alias_info.is_write:
-                for old in sharing[memory[value]]:
-                    if any(position[user] > position[node] for user in old.users):
-                        return True
-        memory[node] = memory.get(base, node)
-        sharing.setdefault(memory[node], []).append(node)
-    return False
+            layer, _, side = str(entry.args[1]).rpartition(":")
+            entering = entry.args[0]
+            assert isinstance(entering, fx.Node)
+            holders = self.sharing[self.home[entering]]
+            if side == "in" and any(position[user] > position[entry] for each in holders for user in each.users):
+                found[layer] = (*found.get(layer, ()), node)
+        return found
 
 
-def _dataflow(model: nn.Module, graph: fx.Graph, names: dict[fx.Node, str]) -> Dataflow:
+def _dataflow(
+    model: nn.Module,
+    memory: _Memory,
+    names: dict[fx.Node, str],
+    overwriting: dict[str, tuple[fx.Node, ...]],
+    mutated: set[str],
+) -> Dataflow:
     from neutralize.apply import aliases_of, tensors_of
 
+    graph = memory.graph
     tensors = tensors_of(model)
+    unsaved = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    mutated |= {names[memory.home[value]] for _, value in memory.writes if memory.home[value] in names}
     entries: dict[str, list[fx.Node]] = {}
     calls: dict[str, list[Call]] = {}
     position = {node: place for place, node in enumerate(graph.nodes)}
@@ -472,4 +560,9 @@ def _dataflow(model: nn.Module, graph: fx.Graph, names: dict[fx.Node, str]) -> D
         tied=aliases_of(tensors),
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+        unwritable={
+            **dict.fromkeys(unsaved, "is a buffer that is not saved with the model"),
+            **dict.fromkeys(mutated, "is written by the model itself when it runs"),
+        },
+        overwriting=overwriting,
     )

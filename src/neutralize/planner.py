@@ -66,12 +66,14 @@ class Request:
         model: the model; only read.
         layers: the selected layers, by qualified name, in model order.
         example_inputs: as given by the caller.
+        is_thorough: export the model, where recording it on the meta device would be quicker.
         remembered: what a strategy found out about layers and needs again when it drafts their neighbours.
     """
 
     model: nn.Module
     layers: dict[str, nn.Module]
     example_inputs: Inputs | None = None
+    is_thorough: bool = False
     remembered: dict[str, dict[str, Any]] = field(default_factory=dict)
     _bounds: dict[str, float] = field(default_factory=dict)
     _written: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Request:
         if self._whole is not None:
             whole = self._whole.flow
             return replace(whole, calls={name: whole.calls[name] for name in self.layers})
-        return trace(self.model, self.layers, self.example_inputs)
+        return trace(self.model, self.layers, self.example_inputs, is_thorough=self.is_thorough)
 
     @cached_property
     def spreads(self) -> dict[fx.Node, Spread]:
@@ -396,6 +398,8 @@ def drafted(request: Request, chosen: Strategy) -> Plan:
         except NeutralizeError as error:
             failed[layer] = str(error)
     drafts = [made[layer] for layer in request.layers if layer in made]
+    if failed and "flow" in request.__dict__ and request.flow.is_quick:  # the export keeps larger ops whole
+        return drafted(Request(request.model, request.layers, request.example_inputs, is_thorough=True), chosen)
     if failed:
         problems = list(dict.fromkeys(failed[layer] for layer in request.layers if layer in failed))
         if len(problems) == 1:

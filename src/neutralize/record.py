@@ -67,9 +67,9 @@ class Recorder(TorchDispatchMode):
         self._is_paused = True
         try:
             result = func(*args, **kwargs)
+            self._write_down(op, args, kwargs, result)
         finally:
             self._is_paused = False
-        self._write_down(op, args, kwargs, result)
         return result
 
     def _write_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -119,11 +119,11 @@ class Recorder(TorchDispatchMode):
 
     def _forget_views_of(self, written: list[torch.Tensor], result: Any) -> None:
         """Make every other tensor in the memory of a written one unknown: it holds something new."""
-        memory = {tensor.untyped_storage().data_ptr() for tensor in written if tensor.numel()}
+        memory = {_memory_of(tensor) for tensor in written if tensor.numel()}
         returned = {id(leaf) for leaf in pytree.tree_leaves(result)}
         for tensor in self._kept:
             other = id(tensor) not in returned and self._nodes[id(tensor)] not in self.names
-            if other and tensor.numel() and tensor.untyped_storage().data_ptr() in memory:
+            if other and tensor.numel() and _memory_of(tensor) in memory:
                 self._nodes[id(tensor)] = self._placeholder(tensor)
 
 
@@ -151,7 +151,7 @@ class _WholeOps(TorchFunctionMode):
 # Those whose function in torch or torch.nn.functional takes what the op of that name takes, in the same order.
 _WHOLE = frozenset(
     """lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pad_packed_sequence
-    linear layer_norm rms_norm group_norm""".split()
+    linear layer_norm rms_norm group_norm scaled_dot_product_attention""".split()
 )
 
 
@@ -162,6 +162,12 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append(args[place] if place < len(args) else kwargs.get(argument.name))
     return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """The memory that a tensor is a view of; on the meta device, which has none, what stands for it."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata
 
 
 def _shape_only(value: Any) -> Any:

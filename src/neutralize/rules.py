@@ -89,7 +89,7 @@ _NORMS = {  # op: places of (gain, bias) in its schema
     "aten::_batch_norm_with_update_functional": ("weight", "bias"),
 }
 # Those that give zero plus their bias for a zero input: they subtract a mean of the input itself, or none.
-_NORMS_OWN_STATISTICS = frozenset(
+NORMS_OWN_STATISTICS = frozenset(
     ("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm", "aten::group_norm",
      "aten::native_group_norm")
 )  # fmt: skip
@@ -189,7 +189,7 @@ def zero_clauses(node: fx.Node) -> list[list[fx.Node]]:
     op = op_name(node)
     homogeneous = _homogeneous_clauses(node, op, positive=True)
     if homogeneous is not None:
-        if op in _NORMS_OWN_STATISTICS:  # zero in, bias out
+        if op in NORMS_OWN_STATISTICS:  # zero in, bias out
             return [*homogeneous, tensors(node.args[0], argument(node, "bias"))]
         return homogeneous
     if op in _RECURRENT:  # without weights, biases and states even half-open gates pass zeros on
@@ -288,6 +288,7 @@ class Carry:
         zeros, ones: operands that must be zero, one.
         identity: a weight that must be the identity.
         non_negative: the carrier must be known to be non-negative.
+        by_number: it rests on a number in the graph, a factor of 1 say, that may be another for other inputs.
     """
 
     carrier: fx.Node
@@ -295,6 +296,7 @@ class Carry:
     ones: tuple[fx.Node, ...] = ()
     identity: fx.Node | None = None
     non_negative: bool = False
+    by_number: bool = False
 
 
 def carry_clauses(node: fx.Node) -> list[Carry]:
@@ -319,7 +321,7 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
             return [Carry(one, zeros=(other,)), Carry(other, zeros=(one,))]
         return [
-            Carry(part)
+            Carry(part, by_number=True)
             for part, rest in ((one, other), (other, one))
             if isinstance(part, fx.Node) and is_number(rest, 0)
         ]
@@ -329,13 +331,13 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
         other = node.args[1]
         if isinstance(other, fx.Node):
             return [Carry(first, zeros=(other,))]
-        return [Carry(first)] if is_number(other, 0) else []
+        return [Carry(first, by_number=True)] if is_number(other, 0) else []
     if op == "aten::mul":
         one, other = node.args[0], node.args[1]
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
             return [Carry(one, ones=(other,)), Carry(other, ones=(one,))]
         return [
-            Carry(part)
+            Carry(part, by_number=True)
             for part, rest in ((one, other), (other, one))
             if isinstance(part, fx.Node) and is_number(rest, 1)
         ]
@@ -343,7 +345,7 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
         other = node.args[1]
         if isinstance(other, fx.Node):
             return [Carry(first, ones=(other,))]
-        return [Carry(first)] if is_number(other, 1) else []
+        return [Carry(first, by_number=True)] if is_number(other, 1) else []
     if op == "aten::where" and len(node.args) == 3:
         return [Carry(part) for part in tensors(*node.args[1:])]
     if op in ("aten::linear", "aten::addmm"):
@@ -457,9 +459,15 @@ def non_negative(node: fx.Node, cut: Mapping[fx.Node, fx.Node] | None = None) ->
     return seen[node]
 
 
-def _clamped_at_zero(node: fx.Node) -> bool:
+def clamped_from(node: fx.Node) -> float | None:
+    """The number that a clamp keeps its values from falling below, if it has one."""
     low = argument(node, "min_val", argument(node, "min"))
-    return is_number(low) and low >= 0
+    return low if is_number(low) else None
+
+
+def _clamped_at_zero(node: fx.Node) -> bool:
+    low = clamped_from(node)
+    return low is not None and low >= 0
 
 
 def is_transparent(node: fx.Node) -> bool:

@@ -187,6 +187,9 @@ class Search:
             if torch.Size(self.flow.shapes[name]).numel() > 1:  # a counter is no weight
                 self.refused[name] = f"{name!r} is {self.flow.dtypes[name]}, which is not rewritten"
             return False
+        if name in self.flow.unwritable:
+            self.refused[name] = f"{name!r} {self.flow.unwritable[name]}"
+            return False
         for user in self.flow.users(name):
             place = self.flow.position[user]
             if not any(first < place < last for first, last in self.regions):

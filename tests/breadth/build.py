@@ -559,6 +559,50 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
         return tensors(model(**copies))
 
 
+def others(built: Built) -> list[dict[str, Any]]:
+    """Inputs that the model was not planned on: other tokens and pixels, and those of another length or extent.
+
+    Those of another shape are left out where the model does not take them.
+    """
+    generator = torch.Generator().manual_seed(2)
+    fresh = {name: _fresh(name, value, generator) for name, value in built.inputs.items()}
+    found = []
+    for inputs in (fresh, _resized(fresh, generator)):
+        try:
+            outputs = run(built.model, inputs)
+        except Exception:
+            continue
+        if all(bool(torch.isfinite(each).all()) for each in outputs if each.is_floating_point()):
+            found.append(inputs)
+    return found
+
+
+def _fresh(name: str, value: Any, generator: torch.Generator) -> Any:
+    if not isinstance(value, torch.Tensor) or "mask" in name or name == "bbox":
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(value.dtype)
+    return torch.randint(5, 70, value.shape, generator=generator)
+
+
+def _resized(inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """Eleven of sixteen tokens; pictures, spectrograms and series of half as much again."""
+
+    def resized(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_floating_point() and name != "pixel_mask":
+            return value[:, : max(1, value.shape[1] * 11 // 16)]
+        if value.dim() < 4:
+            return value
+        extents = [extent * 3 // 2 for extent in value.shape[-2:]]
+        if not value.is_floating_point():
+            return torch.ones(*value.shape[:-2], *extents, dtype=value.dtype)
+        return torch.randn(*value.shape[:-2], *extents, generator=generator)
+
+    return {name: resized(name, value) for name, value in inputs.items()}
+
+
 def tensors(tree: Any) -> list[torch.Tensor]:
     """The tensors of nested containers, in order."""
     if isinstance(tree, torch.Tensor):

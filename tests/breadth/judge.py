@@ -17,7 +17,7 @@ from torch import nn
 
 import neutralize as nz
 
-from .build import Built, run, tensors
+from .build import Built, others, run, tensors
 
 TOLERANCE = 2e-5  # of post-norm blocks, float32, relative
 ORDER = ("WRONG", "crashed", "refused", "measured", "folded", "exact")  # of verdicts, the worst first
@@ -31,7 +31,8 @@ class Row:
         stack, block: qualified names; ``kind`` is the class of the block.
         has_skip: whether the block, its weights zero, hands its input on: found by running it.
         verdict: one of ``ORDER``.
-        error: end to end against the network without the block, relative; 0: every bit.
+        error: end to end against the network without the block, relative, on the worst of the inputs; 0: every bit.
+        inputs: how many inputs were compared: those of the plan, others of their shapes, others of other shapes.
         reason: why it was refused, or how it failed.
         certificate: kind of the certificate.
         written, total: bytes written, of how many in the block.
@@ -49,6 +50,7 @@ class Row:
     written: int = 0
     total: int = 0
     effect: float = 0.0
+    inputs: int = 0
 
 
 @dataclass
@@ -233,9 +235,10 @@ def _judged(built: Built, stack: str, block: str, has_skip: bool) -> Row:
     row = Row(stack, block, type(module).__name__, has_skip, "crashed", total=total)
     before = _bits(model)
     intact = run(model, inputs)
+    compared = [inputs, *others(built)]
     with without(module):
-        wanted = run(model, inputs)
-    row.effect = distance(intact, wanted)
+        wanted = [run(model, each) for each in compared]
+    row.effect, row.inputs = distance(intact, wanted[0]), len(compared)
     if not row.effect:
         return row
     try:
@@ -245,7 +248,7 @@ def _judged(built: Built, stack: str, block: str, has_skip: bool) -> Row:
             return row
         undo = plan.apply(model)
         try:
-            got = run(model, inputs)
+            got = [run(model, each) for each in compared]
         finally:
             undo.restore()
     except nz.NeutralizeError as error:
@@ -255,7 +258,8 @@ def _judged(built: Built, stack: str, block: str, has_skip: bool) -> Row:
         row.reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-600:]}"
         return row
     certificate = plan.certificates[0]
-    row.written, row.certificate, row.error = plan.written_bytes, certificate.kind, distance(got, wanted)
+    row.written, row.certificate = plan.written_bytes, certificate.kind
+    row.error = max((distance(*pair) for pair in zip(got, wanted, strict=True)), key=lambda each: (each != each, each))
     row.reason = certificate.reason if certificate.kind == "measured" else ""
     row.verdict = _verdict(row, got, wanted)
     if not _same_bits(before, _bits(model)):
@@ -263,10 +267,10 @@ def _judged(built: Built, stack: str, block: str, has_skip: bool) -> Row:
     return row
 
 
-def _verdict(row: Row, got: list[torch.Tensor], wanted: list[torch.Tensor]) -> str:
+def _verdict(row: Row, got: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]]) -> str:
     assert row.error is not None
     if row.certificate == "exact":
-        return "exact" if _equal(got, wanted) else "WRONG"
+        return "exact" if all(map(_equal, got, wanted)) else "WRONG"
     if row.certificate in ("rounding", "bounded"):
         return "folded" if row.error <= TOLERANCE else "WRONG"
     return "measured"

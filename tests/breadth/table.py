@@ -55,7 +55,8 @@ def _page(results: dict[str, Any], about: dict[str, Any]) -> str:
         "Made by `make breadth`; do not edit. A middle block of every repeated stack of every architecture that",
         "transformers and timm build offline (tiny, random, every parameter perturbed) is switched off by",
         "`nz.plan(model, block)` and compared, output by output, with the same network with the block cut out by a",
-        "forward hook; then restored, and compared bit by bit.",
+        "forward hook, on the inputs of the plan, on fresh ones of their shapes and, where the model takes them, on",
+        "fresh ones of other shapes; then restored, and compared bit by bit. The error is the worst of them.",
         "",
         f"**transformers**: {headline(results, 'transformers/')}.",
         "",
@@ -89,15 +90,15 @@ def _page(results: dict[str, Any], about: dict[str, Any]) -> str:
         "",
         "## Every type",
         "",
-        "| type | model | block | verdict | error | certificate | bytes written | of |",
-        "|-|-|-|-|-|-|-|-|",
+        "| type | model | block | verdict | error | inputs | certificate | bytes written | of |",
+        "|-|-|-|-|-|-|-|-|-|",
     ]
     for name, each in built.items():
         for row in each["rows"]:
             error = "" if row["error"] is None else f"{row['error']:.1e}" if row["error"] else "0"
             lines.append(
                 f"| {name} | {each['model']} | `{row['block']}` ({row['kind']}) | {row['verdict']} | {error} | "
-                f"{row['certificate']} | {row['written'] or ''} | {row['total']} |"
+                f"{row['inputs']} | {row['certificate']} | {row['written'] or ''} | {row['total']} |"
             )
     lines += ["", "## Not built, or without a stack", "", "| reason | types |", "|-|-|"]
     absent: dict[str, list[str]] = {}

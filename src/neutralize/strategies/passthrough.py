@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -343,19 +343,28 @@ def _measured(draft: Draft) -> Draft:
 
 
 def identity_assignment(request: Request, layer: str, edit: Preference) -> Assignment | None:
-    """The cheapest assignment under which every call of the block is proven to hand its input on, or ``None``."""
-    searches = request.search(layer, edit)
-    for assignment in joint([(search, search.same(search.call.exit)) for search in searches]):
-        if all(Interpretation(request.flow, search.call, assignment, request.cut).is_identity for search in searches):
-            return assignment
+    """The cheapest assignment under which every call of the block is proven to hand its input on, or ``None``.
+
+    Where the cheapest ones might divide zero by zero, the outgoing ones do not: they leave the block's inside alone.
+    """
+    preferences: list[Preference] = [edit, "outgoing"] if edit == "cheapest" else [edit]
+    for preference in preferences:
+        searches = request.search(layer, preference)
+        for assignment in joint([(search, search.same(search.call.exit)) for search in searches]):
+            if all(proof.is_identity for proof in _proofs(request, layer, assignment)):
+                return assignment
     return None
+
+
+def _proofs(request: Request, layer: str, assignment: Assignment) -> Iterator[Interpretation]:
+    return (Interpretation(request.flow, call, assignment, request.cut) for call in request.calls(layer))
 
 
 def skip_window(request: Request, layer: str, edit: Preference) -> tuple[Assignment, tuple[int, ...]] | None:
     """What nulls the branches of a block whose skip connection crops or pads its input, and what that leaves of it."""
     searches = request.search(layer, edit)
     for assignment in joint([(search, search.same(search.call.exit)) for search in searches]):
-        found = {Interpretation(request.flow, search.call, assignment, request.cut).window for search in searches}
+        found = {proof.window for proof in _proofs(request, layer, assignment)}
         window = found.pop()
         if not found and window is not None and IDENTITY not in assignment.values():
             return assignment, window
@@ -376,6 +385,13 @@ def block_certificate(
     request: Request, layer: str, assignment: Assignment, assumption: str, reason: str
 ) -> Certificate:
     """``exact`` for a block whose first output is all that later layers see of the edits, else ``measured``."""
+    proofs = list(_proofs(request, layer, assignment))
+    if any(proof.uses_number for proof in proofs):
+        assumption += ", the number on its skip connection the same for inputs of other shapes"
+    writes = request.flow.overwriting.get(layer)
+    if writes is not None and not (writes and all(any(each.holds_input(node) for each in proofs) for node in writes)):
+        reason += ", but it writes into its input too, which is read again behind it"
+        return Certificate(layer, "measured", None, assumption, reason)
     others = [reader for call in request.calls(layer) for reader in side_readers(request.flow, call, assignment)]
     if not others:
         return Certificate(layer, "exact", 0.0, assumption, reason)
