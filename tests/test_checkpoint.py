@@ -117,7 +117,11 @@ def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> N
     )
     assert digests(llama) == before
     assert run("status", llama).endswith("intact\n")
-    applied = json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", "--in-place", "--json"))
+    assert "expected a plan with the digest 'abc'" in run(
+        "apply", llama, "--plan", tmp_path / "plan.json", "--digest", "abc", "--in-place", status=2
+    )
+    digest = ("--digest", plan.digest[:12])
+    applied = json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", *digest, "--in-place", "--json"))
     assert applied["state"] == "edited"
     assert applied["bytes"] == 2 * 32 * 2
     run("apply", llama, "--layers", "model.layers[3]", "--strategy", "damp", "--option", "factor=0.25", "--in-place")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -226,7 +227,11 @@ def test_a_file_that_lies_gets_one_clear_message(tmp_path: Path, kind: str) -> N
     assert digests(tmp_path) == before
 
 
-@hypothesis.settings(deadline=None, max_examples=200, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    deadline=None,
+    max_examples=int(os.environ.get("NEUTRALIZE_FUZZ", "200")),
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 @hypothesis.given(data=st.data())
 def test_any_change_of_a_header_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

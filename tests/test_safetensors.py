@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 from pathlib import Path
@@ -109,12 +110,16 @@ def test_a_file_that_lies_gets_one_clear_message(tmp_path: Path, kind: str) -> N
     assert digests(tmp_path) == before
 
 
-@hypothesis.settings(deadline=None, max_examples=300, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    deadline=None,
+    max_examples=int(os.environ.get("NEUTRALIZE_FUZZ", "300")),
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 @hypothesis.given(data=st.data())
 def test_any_change_of_a_header_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Fuzz: bytes of a valid file replaced, removed and put in. What is read must lie inside the file."""
+    """NEUTRALIZE_FUZZ=100000 makes it a long one. What is read must lie inside the file."""
     folder = tmp_path_factory.mktemp("fuzz")
     save(folder)
     path = folder / "model.safetensors"

@@ -105,6 +105,7 @@ def apply(
     plan_file: _PlanFile = None,
     strategy: _Strategy = "auto",
     option: _Options = None,
+    digest: Annotated[str | None, typer.Option(help="Refuse a plan whose SHA-256 does not begin with this.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Edit the files themselves, with undo.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write an edited copy to this path.")] = None,
     link: Annotated[
@@ -123,6 +124,8 @@ def apply(
     Examples: neutralize apply ./llama --layers 'model.layers[20:25]' --in-place
     neutralize apply model.gguf --set 'blk.3.ffn_down.weight=0' --output edited.gguf
     """
+    from neutralize.errors import NeutralizeError
+
     with _refusals(), _bar(quiet=quiet) as advance:
         _check_target(layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run)
         opened = _opened(checkpoint, model)
@@ -130,12 +133,17 @@ def apply(
             for edition in opened.recover(advance):
                 print(f"rolled back edit {edition.number}, which was cut off", file=sys.stderr)
         made, edits = _edits(opened, layers, set_, plan_file, strategy, option)
+        found = made.digest if made is not None else _digest(edits)
+        if digest is not None and not (digest and found.startswith(digest.lower())):
+            raise NeutralizeError(
+                f"apply: expected a plan with the digest {digest!r}, got {found}; plan again, or give its digest"
+            )
         patches = opened.patches(made if made is not None else edits)
         touched = sorted({region.file for patch in patches for region in patch.regions})
         nbytes = sum(region.nbytes for patch in patches for region in patch.regions)
         summary: dict[str, Any] = {
             "checkpoint": str(checkpoint),
-            "digest": made.digest if made is not None else _digest(edits),
+            "digest": found,
             "bytes": nbytes,
             "files": touched,
         }
