@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from neutralize import ops, reference
 from neutralize.errors import NeutralizeError
+from neutralize.offload import offloaded
 from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
 from neutralize.undo import Saved, Undo, overwrite_
@@ -77,9 +78,10 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
         NeutralizeError: something does not fit; every problem is listed and nothing was written.
     """
     model = unwrap(model)
-    named = tensors_of(model)
+    held, refused = offloaded(model)
+    named = tensors_of(model) | held
     aliases = aliases_of(named)
-    problems = _problems(plan, named, aliases)
+    problems = _problems(plan, named, aliases, refused) + _parted(plan, held, aliases)
     if problems:
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise NeutralizeError(f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}")
@@ -101,12 +103,17 @@ def apply_plan(plan: Plan, model: nn.Module, *, freeze: bool = False) -> Undo:
     return undo
 
 
-def _problems(plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]]) -> list[str]:
+def _problems(
+    plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]], refused: dict[str, str]
+) -> list[str]:
     accepted = [set(group) for group in plan.tied]
     problems = []
     for edit in plan.edits:
         for name in edit.parameters:
             tensor = named.get(name)
+            if name in refused:
+                problems.append(refused[name])
+                continue
             if tensor is None:
                 problems.append(f"expected a parameter {name!r}, got a model without it; plan for this model")
                 continue
@@ -124,6 +131,18 @@ def _problems(plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tup
                     "(clone the parameter), or select both layers"
                 )
     return list(dict.fromkeys(problems))
+
+
+def _parted(plan: Plan, held: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]]) -> list[str]:
+    """Tied parameters that the plan writes once and that are offloaded in more than one copy."""
+    written = set(plan.parameters)
+    return [
+        f"expected {name!r} and {other!r} to be offloaded as the one tensor that they are, got two; offload to the CPU"
+        for group in plan.tied
+        for name in group
+        for other in group
+        if name in written and {name, other} <= held.keys() and other not in aliases[name]
+    ]
 
 
 def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[str]:

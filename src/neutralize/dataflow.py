@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neutralize.errors import NeutralizeError
+from neutralize.offload import without_hooks
 from neutralize.undo import untouched
 
 Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
@@ -323,9 +324,9 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inp
         candidates.extend(guessed_inputs(model))
     failures: list[str] = []
     for inputs in candidates:
-        args, kwargs = placed_inputs(model, inputs)
         try:
-            flow = _trace(model, layers, args, kwargs)
+            with without_hooks(model):
+                flow = _trace(model, layers, *placed_inputs(model, inputs))
         except NeutralizeError:
             raise
         except Exception as error:
