@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from neutralize import ops, reference
 from neutralize.errors import NeutralizeError
+from neutralize.offload import offloaded
 from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
 from neutralize.undo import Saved, Undo, overwrite_
@@ -81,9 +82,10 @@ def apply_plan(plan: Plan, model: object, *, freeze: bool = False) -> Undo:
         NeutralizeError: something does not fit; every problem is listed and nothing was written.
     """
     module = unwrap(model)
-    named = tensors_of(module)
+    held, refused = offloaded(module)
+    named = tensors_of(module) | held
     aliases = aliases_of(named)
-    problems = _problems(plan, named, aliases)
+    problems = _problems(plan, named, aliases, refused) + _parted(plan, held, aliases)
     if problems:
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise NeutralizeError(f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}")
@@ -105,12 +107,17 @@ def apply_plan(plan: Plan, model: object, *, freeze: bool = False) -> Undo:
     return undo
 
 
-def _problems(plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]]) -> list[str]:
+def _problems(
+    plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]], refused: dict[str, str]
+) -> list[str]:
     accepted = [set(group) for group in plan.tied]
     problems = []
     for edit in plan.edits:
         for name in edit.parameters:
             tensor = named.get(name)
+            if name in refused:
+                problems.append(refused[name])
+                continue
             if tensor is None:
                 problems.append(f"expected a parameter {name!r}, got a model without it; plan for this model")
                 continue
@@ -158,6 +165,18 @@ def _overflows(plan: Plan, named: dict[str, torch.Tensor]) -> Iterator[str]:
 
 def _largest(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().abs().max() if tensor.numel() else torch.zeros(())
+
+
+def _parted(plan: Plan, held: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]]) -> list[str]:
+    """Tied parameters that the plan writes once and that are offloaded in more than one copy."""
+    written = set(plan.parameters)
+    return [
+        f"expected {name!r} and {other!r} to be offloaded as the one tensor that they are, got two; offload to the CPU"
+        for group in plan.tied
+        for name in group
+        for other in group
+        if name in written and {name, other} <= held.keys() and other not in aliases[name]
+    ]
 
 
 def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[str]:

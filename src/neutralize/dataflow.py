@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neutralize.errors import NeutralizeError
+from neutralize.offload import without_hooks
 from neutralize.undo import untouched
 
 Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
@@ -335,9 +336,10 @@ def trace(
         candidates.extend(guessed_inputs(model))
     failures: list[str] = []
     for inputs in candidates:
-        args, kwargs = placed_inputs(model, inputs)
         try:
-            flow = _trace(model, layers, args, kwargs, is_thorough=is_thorough)
+            with without_hooks(model):
+                args, kwargs = placed_inputs(model, inputs)
+                flow = _trace(model, layers, args, kwargs, is_thorough=is_thorough)
         except NeutralizeError:
             raise
         except Exception as error:

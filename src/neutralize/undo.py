@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from neutralize.errors import NeutralizeError
+from neutralize.offload import offloaded
 
 
 @dataclass
@@ -128,7 +129,10 @@ class Undo:
     def _check(self) -> None:
         """Check that every copy still fits the tensor that it was taken from, and that the model still has it."""
         model = self._model()
-        held = None if model is None else {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        held = None
+        if model is not None:
+            elsewhere = offloaded(model)[0].values()
+            held = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), *elsewhere)}
         for entry in self._saved:
             if entry.tensor.dtype != entry.values.dtype:
                 raise NeutralizeError(

@@ -7,11 +7,12 @@ any other network comes from a factory that the caller names.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,6 @@ def _called(factory: str | Callable[..., nn.Module], root: Path) -> Callable[[],
         raise NeutralizeError(f"checkpoint: expected a callable for model, got {found!r}; name one")
 
     def build() -> nn.Module:
-        import inspect
-
         try:
             takes = [
                 parameter
@@ -177,15 +176,10 @@ def _same_names(model: nn.Module, layout: Layout) -> Names:
             f"checkpoint: expected the parameters of {type(model).__name__}, got others: {listing}; give the model "
             "that the checkpoint was saved from"
         )
-    _set_dtypes(model, names, layout)
-    return names
-
-
-def _set_dtypes(model: nn.Module, names: Names, layout: Layout) -> None:
-    """Give a model the one floating-point dtype that is stored, if it is one."""
     dtypes = _stored_dtypes(layout)
     if len(dtypes) == 1:
         model.to(next(iter(dtypes)))
+    return names
 
 
 def _stored_dtypes(layout: Layout) -> Counter[torch.dtype]:
@@ -473,7 +467,7 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _take_buffers(model: nn.Module, built: nn.Module, names: Mapping[str, Any]) -> None:
+def _take_buffers(model: nn.Module, built: nn.Module, names: Names) -> None:
     """Give a model on the meta device the buffers of one that has real ones, where no checkpoint holds them."""
     modules = dict(built.named_modules())
     for prefix, module in model.named_modules():
