@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from neutralize import ops
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.patch import Patch, Pattern
 from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
@@ -74,8 +75,8 @@ TYPES = {
 }
 """By the number that a GGUF file has for each.
 
-The package ``gguf`` has no dequantizer for Q8_K and Q1_0: their values are d · q and ±d, so that d = 0 makes zeros. Q8_1
-is left out: ggml computes with it and writes it into no file.
+The package ``gguf`` has no dequantizer for Q8_K and Q1_0: their values are d · q and ±d, so that d = 0 makes zeros.
+Q8_1 is left out: ggml computes with it and writes it into no file.
 """
 
 _WIDTH = {"float16": 2, "float32": 4, "nibbles": 8, "e8m0": 1}
@@ -174,7 +175,7 @@ def _kind(edit: Edit) -> str:
 
 @dataclass(frozen=True)
 class Multiplied:
-    """Blocks whose scales are multiplied: each new scale is the exact product, rounded once to the stored format.
+    """Blocks whose scales are multiplied: each product is computed in float32, and rounded once to the stored format.
 
     Attributes:
         region: rows of whole blocks.
@@ -195,7 +196,7 @@ class Multiplied:
         """Multiply piece by piece."""
         for part, blocks in self._pieces(files):
             for offset in self.type.scales:
-                _put(blocks, self.type.scale, offset, self._product(blocks, offset))
+                _put(blocks, self.type.scale, offset, self._product(_get(blocks, self.type.scale, offset)))
             files.write(part, blocks.view(part.rows, part.width))
             yield part.nbytes
 
@@ -203,11 +204,12 @@ class Multiplied:
         """Whether no scale that is finite now becomes infinite; reads all blocks."""
         for _, blocks in self._pieces(files):
             for offset in self.type.scales:
-                before, after = _get(blocks, self.type.scale, offset), self._product(blocks, offset)
+                before = _get(blocks, self.type.scale, offset)
+                after = self._product(before.clone())
                 if self.type.scale == "e8m0":
                     if bool((after > _E8M0_LARGEST).any()):
                         return False
-                elif not bool((after.to(_stored(self.type.scale)).isfinite() | ~before.isfinite()).all()):
+                elif not bool((after.isfinite() | ~before.isfinite()).all()):
                     return False
         return True
 
@@ -217,41 +219,35 @@ class Multiplied:
             part = self.region.part(*chunk)
             yield part, files.read(part).view(-1, nbytes)
 
-    def _product(self, blocks: torch.Tensor, offset: int) -> torch.Tensor:
-        """New scales (blocks,): float64; of e8m0 exponents, int64, not below 0."""
-        scales = _get(blocks, self.type.scale, offset)
+    def _product(self, scales: torch.Tensor) -> torch.Tensor:
+        """Multiply scales (blocks, 1) in place; an exponent does not fall below 0."""
         if self.type.scale == "e8m0":
-            return (scales + math.frexp(self.factor)[1] - 1).clamp(min=0)
-        return scales * self.factor
-
-
-def _stored(scale: str) -> torch.dtype:
-    return torch.float32 if scale == "float32" else torch.float16
+            return scales.add_(math.frexp(self.factor)[1] - 1).clamp_(min=0)
+        ops.rewrite_(scales, scale=self.factor)
+        return scales
 
 
 def _get(blocks: torch.Tensor, scale: str, offset: int) -> torch.Tensor:
-    """The scales (blocks,) at a byte of each block."""
-    field = blocks[:, offset : offset + _WIDTH[scale]].contiguous()
+    """The scales (blocks, 1) at a byte of each block: of their dtype, or int64 exponents."""
+    field = blocks[:, offset : offset + _WIDTH[scale]].clone(memory_format=torch.contiguous_format)
     if scale == "e8m0":
-        return field[:, 0].long()
+        return field.long()
     if scale == "nibbles":
-        words = field.view(torch.int16).int()
-        digits = (words >> 12) & 0xF
-        bits = digits[:, 0] | digits[:, 1] << 4 | digits[:, 2] << 8 | digits[:, 3] << 12
-        field = bits.to(torch.int16).view(-1, 1)
-    return field.view(_stored(scale))[:, 0].double()
+        digits = field.view(torch.int16).int() >> 12 & 0xF
+        places = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+        field = (digits << places).sum(1, keepdim=True, dtype=torch.int32).to(torch.int16)
+    return field.view(torch.float32 if scale == "float32" else torch.float16)
 
 
 def _put(blocks: torch.Tensor, scale: str, offset: int, scales: torch.Tensor) -> None:
-    """Write scales (blocks,) at a byte of each block."""
+    """Write scales (blocks, 1) at a byte of each block."""
     field = blocks[:, offset : offset + _WIDTH[scale]]
     if scale == "e8m0":
-        field.copy_(scales.to(torch.uint8).view(-1, 1))
+        field.copy_(scales)
         return
-    stored = scales.to(_stored(scale)).view(-1, 1)
     if scale == "nibbles":
-        bits = stored.view(torch.int16).int()
-        digits = torch.cat([bits, bits >> 4, bits >> 8, bits >> 12], 1) & 0xF
-        words = field.contiguous().view(torch.int16).int() & 0xFFF
-        stored = (words | digits << 12).to(torch.int16)
-    field.copy_(stored.view(torch.uint8))
+        places = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+        digits = scales.view(torch.int16).int() >> places & 0xF
+        rest = field.contiguous().view(torch.int16).int() & 0xFFF
+        scales = (digits << 12 | rest).to(torch.int16)
+    field.copy_(scales.view(torch.uint8))

@@ -5,6 +5,7 @@ Source: ``docs/gguf.md`` of the ggml project, versions 2 and 3, little endian.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -228,7 +229,7 @@ class _Reader:
             if nbytes:
                 spans.append((first, first + nbytes, shown))
         spans.sort()
-        for (_, end, one), (first, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, one), (first, _, other) in itertools.pairwise(spans):
             if first < end:
                 raise self._broken(f"{one} and {other} over each other", "tensors with bytes of their own")
         return found
