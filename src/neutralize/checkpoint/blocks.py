@@ -1,11 +1,10 @@
-"""Blocks of ggml's quantized types: what decodes to zero, and where their scales are.
+"""Blocks: the quantized types of ggml, whose elements share scales block by block.
 
-A block holds a few small integers and the scales that they are multiplied by. In every type below zero bytes decode to
-zeros, and where the scales are one or two float16 numbers that all values are proportional to, multiplying these
-multiplies the values.
+What a block can hold is little: all its values are its codes times its scales. It can be zeroed, and its scales can be
+multiplied; one value of its own it cannot take.
 
-Source: the struct definitions of ggml (``ggml-common.h``); each entry is checked by the tests against the decoder of
-the ``gguf`` package.
+Source: the block structures of ``ggml-common.h`` in the ggml project, which the dequantizers of its Python package
+``gguf`` agree with.
 """
 
 from __future__ import annotations
@@ -16,83 +15,94 @@ from dataclasses import dataclass
 
 import torch
 
+from neutralize import ops
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.patch import Patch, Pattern
 from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, Rewrite, matrix_extent
+from neutralize.plan import Assign, Copy, Edit, Fold, Rewrite, matrix_extent
 
 
 @dataclass(frozen=True)
-class Format:
+class BlockType:
     """A quantized type of ggml.
+
+    All of its values are linear in its scales, and an all-zero block decodes to zeros.
 
     Attributes:
         name: as ggml calls it.
-        numel: values per block.
-        nbytes: bytes per block.
-        scales: where in a block its float16 scales are, in bytes; empty: they are of another kind.
-        is_listed: no decoder is at hand that could check what is written: such tensors are only listed.
+        size: elements in a block, which follow each other along the last dimension.
+        nbytes: bytes in a block.
+        scales: byte offsets of the scales that all its values are proportional to.
+        scale: how they are stored: ``float16``, ``float32``, ``nibbles`` (a float16 whose four digits are the highest
+            of four 16-bit words), ``e8m0`` (the exponent of a power of two), or ``e4m3`` (which are too coarse to be
+            multiplied).
     """
 
     name: str
-    numel: int
+    size: int
     nbytes: int
-    scales: tuple[int, ...] = ()
-    is_listed: bool = False
+    scales: tuple[int, ...]
+    scale: str = "float16"
 
 
-FORMATS = {
-    2: Format("Q4_0", 32, 18, (0,)),
-    3: Format("Q4_1", 32, 20, (0, 2)),
-    6: Format("Q5_0", 32, 22, (0,)),
-    7: Format("Q5_1", 32, 24, (0, 2)),
-    8: Format("Q8_0", 32, 34, (0,)),
-    9: Format("Q8_1", 32, 40, is_listed=True),
-    10: Format("Q2_K", 256, 84, (80, 82)),
-    11: Format("Q3_K", 256, 110, (108,)),
-    12: Format("Q4_K", 256, 144, (0, 2)),
-    13: Format("Q5_K", 256, 176, (0, 2)),
-    14: Format("Q6_K", 256, 210, (208,)),
-    15: Format("Q8_K", 256, 292, is_listed=True),
-    16: Format("IQ2_XXS", 256, 66, (0,)),
-    17: Format("IQ2_XS", 256, 74, (0,)),
-    18: Format("IQ3_XXS", 256, 98, (0,)),
-    19: Format("IQ1_S", 256, 50, (0,)),
-    20: Format("IQ4_NL", 32, 18, (0,)),
-    21: Format("IQ3_S", 256, 110, (0,)),
-    22: Format("IQ2_S", 256, 82, (0,)),
-    23: Format("IQ4_XS", 256, 136, (0,)),
-    29: Format("IQ1_M", 256, 56),
-    34: Format("TQ1_0", 256, 54, (52,)),
-    35: Format("TQ2_0", 256, 66, (64,)),
-    39: Format("MXFP4", 32, 17),
-    40: Format("NVFP4", 64, 36),
-    41: Format("Q1_0", 128, 18, is_listed=True),
+TYPES = {
+    2: BlockType("Q4_0", 32, 18, (0,)),
+    3: BlockType("Q4_1", 32, 20, (0, 2)),
+    6: BlockType("Q5_0", 32, 22, (0,)),
+    7: BlockType("Q5_1", 32, 24, (0, 2)),
+    8: BlockType("Q8_0", 32, 34, (0,)),
+    10: BlockType("Q2_K", 256, 84, (80, 82)),
+    11: BlockType("Q3_K", 256, 110, (108,)),
+    12: BlockType("Q4_K", 256, 144, (0, 2)),
+    13: BlockType("Q5_K", 256, 176, (0, 2)),
+    14: BlockType("Q6_K", 256, 210, (208,)),
+    15: BlockType("Q8_K", 256, 292, (0,), "float32"),
+    16: BlockType("IQ2_XXS", 256, 66, (0,)),
+    17: BlockType("IQ2_XS", 256, 74, (0,)),
+    18: BlockType("IQ3_XXS", 256, 98, (0,)),
+    19: BlockType("IQ1_S", 256, 50, (0,)),
+    20: BlockType("IQ4_NL", 32, 18, (0,)),
+    21: BlockType("IQ3_S", 256, 110, (0,)),
+    22: BlockType("IQ2_S", 256, 82, (0,)),
+    23: BlockType("IQ4_XS", 256, 136, (0,)),
+    29: BlockType("IQ1_M", 256, 56, (48,), "nibbles"),
+    34: BlockType("TQ1_0", 256, 54, (52,)),
+    35: BlockType("TQ2_0", 256, 66, (64,)),
+    39: BlockType("MXFP4", 32, 17, (0,), "e8m0"),
+    40: BlockType("NVFP4", 64, 36, (0, 1, 2, 3), "e4m3"),
+    41: BlockType("Q1_0", 128, 18, (0,)),
 }
-"""By ggml's number of the type."""
+"""By the number that a GGUF file has for each.
+
+The package ``gguf`` has no dequantizer for Q8_K and Q1_0: their values are d · q and ±d, so that d = 0 makes zeros.
+Q8_1 is left out: ggml computes with it and writes it into no file.
+"""
+
+_WIDTH = {"float16": 2, "float32": 4, "nibbles": 8, "e8m0": 1}
+_E8M0_LARGEST = 254
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tensor in blocks, each of some neighbouring values of a row.
+    """A tensor stored in blocks of a quantized type.
 
     Attributes:
         name: its name.
-        format: the type.
-        shape: of the values; the last size is a multiple of a block's.
-        region: its bytes, one run.
+        type: of its blocks.
+        shape: of the tensor.
+        region: its bytes, in one run.
     """
 
     name: str
-    format: Format
+    type: BlockType
     shape: tuple[int, ...]
     region: Region
 
     @property
     def encoding(self) -> str:
-        """The type's name."""
-        return self.format.name
+        """The name of the type."""
+        return self.type.name
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -100,62 +110,81 @@ class Blocks:
         return (self.region,)
 
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
-        """See ``Stored``: zeros and factors go through blocks, nothing else does."""
-        if not isinstance(edit, Rewrite) or edit.diagonal or edit.fill:
-            raise NeutralizeError(
-                f"checkpoint: expected zero or a factor for {self.name!r}, got '{edit.describe()}', which blocks of "
-                f"{self.encoding} cannot hold exactly; use strategy zero or damp, or a checkpoint that is not quantized"
-            )
+        """See ``Stored``: zeros and multiples of whole blocks, nothing else."""
         if tuple(edit.shape) != self.shape:
             raise NeutralizeError(
                 f"checkpoint: expected shape {list(edit.shape)} for {self.name!r}, got {list(self.shape)}; plan for "
                 "this checkpoint"
             )
-        region = self._blocks(edit)
+        if not isinstance(edit, Rewrite) or edit.diagonal or edit.fill:
+            raise self._refusal(edit, f"{_kind(edit)}, which {self.type.name} blocks, {self._why}, cannot hold")
+        part = self._part(edit)
         if edit.scale == 0:
-            return [Pattern(region, bytes(self.format.nbytes))]
+            return [Pattern(part, bytes(self.type.nbytes))]
         if edit.scale == 1:
             return []
-        if not self.format.scales:
-            raise NeutralizeError(
-                f"checkpoint: expected zero for {self.name!r}, got a factor of {edit.scale:g}: the scales of "
-                f"{self.encoding} are not float16 numbers; use strategy zero, or edit the norm before it"
-            )
-        patch = Factor(region, self.format, edit.scale)
-        patch.check(self.name, files)
+        self._check_factor(edit)
+        patch = Multiplied(part, self.type, edit.scale)
+        if abs(edit.scale) > 1 and not patch.is_finite(files):
+            raise self._refusal(edit, f"a scale past the largest {self.type.scale}")
         return [patch]
 
-    def _blocks(self, edit: Rewrite) -> Region:
-        """The blocks that an edit covers."""
-        per, size = self.format.numel, self.format.nbytes
-        rows, columns = edit.rows, edit.columns
-        height, width = matrix_extent(self.shape)
-        if len(self.shape) == 1:  # the blocks of a vector lie along its only dimension
-            rows, columns, height, width = None, rows, 1, height
-        top, bottom = rows or (0, height)
-        first, last = columns or (0, width)
-        if first % per or last % per:
+    @property
+    def _why(self) -> str:
+        return f"whose {self.type.size} values share a scale"
+
+    def _refusal(self, edit: Edit, got: str) -> NeutralizeError:
+        return NeutralizeError(
+            f"checkpoint: expected zeros or a multiple for '{edit.describe()}', got {got}; choose another strategy, or "
+            "take a file in F16 or F32"
+        )
+
+    def _check_factor(self, edit: Rewrite) -> None:
+        if self.type.scale == "e4m3":
+            raise self._refusal(edit, f"a factor for {self.type.name}, whose scales have 3 bits after the first")
+        if self.type.scale == "e8m0" and (edit.scale < 0 or math.frexp(edit.scale)[0] != 0.5):
+            raise self._refusal(edit, f"{edit.scale:.6g} for {self.type.name}, whose scales are powers of two")
+
+    def _part(self, edit: Rewrite) -> Region:
+        """The bytes of the blocks that an edit writes."""
+        size, nbytes = self.type.size, self.type.nbytes
+        rows, columns = matrix_extent(self.shape)
+        first, last = edit.rows or (0, rows)
+        begin, end = edit.columns or (0, columns)
+        if (begin, end) == (0, columns):  # whole rows follow each other, and one may be less than a block
+            rows, first, last, begin, end, columns = 1, 0, 1, first * columns, last * columns, rows * columns
+        if begin % size or end % size or columns % size:
             raise NeutralizeError(
-                f"checkpoint: expected multiples of {per} for columns of {self.name!r} ({self.encoding} stores {per} "
-                f"values of a row together), got {first}:{last}; edit more of it, or the norm before it"
+                f"checkpoint: expected a part of {self.name!r} that begins and ends with a block for "
+                f"'{edit.describe()}', got one that cuts through blocks of {size} elements ({self.type.name}); choose "
+                f"a range of whole blocks, or take a file in F16 or F32"
             )
-        stride = width // per * size
-        offset = self.region.offset + top * stride + first // per * size
-        return Region(self.region.file, offset, bottom - top, (last - first) // per * size, stride)
+        stride, width = columns // size * nbytes, (end - begin) // size * nbytes
+        offset = self.region.offset + first * stride + begin // size * nbytes
+        if last - first == 1:
+            return Region.run(self.region.file, offset, width)
+        return Region(self.region.file, offset, last - first, width, stride)
+
+
+def _kind(edit: Edit) -> str:
+    """What an edit writes besides zeros and multiples, in words."""
+    if isinstance(edit, Rewrite):
+        return "an identity" if edit.diagonal else "a constant"
+    return {Fold: "a fold", Assign: "single values", Copy: "a copy"}[type(edit)]
 
 
 @dataclass(frozen=True)
-class Factor:
-    """The float16 scales of blocks times a number, each rounded once.
+class Multiplied:
+    """Blocks whose scales are multiplied: each product is computed in float32, and rounded once to the stored format.
 
     Attributes:
-        region: whole blocks.
-        format: their type.
-        factor: the number.
+        region: rows of whole blocks.
+        type: of the blocks.
+        factor: what by.
     """
 
     region: Region
-    format: Format
+    type: BlockType
     factor: float
 
     @property
@@ -164,36 +193,61 @@ class Factor:
         return (self.region,)
 
     def run(self, files: Files) -> Iterable[int]:
-        """Multiply the scales, some blocks at a time."""
-        for part, data in self._parts(files):
-            blocks = data.view(-1, self.format.nbytes)
-            for place in self.format.scales:
-                blocks[:, place : place + 2] = self._scaled(blocks, place).view(torch.uint8)
-            files.write(part, data)
+        """Multiply piece by piece."""
+        for part, blocks in self._pieces(files):
+            for offset in self.type.scales:
+                _put(blocks, self.type.scale, offset, self._product(_get(blocks, self.type.scale, offset)))
+            files.write(part, blocks.view(part.rows, part.width))
             yield part.nbytes
 
-    def check(self, name: str, files: Files) -> None:
-        """Check that no scale leaves float16's range.
+    def is_finite(self, files: Files) -> bool:
+        """Whether no scale that is finite now becomes infinite; reads all blocks."""
+        for _, blocks in self._pieces(files):
+            for offset in self.type.scales:
+                before = _get(blocks, self.type.scale, offset)
+                after = self._product(before.clone())
+                if self.type.scale == "e8m0":
+                    if bool((after > _E8M0_LARGEST).any()):
+                        return False
+                elif not bool((after.isfinite() | ~before.isfinite()).all()):
+                    return False
+        return True
 
-        Raises:
-            NeutralizeError: one does.
-        """
-        if abs(self.factor) <= 1:
-            return
-        for _, data in self._parts(files):
-            blocks = data.view(-1, self.format.nbytes)
-            for place in self.format.scales:
-                if not math.isfinite(self._scaled(blocks, place).float().abs().max().item()):
-                    raise NeutralizeError(
-                        f"checkpoint: expected scales of {name!r} that stay within float16, got one that leaves it "
-                        f"when multiplied by {self.factor:g}; give a smaller factor"
-                    )
-
-    def _scaled(self, blocks: torch.Tensor, place: int) -> torch.Tensor:
-        scales = blocks[:, place : place + 2].contiguous().view(torch.float16)
-        return (scales.double() * self.factor).half()
-
-    def _parts(self, files: Files) -> Iterable[tuple[Region, torch.Tensor]]:
-        for chunk in self.region.chunks(BUFFER_BYTES // self.format.nbytes * self.format.nbytes):
+    def _pieces(self, files: Files) -> Iterable[tuple[Region, torch.Tensor]]:
+        nbytes = self.type.nbytes
+        for chunk in self.region.chunks(BUFFER_BYTES // nbytes * nbytes):
             part = self.region.part(*chunk)
-            yield part, files.read(part)
+            yield part, files.read(part).view(-1, nbytes)
+
+    def _product(self, scales: torch.Tensor) -> torch.Tensor:
+        """Multiply scales (blocks, 1) in place; an exponent does not fall below 0."""
+        if self.type.scale == "e8m0":
+            return scales.add_(math.frexp(self.factor)[1] - 1).clamp_(min=0)
+        ops.rewrite_(scales, scale=self.factor)
+        return scales
+
+
+def _get(blocks: torch.Tensor, scale: str, offset: int) -> torch.Tensor:
+    """The scales (blocks, 1) at a byte of each block: of their dtype, or int64 exponents."""
+    field = blocks[:, offset : offset + _WIDTH[scale]].clone(memory_format=torch.contiguous_format)
+    if scale == "e8m0":
+        return field.long()
+    if scale == "nibbles":
+        digits = field.view(torch.int16).int() >> 12 & 0xF
+        places = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+        field = (digits << places).sum(1, keepdim=True, dtype=torch.int32).to(torch.int16)
+    return field.view(torch.float32 if scale == "float32" else torch.float16)
+
+
+def _put(blocks: torch.Tensor, scale: str, offset: int, scales: torch.Tensor) -> None:
+    """Write scales (blocks, 1) at a byte of each block."""
+    field = blocks[:, offset : offset + _WIDTH[scale]]
+    if scale == "e8m0":
+        field.copy_(scales)
+        return
+    if scale == "nibbles":
+        places = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+        digits = scales.view(torch.int16).int() >> places & 0xF
+        rest = field.contiguous().view(torch.int16).int() & 0xFFF
+        scales = (digits << 12 | rest).to(torch.int16)
+    field.copy_(scales.view(torch.uint8))

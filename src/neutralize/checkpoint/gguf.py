@@ -1,6 +1,6 @@
-"""Read where the tensors of a GGUF file lie, trusting nothing that it says.
+"""Read where the tensors of a GGUF file lie, and what it says about its model, trusting nothing that it says.
 
-Source: the format's description in the documentation of ggml (``docs/gguf.md``), versions 2 and 3.
+Source: ``docs/gguf.md`` of the ggml project, versions 2 and 3, little endian.
 """
 
 from __future__ import annotations
@@ -9,32 +9,24 @@ import itertools
 import math
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from neutralize.checkpoint.blocks import FORMATS, Blocks
-from neutralize.checkpoint.layout import Elements, Layout, Listed, Stored
+from neutralize.checkpoint.blocks import TYPES, Blocks
+from neutralize.checkpoint.bounded import TEXT_LIMIT
+from neutralize.checkpoint.layout import Elements, Layout, Stored
 from neutralize.checkpoint.region import Region
 from neutralize.errors import NeutralizeError
 
-MARK = b"NTRL"
-"""Put over the file's magic while it is edited, so that no reader takes it."""
+MAGIC, MARK = b"GGUF", b"NTRL"
+"""The file's first bytes, and those put over them while it is edited, so that no reader takes it."""
 
-_MAGIC = b"GGUF"
-_TEXT_LIMIT = 1 << 24
-_TENSOR_LIMIT = 1 << 20
-_VALUE_LIMIT = 1 << 26
-"""Bytes that all metadata may take: a vocabulary of 256,000 words with scores has some 10 MB."""
+KIND = "GGUF"
 
-_DEPTH_LIMIT = 4
-_SCALARS = {
-    0: ("B", 1), 1: ("b", 1), 2: ("H", 2), 3: ("h", 2), 4: ("I", 4), 5: ("i", 4), 6: ("f", 4), 7: ("?", 1),
-    10: ("Q", 8), 11: ("q", 8), 12: ("d", 8),
-}  # fmt: skip
-_STRING, _ARRAY = 8, 9
 _DTYPES = {
     0: torch.float32,
     1: torch.float16,
@@ -45,27 +37,44 @@ _DTYPES = {
     28: torch.float64,
     30: torch.bfloat16,
 }
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+
+_DIMS_AT_MOST = 4
+_NAME_BYTES = 1024
+_KEY_BYTES = (1 << 16) - 1
+_DEPTH = 4
+_VALUES_AT_MOST = 1 << 22
+"""Values in the metadata, those in arrays included; a vocabulary with merges has about a million."""
+
+_Metadata = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a GGUF file says of itself.
+class Gguf:
+    """What a GGUF file says before its tensors begin.
 
     Attributes:
-        metadata: by key; of arrays only their length, as ``(length,)``.
-        tensors: name, sizes (the fastest dimension first, as ggml has them), ggml type and offset in the data.
-        data: where the data begin in the file.
-        size: of the file.
+        path: the file.
+        version: of the format.
+        metadata: by key: numbers, strings, and lists of them.
+        tensors: by name.
     """
 
-    metadata: dict[str, Any]
-    tensors: tuple[tuple[str, tuple[int, ...], int, int], ...]
-    data: int
-    size: int
+    path: Path
+    version: int
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def architecture(self) -> str:
+        """Which network the file is of, in the words of llama.cpp; empty if it does not say."""
+        found = self.metadata.get("general.architecture")
+        return found if isinstance(found, str) else ""
 
 
 def read_gguf(path: Path) -> Layout:
-    """Return the layout of one file; shapes are those of torch, the fastest dimension last.
+    """Return the layout of one file.
 
     Args:
         path: the file; the layout's root is its folder.
@@ -73,32 +82,21 @@ def read_gguf(path: Path) -> Layout:
     Raises:
         NeutralizeError: it cannot be read, or is no whole and consistent GGUF file.
     """
-    header = read_header(path)
-    found: dict[str, Stored] = {}
-    spans = []
-    for name, sizes, kind, offset in header.tensors:
-        stored, nbytes = _stored(path, name, sizes, kind, header.data + offset)
-        if header.data + offset + nbytes > header.size:
-            raise _broken(path, f"{nbytes} bytes of {name[:200]!r} at {offset}", f"a file of {header.size} bytes")
-        found[name] = stored
-        spans.append((offset, offset + nbytes, name))
-    spans.sort()
-    for (_, end, _), (begin, _, name) in itertools.pairwise(spans):
-        if begin < end:
-            raise _broken(path, f"tensors that overlap at {name[:200]!r}", "tensors one after the other")
-    ordered = {name: found[name] for _, _, name in spans}
-    return Layout(path.parent, (path.name,), ordered, {path.name: (0, MARK)}, "GGUF")
+    return Layout(path.parent, (path.name,), read_header(path).tensors, {path.name: (0, MARK)}, KIND)
 
 
-def read_header(path: Path) -> Header:
-    """Return what a GGUF file says of itself.
+def read_header(path: Path) -> Gguf:
+    """Return what a file says about its model, and where its tensors are.
+
+    Args:
+        path: the file.
 
     Raises:
-        NeutralizeError: see ``read_gguf``.
+        NeutralizeError: it cannot be read, or is no whole and consistent GGUF file.
     """
     try:
         with path.open("rb") as file:
-            return _Reader(path, file, os.fstat(file.fileno()).st_size).header()
+            return _Reader(path, file).header()
     except OSError as error:
         raise NeutralizeError(
             f"checkpoint: expected a file that can be read, got {error.strerror or error} for {str(path)!r}; check it"
@@ -106,127 +104,189 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Reads values in order, none past the file's end, all together no more than a bound."""
+    """Reads a header; every count is compared with the bytes that are left before it is believed."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self.path, self.file, self.size = path, file, size
-        self.left = _VALUE_LIMIT
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._size = os.fstat(file.fileno()).st_size
+        self._place = 0
+        self._values = 0
 
-    def header(self) -> Header:
-        magic = self.file.read(4)
+    def header(self) -> Gguf:
+        magic = self._take(4, "the magic")
         if magic == MARK:
             raise NeutralizeError(
-                f"checkpoint: expected a finished file, got {str(self.path)!r}, in which an edit was cut off; run: "
+                f"checkpoint: expected a finished file, got {str(self._path)!r}, in which an edit was cut off; run: "
                 "neutralize restore"
             )
-        if magic != _MAGIC:
-            raise _broken(self.path, "another first word", "GGUF")
-        version = self.number("I")
+        if magic != MAGIC:
+            raise self._broken(f"{magic!r}", "'GGUF' as its first bytes")
+        version = self._number("I", "the version")
+        if version & 0xFFFF == 0 and version:
+            raise NeutralizeError(
+                f"checkpoint: expected little endian for {str(self._path)!r}, got a big-endian GGUF file; convert it "
+                "with gguf_convert_endian of the gguf package"
+            )
         if version not in (2, 3):
-            what = "big-endian numbers" if version in (2 << 24, 3 << 24) else f"version {version}"
-            raise _broken(self.path, what, "version 2 or 3, little endian")
-        count, keys = self.number("Q"), self.number("Q")
-        if count > min(_TENSOR_LIMIT, self.size // 24) or keys > min(_TENSOR_LIMIT, self.size // 13):
-            raise _broken(self.path, f"{count} tensors and {keys} keys", f"no more than {self.size} bytes hold")
-        metadata: dict[str, Any] = {}
-        for _ in range(keys):
-            key = self.text()
-            if key in metadata:
-                raise _broken(self.path, f"the key {key[:80]!r} twice", "each key once")
-            metadata[key] = self.value(self.number("I"), 0)
-        alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise _broken(self.path, f"the alignment {str(alignment)[:40]}", "a power of two")
-        tensors, names = [], set()
-        for _ in range(count):
-            name = self.text()
-            if name in names:
-                raise _broken(self.path, f"the tensor {name[:80]!r} twice", "each tensor once")
-            names.add(name)
-            dims = self.number("I")
-            if dims > 8:
-                raise _broken(self.path, f"{dims} dimensions of {name[:80]!r}", "8 at most")
-            sizes = tuple(self.number("Q") for _ in range(dims))
-            kind, offset = self.number("I"), self.number("Q")
-            if offset % alignment:
-                raise _broken(self.path, f"the offset {offset} of {name[:80]!r}", f"a multiple of {alignment}")
-            tensors.append((name, sizes, kind, offset))
-        place = self.file.tell()
-        return Header(metadata, tuple(tensors), -(-place // alignment) * alignment, self.size)
+            raise NeutralizeError(
+                f"checkpoint: expected GGUF version 2 or 3 for {str(self._path)!r}, got {version}; convert the model "
+                "again with a current llama.cpp"
+            )
+        tensors, entries = self._number("Q", "the number of tensors"), self._number("Q", "the number of keys")
+        # The least that one takes: a key of no characters and a byte; a name, a dimension, a type and an offset.
+        self._check_count(entries, 13, "keys")
+        metadata = self._metadata(entries)
+        self._check_count(tensors, 24, "tensors")
+        infos = self._infos(tensors)
+        alignment = self._alignment(metadata)
+        begin = -(-self._place // alignment) * alignment
+        return Gguf(self._path, version, metadata, self._placed(infos, begin, alignment))
 
-    def take(self, nbytes: int) -> bytes:
-        if nbytes > self.left:
-            raise _broken(self.path, "more metadata than that", f"{_VALUE_LIMIT} bytes of metadata at most")
-        self.left -= nbytes
-        found = self.file.read(nbytes)
-        if len(found) != nbytes:
-            raise _broken(self.path, "its end", "more metadata")
+    def _metadata(self, entries: int) -> _Metadata:
+        found: _Metadata = {}
+        for _ in range(entries):
+            key = self._string(_KEY_BYTES, "a key")
+            if key in found:
+                raise self._broken(f"the key {key[:80]!r} twice", "each key once")
+            kind = self._number("I", f"the type of {key[:80]!r}")
+            found[key] = self._value(kind, key[:80], 0)
+            if key == "general.alignment" and kind != _UINT32:
+                raise self._broken(f"general.alignment of type {kind}", "a 32-bit number")
         return found
 
-    def number(self, kind: str) -> int:
-        found: int = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
-        return found
+    def _alignment(self, metadata: _Metadata) -> int:
+        alignment: int = metadata.get("general.alignment", 32)
+        if alignment < 1 or alignment & (alignment - 1):
+            raise self._broken(f"general.alignment {alignment}", "a power of two")
+        return alignment
 
-    def text(self) -> str:
-        length = self.number("Q")
-        if length > min(_TEXT_LIMIT, self.size):
-            raise _broken(self.path, f"a text of {length} bytes", f"{_TEXT_LIMIT} at most")
-        try:
-            return self.take(length).decode()
-        except UnicodeDecodeError as error:
-            raise _broken(self.path, "a text that is no UTF-8", "UTF-8") from error
-
-    def value(self, kind: int, depth: int) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind][0])
+    def _value(self, kind: int, key: str, depth: int) -> Any:
+        self._count_values(1)
         if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY or depth >= _DEPTH_LIMIT:
-            raise _broken(self.path, f"a value of type {kind} at depth {depth}", "numbers, texts and arrays of them")
-        inner, length = self.number("I"), self.number("Q")
-        if inner in _SCALARS:
-            self.skip(length * _SCALARS[inner][1])
-            return (length,)
-        if length > self.size:
-            raise _broken(self.path, f"an array of {length}", f"no more than {self.size} bytes hold")
-        for _ in range(length):
-            if inner == _STRING:
-                self.skip(self.number("Q"))
+            return self._string(TEXT_LIMIT, f"the value of {key!r}")
+        if kind == _ARRAY:
+            return self._array(key, depth + 1)
+        if kind not in _SCALARS:
+            raise self._broken(f"a value of type {kind} for {key!r}", "a type from 0 to 12")
+        return self._scalars(kind, 1, key)[0]
+
+    def _array(self, key: str, depth: int) -> list[Any]:
+        if depth > _DEPTH:
+            raise self._broken(f"arrays in arrays without end for {key!r}", f"{_DEPTH} levels at most")
+        kind, count = self._number("I", f"the type of {key!r}"), self._number("Q", f"the length of {key!r}")
+        if kind in _SCALARS:
+            self._check_count(count, struct.calcsize(f"<{_SCALARS[kind]}"), f"values of {key!r}")
+            self._count_values(count)
+            return self._scalars(kind, count, key)
+        self._check_count(count, 8 if kind == _STRING else 12, f"values of {key!r}")
+        if count > _VALUES_AT_MOST:
+            self._count_values(count)
+        return [self._value(kind, key, depth) for _ in range(count)]
+
+    def _scalars(self, kind: int, count: int, key: str) -> list[Any]:
+        code = f"<{count}{_SCALARS[kind]}"
+        found = list(struct.unpack(code, self._take(struct.calcsize(code), f"the value of {key!r}")))
+        if kind != _BOOL:
+            return found
+        if not set(found) <= {0, 1}:
+            raise self._broken(f"a truth value other than 0 and 1 for {key!r}", "one of them")
+        return [bool(value) for value in found]
+
+    def _infos(self, tensors: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+        """Name, shape as torch has it, type and offset of each tensor."""
+        found = []
+        names: set[str] = set()
+        for _ in range(tensors):
+            name = self._string(_NAME_BYTES, "the name of a tensor")
+            if name in names:
+                raise self._broken(f"two tensors {name[:80]!r}", "each name once")
+            names.add(name)
+            rank = self._number("I", f"the rank of {name[:80]!r}")
+            if rank > _DIMS_AT_MOST:
+                raise self._broken(f"{rank} dimensions for {name[:80]!r}", f"{_DIMS_AT_MOST} at most")
+            shape = struct.unpack(f"<{rank}Q", self._take(8 * rank, f"the shape of {name[:80]!r}"))[::-1]
+            kind, offset = self._number("I", f"the type of {name[:80]!r}"), self._number("Q", "an offset")
+            found.append((name, shape, kind, offset))
+        return found
+
+    def _placed(
+        self, infos: list[tuple[str, tuple[int, ...], int, int]], begin: int, alignment: int
+    ) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
+        spans: list[tuple[int, int, str]] = []
+        for name, shape, kind, offset in infos:
+            shown = repr(name[:80])
+            nbytes = self._nbytes(shown, shape, kind)
+            first = begin + offset
+            if offset % alignment:
+                raise self._broken(f"{shown} at {offset}", f"a multiple of {alignment}")
+            if first + nbytes > self._size:
+                raise self._broken(f"{shown} up to byte {first + nbytes}", f"{self._size} bytes")
+            if kind in _DTYPES:
+                found[name] = Elements.whole(name, _DTYPES[kind], shape, self._path.name, first)
             else:
-                self.value(inner, depth + 1)
-        return (length,)
+                found[name] = Blocks(name, TYPES[kind], shape, Region.run(self._path.name, first, nbytes))
+            if nbytes:
+                spans.append((first, first + nbytes, shown))
+        spans.sort()
+        for (_, end, one), (first, _, other) in itertools.pairwise(spans):
+            if first < end:
+                raise self._broken(f"{one} and {other} over each other", "tensors with bytes of their own")
+        return found
 
-    def skip(self, nbytes: int) -> None:
-        """Pass over bytes that are not needed: each counts as one byte in 16 towards the bound."""
-        place = self.file.tell()
-        if nbytes > self.size - place:
-            raise _broken(self.path, "its end", "more metadata")
-        self.left -= nbytes // 16
-        if self.left < 0:
-            raise _broken(self.path, "more metadata than that", f"{_VALUE_LIMIT} bytes of metadata at most")
-        self.file.seek(place + nbytes)
+    def _nbytes(self, shown: str, shape: tuple[int, ...], kind: int) -> int:
+        """How many bytes a tensor has; the product is taken of at most four numbers of 64 bits."""
+        numel = math.prod(shape)
+        if kind in _DTYPES:
+            return numel * _DTYPES[kind].itemsize
+        if kind not in TYPES:
+            known = ", ".join([*(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values()), "and the quantized"])
+            raise NeutralizeError(
+                f"checkpoint: expected a type of ggml that files have for {shown} in {str(self._path)!r} ({known}), "
+                f"got number {kind}; convert the model again with a current llama.cpp"
+            )
+        block = TYPES[kind]
+        if not shape or shape[-1] % block.size:
+            raise self._broken(f"rows of {shape[-1] if shape else 1} in {shown}", f"blocks of {block.size} whole")
+        return numel // block.size * block.nbytes
 
+    # ---- bytes ------------------------------------------------------------------------------------------------------
+    def _string(self, limit: int, what: str) -> str:
+        length = self._number("Q", f"the length of {what}")
+        if length > limit:
+            raise self._broken(f"{length} bytes for {what}", f"{limit} at most")
+        try:
+            return self._take(length, what).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._broken(f"{what} that is no UTF-8", "text") from error
 
-def _stored(path: Path, name: str, sizes: tuple[int, ...], kind: int, offset: int) -> tuple[Stored, int]:
-    """A tensor, and how many bytes it has."""
-    shape = tuple(reversed(sizes))
-    numel = math.prod(shape)
-    if kind in _DTYPES:
-        nbytes = numel * _DTYPES[kind].itemsize
-        return Elements.whole(name, _DTYPES[kind], shape, path.name, offset), nbytes
-    known = FORMATS.get(kind)
-    if known is None:
-        raise _broken(path, f"the type {kind} of {name[:200]!r}", "a type of ggml that is known")
-    if not sizes or sizes[0] % known.numel:
-        raise _broken(path, f"rows of {sizes[0] if sizes else 0} in {name[:200]!r}", f"blocks of {known.numel}")
-    nbytes = numel // known.numel * known.nbytes
-    region = Region.run(path.name, offset, nbytes)
-    if known.is_listed:
-        return Listed(name, known.name, shape, (region,), "edit the norm before it"), nbytes
-    return Blocks(name, known, shape, region), nbytes
+    def _number(self, code: str, what: str) -> int:
+        found: int = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}"), what))[0]
+        return found
 
+    def _take(self, count: int, what: str) -> bytes:
+        if count > self._size - self._place:
+            raise self._broken(f"its end at {self._size}", f"{count} bytes for {what} at {self._place}")
+        if self._place + count > TEXT_LIMIT:
+            raise self._broken("a longer header", f"one of {TEXT_LIMIT} bytes at most")
+        found = self._file.read(count)
+        if len(found) != count:
+            raise self._broken(f"its end at {self._place + len(found)}", f"{count} bytes for {what} at {self._place}")
+        self._place += count
+        return found
 
-def _broken(path: Path, got: str, expected: str) -> NeutralizeError:
-    return NeutralizeError(
-        f"checkpoint: expected {expected} in {str(path)!r}, got {got}; it was cut off or damaged: fetch it again"
-    )
+    def _check_count(self, count: int, least: int, what: str) -> None:
+        left = self._size - self._place
+        if count * least > left:
+            raise self._broken(f"{count} {what}", f"what {left} bytes can hold")
+
+    def _count_values(self, count: int) -> None:
+        self._values += count
+        if self._values > _VALUES_AT_MOST:
+            raise self._broken("more values in its metadata", f"{_VALUES_AT_MOST} at most")
+
+    def _broken(self, got: str, expected: str) -> NeutralizeError:
+        return NeutralizeError(
+            f"checkpoint: expected {expected} in {str(self._path)!r}, got {got}; it was cut off or damaged: fetch it "
+            "again"
+        )

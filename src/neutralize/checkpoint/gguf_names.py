@@ -1,12 +1,17 @@
-"""The model of a GGUF file, and which of its tensors each parameter comes from.
+"""GGUF names: the model that a GGUF file is of in transformers, and what its loader makes of the stored tensors.
 
-The config, the names and what is done to the values come from the loader of transformers. What it does to a tensor
-(rows permuted for rotary embeddings, one taken from the gain of a norm, a transpose) is found by letting it convert a
-few numbers that tell their own place.
+The loader renames tensors, and turns their values back into what the model has: it permutes rows for rotary
+embeddings, transposes, subtracts one from the gains of norms. Nothing of its tables is copied here: its converters are
+run on small arrays of numbers that tell where each element went.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,83 +19,205 @@ from torch import nn
 
 from neutralize.checkpoint.gguf import read_header
 from neutralize.checkpoint.layout import Layout
-from neutralize.checkpoint.naming import Names, Source
+from neutralize.checkpoint.naming import Source
+from neutralize.checkpoint.provenance import Traced, traced
 from neutralize.errors import NeutralizeError
 
+_PROBE = 8
+"""How long the dimensions after the first are at most in a probe; those of convolution kernels stay as they are."""
 
-def gguf_model(layout: Layout) -> tuple[nn.Module, Names]:
-    """Return the causal language model of a GGUF file on the meta device, and the sources of its parameters.
+_PROBE_ELEMENTS = 1 << 26
+"""How many elements a probe has at most where the converter wants the shape as it is."""
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """Return what transformers makes of a GGUF file's metadata, as a ``config.json`` has it.
 
     Args:
-        layout: of the file.
+        path: the file.
 
     Raises:
-        NeutralizeError: a package is missing, or transformers does not know the architecture.
+        NeutralizeError: transformers does not know the architecture, or the file is one of several parts.
+    """
+    header = read_header(path)
+    parts = header.metadata.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise NeutralizeError(
+            f"checkpoint: expected a whole model in {str(path)!r}, got one of {parts} parts; merge them with "
+            "llama-gguf-split --merge, or edit tensors by name"
+        )
+    loader = _loader()
+    if _is_native(header.architecture) or header.architecture not in loader.GGUF_SUPPORTED_ARCHITECTURES:
+        known = ", ".join(sorted(name for name in loader.GGUF_SUPPORTED_ARCHITECTURES if not _is_native(name)))
+        raise NeutralizeError(
+            f"checkpoint: expected an architecture whose loading is understood ({known}) in {str(path)!r}, got "
+            f"{header.architecture[:80]!r}; edit tensors by name, or name the model as 'package.module:callable'"
+        )
+    return _config(path)
+
+
+def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str, Traced]:
+    """Return what the loader of GGUF files makes of the stored tensors, by the model's names.
+
+    Args:
+        model: on the meta device.
+        layout: the file.
+        dtype: of the result.
     """
     path = layout.root / layout.files[0]
+    loader, architecture = _loader(), read_header(path).architecture
+    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=_config(path))
+    mapping: dict[str, str] = loader.get_gguf_hf_weights_map(model, processor)
+    state = model.state_dict()
+    sources: dict[str, list[Source]] = {}
+    for name, stored in layout.tensors.items():
+
+        def convert(values: Any, name: str = name) -> dict[str, Any]:
+            parsed: dict[str, dict[str, Any]] = {"tensors": {}}
+            result = processor.process(values, name, tensor_key_mapping=mapping, parsed_parameters=parsed)
+            made = {key: value.numpy() for key, value in parsed["tensors"].items()}
+            return made | ({mapping[result.name]: result.weights} if result.name in mapping else {})
+
+        shape = tuple(stored.shape)
+        for target, placed in _placed(convert, shape).items():
+            if target in state:
+                source = placed.source(name, shape, tuple(state[target].shape))
+                sources.setdefault(target, []).append(source)
+    return {target: Traced(state[target].shape, dtype, own) for target, own in sources.items()}
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where a converter puts the elements of an array.
+
+    Attributes:
+        probe: shape of the array.
+        result: shape of the result.
+        begin: of the box of the result that its elements fill.
+        order: for each dimension of the result that of the array, or ``None`` for one of size 1.
+        offset: what is added.
+        is_shuffled: the elements lie in another order.
+        is_computed: something else is done to them.
+    """
+
+    probe: tuple[int, ...]
+    result: tuple[int, ...]
+    begin: tuple[int, ...] = ()
+    order: tuple[int | None, ...] = ()
+    offset: float = 0.0
+    is_shuffled: bool = False
+    is_computed: bool = False
+
+    def source(self, name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> Source:
+        """The source of a stored tensor of that shape in a parameter, each dimension as large as it really is."""
+        whole = traced(name, shape, torch.float32).sources[0]
+        computed = replace(whole, order=(), origin=(), is_computed=True)
+        if self.is_computed:
+            return computed
+        if all(dim is None for dim in self.order) and self.is_shuffled:
+            fits = math.prod(shape) == math.prod(target)
+            return (
+                replace(whole, order=(None,) * len(target), origin=(0,) * len(target), is_shuffled=True)
+                if fits
+                else computed
+            )
+        grown = [(1, 1) if dim is None else (self.probe[dim], shape[dim]) for dim in self.order]
+        sizes = tuple(size * real // probed for size, (probed, real) in zip(self.result, grown, strict=True))
+        origin = tuple(first * real // probed for first, (probed, real) in zip(self.begin, grown, strict=True))
+        if sizes != target:
+            return computed
+        return replace(whole, order=self.order, origin=origin, offset=self.offset, is_shuffled=self.is_shuffled)
+
+
+def _placed(convert: Callable[[Any], dict[str, Any]], shape: tuple[int, ...]) -> dict[str, _Placed]:
+    """Where a converter puts the elements of arrays of a shape, by the name of the result."""
+    small = tuple(size if dim == 0 else min(size, _PROBE) for dim, size in enumerate(shape))
+    for probe in dict.fromkeys((small, shape)):
+        if math.prod(probe) > _PROBE_ELEMENTS:
+            break
+        try:
+            return _probed(convert, probe)
+        except (ValueError, IndexError, RuntimeError):  # it counts on the real shape
+            continue
+    return {}
+
+
+def _probed(convert: Callable[[Any], dict[str, Any]], shape: tuple[int, ...]) -> dict[str, _Placed]:
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        zeros, ones = (convert(np.full(shape, value)) for value in (0.0, 1.0))
+        count = math.prod(shape)
+        numbered = convert(np.arange(1.0, count + 1).reshape(shape))
+        return {
+            name: _compared(shape, *(torch.from_numpy(np.array(made[name])) for made in (zeros, ones, numbered)))
+            for name in numbered
+        }
+
+
+def _compared(shape: tuple[int, ...], zeros: torch.Tensor, ones: torch.Tensor, numbered: torch.Tensor) -> _Placed:
+    """What was done to an array of a shape, from the results for zeros, for ones, and for 1, 2, 3 and so on."""
+    result = tuple(numbered.shape)
+    computed = _Placed(shape, result, is_computed=True)
+    inside = ones - zeros == 1
+    places = inside.nonzero()
+    numel = math.prod(shape)
+    if len(places) != numel or not numel or not bool(((ones == zeros) | inside).all()):
+        return computed
+    begin, end = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
+    box = tuple(slice(*ends) for ends in zip(begin, end, strict=True))
+    base = zeros[box]
+    if base.numel() != numel or not bool((base == base.flatten()[0]).all()):
+        return computed
+    offset = float(base.flatten()[0])
+    numbers = (numbered[box] - offset).round()
+    if not torch.equal(numbers.flatten().sort().values, torch.arange(1.0, numel + 1, dtype=numbers.dtype)):
+        return computed
+    own = torch.arange(1.0, numel + 1, dtype=numbers.dtype).view(shape)
+    for order in _orders(shape, tuple(numbers.shape)):
+        kept = [dim for dim in order if dim is not None]
+        ones_left = [dim for dim in range(len(shape)) if dim not in kept]
+        if torch.equal(own.permute(*kept, *ones_left).reshape(numbers.shape), numbers):
+            return _Placed(shape, result, tuple(begin), order, offset)
+    if tuple(numbers.shape) == shape:
+        return _Placed(shape, result, tuple(begin), tuple(range(len(shape))), offset, is_shuffled=True)
+    if tuple(numbers.shape) == result:
+        return _Placed(shape, result, tuple(begin), (None,) * len(result), offset, is_shuffled=True)
+    return computed
+
+
+def _orders(shape: tuple[int, ...], box: tuple[int, ...]) -> Iterator[tuple[int | None, ...]]:
+    """The ways in which the dimensions of an array can become those of a box; some may be new or gone if of size 1."""
+    for order in itertools.permutations([*range(len(shape)), *(None,) * len(box)], len(box)):
+        fits = all(size == (1 if dim is None else shape[dim]) for dim, size in zip(order, box, strict=True))
+        if fits and all(shape[dim] == 1 for dim in range(len(shape)) if dim not in order):
+            yield order
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def _loader() -> Any:
     try:
-        import gguf  # noqa: F401  # what transformers reads the config with
-        import numpy
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers import modeling_gguf_pytorch_utils as loader
+        import gguf  # noqa: F401
+        from transformers import modeling_gguf_pytorch_utils
     except ImportError as error:
         raise NeutralizeError(
-            f"checkpoint: expected the packages transformers and gguf, got none of the name {error.name!r}; run: pip "
-            "install 'neutralize[hf]'"
+            "checkpoint: expected transformers and gguf for the model of a GGUF file, got none; pip install "
+            "'neutralize[hf]', or edit tensors by name"
         ) from error
-    architecture = read_header(path).metadata.get("general.architecture")  # and whether the file is sound
-    content = loader.load_gguf_checkpoint(str(path))["config"]
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=content)
-    mapping: dict[str, str] = loader.get_gguf_hf_weights_map(model, processor)
-    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    names: dict[str, tuple[Source, ...]] = {}
-    for name, stored in layout.tensors.items():
-        parameter = parameters.get(mapping.get(name, ""))
-        if parameter is None:
-            continue
-
-        def convert(values: Any, name: str = name) -> Any:
-            parsed: dict[str, Any] = {"config": content, "tensors": {}}
-            made = processor.process(weights=values, name=name, tensor_key_mapping=mapping, parsed_parameters=parsed)
-            return made.weights if made.name == name else None
-
-        names[mapping[name]] = (_source(name, stored.shape, tuple(parameter.shape), convert, numpy),)
-    for name, parameter in parameters.items():
-        same = next((other for other in names if parameters[other] is parameter), None)
-        if name not in names and same is not None:  # a tied parameter, stored once
-            names[name] = names[same]
-    return model, names
+    return modeling_gguf_pytorch_utils
 
 
-def _source(name: str, stored: tuple[int, ...], parameter: tuple[int, ...], convert: Any, numpy: Any) -> Source:
-    """What a loader does to a tensor, told by what becomes of numbers that count its rows."""
-    box = tuple((0, size) for size in stored)
-    unknown = Source(name, box, (None,) * len(parameter), (0,) * len(parameter), is_computed=True)
-    rows = stored[0] if stored else 1
-    shape = (rows, *(1 for _ in stored[1:]))
+def _is_native(architecture: str) -> bool:
+    """Whether transformers loads an architecture in a way of its own, which is not followed here."""
     try:
-        zeros = convert(numpy.zeros(shape))
-        ones = convert(numpy.ones(shape))
-        places = convert(numpy.arange(rows, dtype=numpy.float64).reshape(shape))
-    except Exception:  # it wants all columns: the numbers above have one
-        return unknown
-    if zeros is None or not numpy.isfinite(zeros).all() or len({*zeros.ravel()}) != 1:
-        return unknown
-    offset = float(zeros.ravel()[0])
-    if not (ones == offset + 1).all():
-        return unknown
-    is_shuffled = not (places.ravel() == numpy.arange(rows) + offset).all()
-    dims = tuple(range(len(stored)))
-    if stored == parameter and places.shape[:1] == shape[:1]:
-        order: tuple[int | None, ...] = dims
-    elif stored[::-1] == parameter and len(stored) == 2 and places.shape == shape[::-1]:
-        order = (1, 0)
-    else:
-        widened = [dim for dim in range(len(parameter)) if parameter[:dim] + parameter[dim + 1 :] == stored]
-        if not widened or parameter[widened[0]] != 1:
-            return unknown
-        order = (*dims[: widened[0]], None, *dims[widened[0] :])
-    return Source(name, box, order, (0,) * len(parameter), offset, is_shuffled)
+        from transformers.integrations.gguf import is_gguf_arch_supported
+    except ImportError:  # an older one, which has none of these
+        return False
+    return bool(is_gguf_arch_supported(architecture))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = _loader().load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+    return config

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from neutralize import ops
 from neutralize.apply import tensors_of
-from neutralize.checkpoint.gguf_names import gguf_model
+from neutralize.checkpoint.gguf import KIND
 from neutralize.checkpoint.layout import Elements, Layout
 from neutralize.checkpoint.naming import Names, Source
 from neutralize.checkpoint.provenance import Traced, traced
@@ -61,7 +61,8 @@ def meta_model(
         layout: the checkpoint. Its parameters have the dtype that is stored if that is one, else that of the config.
         factory: ``"package.module:callable"``, or the callable, that returns the model; it is called without arguments,
             or with the checkpoint's folder if it wants one. Its parameters and the stored tensors have the same names.
-            Without one the class is that of transformers which the folder's ``config.json`` names.
+            Without one the class is that of transformers which the folder's ``config.json`` names, or the metadata of
+            a GGUF file.
         buffers: compute the buffers that no checkpoint holds (frequencies of rotary embeddings), so that the model can
             run once it has weights.
 
@@ -97,7 +98,7 @@ def meta_model(
                 torch.set_default_dtype(before)
             return made
 
-        model, names = _loaded(kind, config, dtype, layout)
+        model, names = _loaded(kind, config, dtype, layout, _state(kind, build, dtype, layout))
     model.eval()
     if buffers:
         with _refused("computing its buffers"), _parameters_on_meta(), _bounded(layout):
@@ -196,14 +197,22 @@ def _stored_dtypes(layout: Layout) -> Counter[torch.dtype]:
 
 def _transformer(layout: Layout) -> tuple[Any, Any, torch.dtype]:
     """Class, config and dtype of the model of transformers that a folder's config names."""
-    if layout.config is None:
+    transformers = _transformers()
+    if layout.kind == KIND:
+        from neutralize.checkpoint.gguf_names import config_of
+
+        path = layout.root / layout.files[0]
+        with _refused(f"reading the metadata of {path}"), _quiet():
+            content = config_of(path)
+    elif layout.config is not None:
+        path = layout.config / "config.json"
+        content = _read_config(path)
+    else:
         raise NeutralizeError(
             "checkpoint: expected a config.json beside the weights, got none; name the model as "
             "'package.module:callable', or edit tensors by name"
         )
-    path = layout.config / "config.json"
-    content = _read_config(path)
-    transformers = _transformers()
+    _check_config(content, path)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = content.get("model_type")
@@ -253,6 +262,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise NeutralizeError(
             f"checkpoint: expected a JSON object in {path}, got {type(content).__name__}; fetch it again"
         )
+    return content
+
+
+def _check_config(content: dict[str, Any], path: Path) -> None:
+    """Check that a config that anybody may have written is no deeper and asks for no more than one of a model."""
     for depth, key, value in _entries(content):
         if depth > _DEPTH:
             raise NeutralizeError(
@@ -265,7 +279,6 @@ def _read_config(path: Path) -> dict[str, Any]:
                     f"checkpoint: expected at most {limit} for {key[:80]!r} in {path}, got {str(value)[:20]}; no model "
                     "is that large: fetch it again, or name the model as 'package.module:callable'"
                 )
-    return content
 
 
 def _entries(content: Any) -> Iterator[tuple[int, str, Any]]:
@@ -330,12 +343,25 @@ def _load_dtype(config: Any, layout: Layout) -> torch.dtype:
     return stored.most_common(1)[0][0] if stored else torch.float32
 
 
-def _loaded(kind: Any, config: Any, dtype: torch.dtype, layout: Layout) -> tuple[nn.Module, Names]:
-    """Let transformers load tensors without elements that know where they come from, and ask the model's parameters."""
-    state = {
+def _state(kind: Any, build: Callable[[], nn.Module], dtype: torch.dtype, layout: Layout) -> dict[str, Traced]:
+    """What transformers is to load: tensors that know where they come from."""
+    if layout.kind == KIND:
+        from neutralize.checkpoint.gguf_names import converted
+
+        with _refused(f"reading the tensors of the GGUF file as those of a {kind.__name__}"), _quiet():
+            with torch.device("meta"), _bounded(layout):
+                model = build()
+            return converted(model, layout, dtype)
+    return {
         name: traced(name, stored.shape, stored.dtype if isinstance(stored, Elements) else dtype)
         for name, stored in layout.tensors.items()
     }
+
+
+def _loaded(
+    kind: Any, config: Any, dtype: torch.dtype, layout: Layout, state: dict[str, Traced]
+) -> tuple[nn.Module, Names]:
+    """Let transformers load tensors without elements that know where they come from, and ask the model's parameters."""
     with _refused(f"loading the tensors of the checkpoint as a {kind.__name__}"), _quiet(), _bounded(layout):
         model, info = kind.from_pretrained(
             None,
