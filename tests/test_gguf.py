@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import neutralize as nz
 from neutralize.checkpoint import Checkpoint
-from neutralize.checkpoint.blocks import FORMATS, Blocks
+from neutralize.checkpoint.blocks import TYPES, Blocks
 from neutralize.checkpoint.gguf import read_gguf
-from neutralize.checkpoint.layout import Elements, Listed
+from neutralize.checkpoint.layout import Elements
 from neutralize.checkpoint.region import Files
 from neutralize.checkpoint.setters import parse_setters
 from neutralize.demo.subject import weights_file
@@ -35,7 +35,7 @@ def blocks_of(kind: Type, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarra
     random = np.random.default_rng(int(kind))
     numel, nbytes = gguf.GGML_QUANT_SIZES[kind]
     raw = random.integers(0, 256, (rows, columns // numel, nbytes), dtype=np.uint8)
-    for place in FORMATS[int(kind)].scales:
+    for place in TYPES[int(kind)].scales if TYPES[int(kind)].scale == "float16" else ():
         scales = random.uniform(-2, 2, raw.shape[:2]).astype(np.float16)
         raw[..., place : place + 2] = scales[..., None].view(np.uint8)
     if kind == Type.MXFP4:
@@ -76,11 +76,11 @@ def edit(path: Path, setter: str) -> Checkpoint:
 DECODED = [kind for kind in quants._type_traits if kind != Type.BF16]
 
 
-def test_every_type_of_ggml_is_known_with_its_sizes() -> None:
-    plain = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
+def test_every_type_that_files_have_is_known_with_its_sizes() -> None:
+    plain = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64", "Q8_1"}
     sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items() if kind.name not in plain}
-    assert {number: (known.numel, known.nbytes) for number, known in FORMATS.items()} == sizes
-    assert {number for number, known in FORMATS.items() if not known.is_listed} == {int(kind) for kind in DECODED}
+    assert {number: (known.size, known.nbytes) for number, known in TYPES.items()} == sizes
+    assert {int(kind) for kind in DECODED} == TYPES.keys() - {Type.Q8_K, Type.Q1_0}
 
 
 @pytest.mark.parametrize("kind", DECODED, ids=lambda kind: kind.name)
@@ -108,8 +108,8 @@ def test_a_factor_multiplies_the_scales(tmp_path: Path, kind: Type, factor: floa
     path = tmp_path / "model.gguf"
     old = written(path, kind)
     before = digests(tmp_path)
-    if not FORMATS[int(kind)].scales:
-        with pytest.raises(nz.NeutralizeError, match="are not float16 numbers; use strategy zero"):
+    if kind == Type.NVFP4 or (kind == Type.MXFP4 and factor < 0):
+        with pytest.raises(nz.NeutralizeError, match="whose scales (have 3 bits|are powers of two)"):
             edit(path, f"w*={factor}")
         assert digests(tmp_path) == before
         return
@@ -118,7 +118,7 @@ def test_a_factor_multiplies_the_scales(tmp_path: Path, kind: Type, factor: floa
     assert np.array_equal(new[0], old[0])
     # Rounded once per scale, to float16; types with a minimum are a difference of two such products.
     largest = np.abs(old).max(axis=1, keepdims=True)[1:]
-    slack = 0 if factor == 0.5 else 2**-10 * (1 if len(FORMATS[int(kind)].scales) == 1 else 64)
+    slack = 0 if factor == 0.5 else 2**-10 * (1 if len(TYPES[int(kind)].scales) == 1 else 64)
     assert (np.abs(new[1:] - factor * old[1:]) <= slack * largest + 1e-6).all()
 
 
@@ -127,27 +127,35 @@ def test_what_blocks_cannot_hold_is_refused(tmp_path: Path, setter: str) -> None
     path = tmp_path / "model.gguf"
     written(path, Type.Q4_K)
     before = digests(tmp_path)
-    with pytest.raises(nz.NeutralizeError, match="which blocks of Q4_K cannot hold exactly"):
+    with pytest.raises(nz.NeutralizeError, match="which Q4_K blocks, whose 256 values share a scale, cannot hold"):
         edit(path, setter)
-    with pytest.raises(nz.NeutralizeError, match=r"Q4_K stores 256 values of a row together\), got 128:256"):
+    with pytest.raises(nz.NeutralizeError, match="cuts through blocks of 256 elements"):
         edit(path, "w[:,128:256]=0")
-    with pytest.raises(nz.NeutralizeError, match="stay within float16"):
+    with pytest.raises(nz.NeutralizeError, match="a scale past the largest float16"):
         edit(path, "w*=100000")
     assert digests(tmp_path) == before
 
 
-def test_types_without_a_decoder_are_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "nbytes", "scale"), [(Type.Q8_K, 292, np.float32), (Type.Q1_0, 18, np.float16)])
+def test_types_without_a_decoder_have_their_scale_in_front(
+    tmp_path: Path, kind: Type, nbytes: int, scale: type
+) -> None:
     path = tmp_path / "model.gguf"
-    raw = np.zeros((2, 292 * 2), np.uint8)
+    raw = np.random.default_rng(0).integers(0, 256, (2, 2, nbytes), dtype=np.uint8)
+    width = np.dtype(scale).itemsize
+    raw[..., :width] = np.full((2, 2, 1), 3, scale).view(np.uint8)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("w", raw, raw_dtype=Type.Q8_K)
+    writer.add_tensor("w", raw.reshape(2, -1), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert isinstance(read_gguf(path).tensors["w"], Listed)
-    with pytest.raises(nz.NeutralizeError, match="got Q8_K; edit the norm before it"):
-        edit(path, "w=0")
+    edit(path, "w*=0.5")
+    new = np.array(gguf.GGUFReader(path).tensors[0].data).reshape(2, 2, nbytes)
+    assert (new[..., :width].copy().view(scale) == 1.5).all()
+    assert np.array_equal(new[..., width:], raw[..., width:])
+    edit(path, "w=0")
+    assert not gguf.GGUFReader(path).tensors[0].data.any()
 
 
 def test_plain_tensors_are_found_where_the_package_finds_them(tmp_path: Path) -> None:

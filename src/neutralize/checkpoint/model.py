@@ -78,14 +78,6 @@ def meta_model(
         with torch.device("meta"), _bounded(layout):
             model = build()
         names = _same_names(model, layout)
-    elif layout.kind == "GGUF":
-        with _refused("reading the config of a GGUF file"), _quiet(), _bounded(layout):
-            model, names = gguf_model(layout)
-
-        def build() -> nn.Module:
-            made: nn.Module = type(model)(model.config)
-            return made
-
     else:
         kind, config, dtype = _transformer(layout)
 
