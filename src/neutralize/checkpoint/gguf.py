@@ -47,8 +47,6 @@ _DEPTH = 4
 _VALUES_AT_MOST = 1 << 22
 """Values in the metadata, those in arrays included; a vocabulary with merges has about a million."""
 
-_Metadata = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Gguf:
@@ -59,12 +57,14 @@ class Gguf:
         version: of the format.
         metadata: by key: numbers, strings, and lists of them.
         tensors: by name.
+        spans: by key, the bytes of the file that hold it and its value, half open.
     """
 
     path: Path
     version: int
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    spans: Mapping[str, tuple[int, int]]
 
     @property
     def architecture(self) -> str:
@@ -135,16 +135,18 @@ class _Reader:
         tensors, entries = self._number("Q", "the number of tensors"), self._number("Q", "the number of keys")
         # The least that one takes: a key of no characters and a byte; a name, a dimension, a type and an offset.
         self._check_count(entries, 13, "keys")
-        metadata = self._metadata(entries)
+        metadata, spans = self._metadata(entries)
         self._check_count(tensors, 24, "tensors")
         infos = self._infos(tensors)
         alignment = self._alignment(metadata)
         begin = -(-self._place // alignment) * alignment
-        return Gguf(self._path, version, metadata, self._placed(infos, begin, alignment))
+        return Gguf(self._path, version, metadata, self._placed(infos, begin, alignment), spans)
 
-    def _metadata(self, entries: int) -> _Metadata:
-        found: _Metadata = {}
+    def _metadata(self, entries: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        found: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(entries):
+            begin = self._place
             key = self._string(_KEY_BYTES, "a key")
             if key in found:
                 raise self._broken(f"the key {key[:80]!r} twice", "each key once")
@@ -152,9 +154,10 @@ class _Reader:
             found[key] = self._value(kind, key[:80], 0)
             if key == "general.alignment" and kind != _UINT32:
                 raise self._broken(f"general.alignment of type {kind}", "a 32-bit number")
-        return found
+            spans[key] = begin, self._place
+        return found, spans
 
-    def _alignment(self, metadata: _Metadata) -> int:
+    def _alignment(self, metadata: dict[str, Any]) -> int:
         alignment: int = metadata.get("general.alignment", 32)
         if alignment < 1 or alignment & (alignment - 1):
             raise self._broken(f"general.alignment {alignment}", "a power of two")

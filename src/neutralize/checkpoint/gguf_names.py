@@ -7,9 +7,13 @@ run on small arrays of numbers that tell where each element went.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import struct
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neutralize.checkpoint.gguf import read_header
+from neutralize.checkpoint.gguf import MAGIC, Gguf, read_header
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.naming import Source
 from neutralize.checkpoint.provenance import Traced, traced
@@ -25,6 +29,9 @@ from neutralize.errors import NeutralizeError
 
 _PROBE = 8
 """How long the dimensions after the first are at most in a probe; those of convolution kernels stay as they are."""
+
+_LIST = 1 << 12
+"""How long a list in the metadata is at most that tells something about the network: one number per layer."""
 
 _PROBE_ELEMENTS = 1 << 26
 """How many elements a probe has at most where the converter wants the shape as it is."""
@@ -53,7 +60,7 @@ def config_of(path: Path) -> dict[str, Any]:
             f"checkpoint: expected an architecture whose loading is understood ({known}) in {str(path)!r}, got "
             f"{header.architecture[:80]!r}; edit tensors by name, or name the model as 'package.module:callable'"
         )
-    return _config(path)
+    return _config(header)
 
 
 def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str, Traced]:
@@ -64,10 +71,10 @@ def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str,
         layout: the file.
         dtype: of the result.
     """
-    path = layout.root / layout.files[0]
-    loader, architecture = _loader(), read_header(path).architecture
-    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=_config(path))
-    mapping: dict[str, str] = loader.get_gguf_hf_weights_map(model, processor)
+    loader, header = _loader(), read_header(layout.root / layout.files[0])
+    processor = loader.TENSOR_PROCESSORS.get(header.architecture, loader.TensorProcessor)(config=_config(header))
+    with _names_cached():
+        mapping: dict[str, str] = loader.get_gguf_hf_weights_map(model, processor)
     state = model.state_dict()
     sources: dict[str, list[Source]] = {}
     for name, stored in layout.tensors.items():
@@ -218,6 +225,41 @@ def _is_native(architecture: str) -> bool:
     return bool(is_gguf_arch_supported(architecture))
 
 
-def _config(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = _loader().load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-    return config
+def _config(header: Gguf) -> dict[str, Any]:
+    """What transformers makes of the metadata.
+
+    It is shown a file with the same keys and names of tensors, but without data and long lists: it would take minutes
+    for a vocabulary.
+    """
+    tensors = b"".join(
+        struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1, 0, 0)  # one float32 at the start
+        for name in (name.encode() for name in header.tensors)
+    )
+    kept = [
+        key
+        for key, value in header.metadata.items()
+        if key != "general.alignment" and not (isinstance(value, list) and len(value) > _LIST)
+    ]
+    with header.path.open("rb") as file:
+        data = file.read(max((end for _, end in header.spans.values()), default=0))
+    metadata = b"".join(data[slice(*header.spans[key])] for key in kept)
+    counts = struct.pack("<IQQ", header.version, len(header.tensors), len(kept))
+    with tempfile.TemporaryDirectory() as folder:
+        shown = Path(folder) / header.path.name
+        shown.write_bytes(MAGIC + counts + metadata + tensors + bytes(64))  # to the next multiple of 32, and a number
+        config: dict[str, Any] = _loader().load_gguf_checkpoint(str(shown), return_tensors=False)["config"]
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    return {"vocab_size": len(tokens)} | config if isinstance(tokens, list) else config
+
+
+@contextmanager
+def _names_cached() -> Iterator[None]:
+    """Let the map of names, which the loader builds again for each module, be built once."""
+    import gguf
+
+    build = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(build)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = build
