@@ -72,12 +72,14 @@ class Region:
     def chunks(self, limit: int = BUFFER_BYTES) -> Iterator[tuple[int, int, int, int]]:
         """Yield row ranges and byte ranges inside the rows (first row, past the last, first byte, past the last).
 
-        Each chunk has at most ``limit`` bytes, and takes whole rows wherever one row is not too long.
+        Each chunk has at most ``limit`` bytes, the gaps that are read and written with it among them, and takes whole
+        rows wherever one row is not too long.
         """
         if self.nbytes == 0:
             return
-        at_once = limit // self.width
-        if at_once:
+        if self.width <= limit:
+            reach = self.stride if self.stride - self.width <= _SPAN_GAP else self.width
+            at_once = max(1, limit // reach)
             for first in range(0, self.rows, at_once):
                 yield first, min(first + at_once, self.rows), 0, self.width
             return
