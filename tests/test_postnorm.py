@@ -159,7 +159,7 @@ WIDE, HALF = (torch.float64, 1e-13), (torch.bfloat16, 3e-2)
         (original, ["encoder.layers.1", "encoder.layers.2"], []),
         (lambda: original(nn.Identity), ["encoder.layers.1"], []),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_block_hands_its_input_on(make: Any, names: list[str], others: list[tuple[torch.dtype, float]]) -> None:
     for dtype, limit in [(torch.float32, 2e-6), *others]:
