@@ -125,8 +125,11 @@ class Blocks:
             return []
         self._check_factor(edit)
         patch = Multiplied(part, self.type, edit.scale)
-        if abs(edit.scale) > 1 and not patch.is_finite(files):
-            raise self._refusal(edit, f"a scale past the largest {self.type.scale}")
+        if not patch.is_held(files):
+            what = (
+                f"a scale past the largest {self.type.scale}" if abs(edit.scale) > 1 else "a scale that would become 0"
+            )
+            raise self._refusal(edit, what)
         return [patch]
 
     @property
@@ -200,16 +203,18 @@ class Multiplied:
             files.write(part, blocks.view(part.rows, part.width))
             yield part.nbytes
 
-    def is_finite(self, files: Files) -> bool:
-        """Whether no scale that is finite now becomes infinite; reads all blocks."""
+    def is_held(self, files: Files) -> bool:
+        """Whether the format holds every product: none becomes infinite, and none 0 that was not; reads all."""
         for _, blocks in self._pieces(files):
             for offset in self.type.scales:
                 before = _get(blocks, self.type.scale, offset)
-                after = self._product(before.clone())
                 if self.type.scale == "e8m0":
-                    if bool((after > _E8M0_LARGEST).any()):
-                        return False
-                elif not bool((after.isfinite() | ~before.isfinite()).all()):
+                    after = before.int() + math.frexp(self.factor)[1] - 1
+                    held = (after >= 0) & (after <= _E8M0_LARGEST)
+                else:
+                    after = self._product(before.clone())
+                    held = (after.isfinite() | ~before.isfinite()) & ((after != 0) | (before == 0))
+                if not bool(held.all()):
                     return False
         return True
 
@@ -220,9 +225,9 @@ class Multiplied:
             yield part, files.read(part).view(-1, nbytes)
 
     def _product(self, scales: torch.Tensor) -> torch.Tensor:
-        """Multiply scales (blocks, 1) in place; an exponent does not fall below 0."""
+        """Multiply scales (blocks, 1) in place."""
         if self.type.scale == "e8m0":
-            return scales.add_(math.frexp(self.factor)[1] - 1).clamp_(min=0)
+            return scales.add_(math.frexp(self.factor)[1] - 1)
         ops.rewrite_(scales, scale=self.factor)
         return scales
 

@@ -44,7 +44,7 @@ _DIMS_AT_MOST = 4
 _NAME_BYTES = 1024
 _KEY_BYTES = (1 << 16) - 1
 _DEPTH = 4
-_VALUES_AT_MOST = 1 << 22
+_VALUES_AT_MOST = 1 << 21
 """Values in the metadata, those in arrays included; a vocabulary with merges has about a million."""
 
 
@@ -209,6 +209,8 @@ class _Reader:
                 raise self._broken(f"{rank} dimensions for {name[:80]!r}", f"{_DIMS_AT_MOST} at most")
             shape = struct.unpack(f"<{rank}Q", self._take(8 * rank, f"the shape of {name[:80]!r}"))[::-1]
             kind, offset = self._number("I", f"the type of {name[:80]!r}"), self._number("Q", "an offset")
+            if any(size >= 1 << 63 for size in shape):
+                raise self._broken(f"the sizes {list(shape)} of {name[:80]!r}", "sizes below 2^63")
             found.append((name, shape, kind, offset))
         return found
 
