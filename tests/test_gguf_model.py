@@ -1,5 +1,6 @@
 """Models of GGUF files: where their parameters are stored, and plans for them, against what transformers loads."""
 
+import functools
 import struct
 from pathlib import Path
 
@@ -178,8 +179,16 @@ def test_sources_tell_where_the_loader_takes_each_element_from(tmp_path, archite
     assert seen == wanted[architecture]
 
 
-@pytest.mark.parametrize("edit", ["cheapest", "outgoing"])
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize(
+    ("architecture", "edit"),
+    [
+        ("llama", "cheapest"),
+        ("gemma2", "cheapest"),
+        ("bloom", "cheapest"),
+        ("gpt2", "outgoing"),
+        ("qwen2moe", "outgoing"),
+    ],
+)
 def test_a_block_of_a_small_model_is_off_bit_for_bit_and_back(tmp_path, architecture, edit):
     path = tmp_path / "m.gguf"
     write(path, architecture)
@@ -278,21 +287,22 @@ def without_vocabulary(source: Path, path: Path) -> None:
     path.write_bytes(head + bytes(-len(head) % 32) + content[data:])
 
 
-def test_a_block_of_smollm2_is_off_bit_for_bit_and_back(tmp_path):
+def test_a_block_of_smollm2_is_off_bit_for_bit_and_back(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
     try:
         without_vocabulary(weights_file(), path)
     except nz.NeutralizeError as error:
         pytest.skip(str(error))
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))  # once per module else
     before = path.read_bytes()
     original, checkpoint = loaded(path), Checkpoint(path)
-    nulled = nz.plan(checkpoint, "model.layers[4]")
-    outgoing = nz.plan(checkpoint, "model.layers[9]", edit="outgoing")
-    head = nz.plan(checkpoint, "model.layers[12].self_attn.heads[3]")
-    assert {plan.layers[0].certificate.kind for plan in (nulled, outgoing)} == {"exact"}
-    undos = [plan.apply(checkpoint) for plan in (nulled, outgoing, head)]
-    with head.applied(original):
-        assert torch.equal(logits(loaded(path)), logits(original, ("model.layers.4", "model.layers.9")))
+    block, head = "model.layers[4]", "model.layers[12].self_attn.heads[3]"
+    plans = [nz.plan(checkpoint, block), nz.plan(checkpoint, ["model.layers[9]", head], edit="outgoing")]
+    assert all(entry.certificate.kind == "exact" for plan in plans for entry in plan.layers)
+    undos = [plan.apply(checkpoint) for plan in plans]
+    wanted = original.get_submodule("model.layers.12.self_attn.o_proj").weight
+    wanted.data[:, 3 * 64 : 4 * 64] = 0
+    assert torch.equal(logits(loaded(path)), logits(original, ("model.layers.4", "model.layers.9")))
     for undo in reversed(undos):
         undo.restore()
     assert path.read_bytes() == before
