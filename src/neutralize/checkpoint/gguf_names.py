@@ -196,8 +196,8 @@ def _compared(shape: tuple[int, ...], zeros: torch.Tensor, ones: torch.Tensor, n
     own = torch.arange(1.0, numel + 1, dtype=numbers.dtype).view(shape)
     for order in _orders(shape, tuple(numbers.shape)):
         kept = [dim for dim in order if dim is not None]
-        ones_left = [dim for dim in range(len(shape)) if dim not in kept]
-        if torch.equal(own.permute(*kept, *ones_left).reshape(numbers.shape), numbers):
+        gone = [dim for dim in range(len(shape)) if dim not in kept]
+        if torch.equal(own.permute(*kept, *gone).reshape(numbers.shape), numbers):
             return _Placed(shape, result, tuple(begin), order, offset)
     if tuple(numbers.shape) == shape:
         return _Placed(shape, result, tuple(begin), tuple(range(len(shape))), offset, is_shuffled=True)
