@@ -468,7 +468,7 @@ VALID = file_of(
 )
 
 
-@hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=250, deadline=None, derandomize=True)
 @hypothesis.given(
     st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.binary(min_size=1, max_size=8)), max_size=4),
     st.integers(0, len(VALID)),

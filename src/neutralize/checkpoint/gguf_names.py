@@ -44,7 +44,7 @@ def config_of(path: Path) -> dict[str, Any]:
         path: the file.
 
     Raises:
-        NeutralizeError: transformers does not know the architecture, or the file is one of several parts.
+        NeutralizeError: transformers is missing or does not know the architecture, or the file is one of several parts.
     """
     header = read_header(path)
     parts = header.metadata.get("split.count", 1)
@@ -53,14 +53,18 @@ def config_of(path: Path) -> dict[str, Any]:
             f"checkpoint: expected a whole model in {str(path)!r}, got one of {parts} parts; merge them with "
             "llama-gguf-split --merge, or edit tensors by name"
         )
-    loader = _loader()
-    if _is_native(header.architecture) or header.architecture not in loader.GGUF_SUPPORTED_ARCHITECTURES:
-        known = ", ".join(sorted(name for name in loader.GGUF_SUPPORTED_ARCHITECTURES if not _is_native(name)))
-        raise NeutralizeError(
-            f"checkpoint: expected an architecture whose loading is understood ({known}) in {str(path)!r}, got "
-            f"{header.architecture[:80]!r}; edit tensors by name, or name the model as 'package.module:callable'"
-        )
-    return _config(header)
+    _loader()
+    if not _is_native(header.architecture):
+        try:
+            return _config(header)
+        except (ValueError, IndexError) as error:  # an architecture that it does not have, or none
+            got = f"{header.architecture[:80]!r} ({' '.join(str(error).split())[:200]})"
+    else:
+        got = f"{header.architecture[:80]!r}, which it loads in a way that is not followed here"
+    raise NeutralizeError(
+        f"checkpoint: expected an architecture that transformers loads in {str(path)!r}, got {got}; edit tensors by "
+        "name"
+    )
 
 
 def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str, Traced]:
@@ -77,6 +81,7 @@ def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str,
         mapping: dict[str, str] = loader.get_gguf_hf_weights_map(model, processor)
     state = model.state_dict()
     sources: dict[str, list[Source]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     for name, stored in layout.tensors.items():
 
         def convert(values: Any, name: str = name) -> dict[str, Any]:
@@ -88,9 +93,9 @@ def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str,
         shape = tuple(stored.shape)
         for target, placed in _placed(convert, shape).items():
             if target in state:
-                source = placed.source(name, shape, tuple(state[target].shape))
-                sources.setdefault(target, []).append(source)
-    return {target: Traced(state[target].shape, dtype, own) for target, own in sources.items()}
+                sizes[target] = placed.sizes(shape, tuple(state[target].shape))
+                sources.setdefault(target, []).append(placed.source(name, shape))
+    return {target: Traced(sizes[target], dtype, own) for target, own in sources.items()}
 
 
 @dataclass(frozen=True)
@@ -115,25 +120,33 @@ class _Placed:
     is_shuffled: bool = False
     is_computed: bool = False
 
-    def source(self, name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> Source:
-        """The source of a stored tensor of that shape in a parameter, each dimension as large as it really is."""
-        whole = traced(name, shape, torch.float32).sources[0]
-        computed = replace(whole, order=(), origin=(), is_computed=True)
+    def sizes(self, shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the result for an array of a shape; the wanted one where nothing speaks against it."""
         if self.is_computed:
-            return computed
-        if all(dim is None for dim in self.order) and self.is_shuffled:
-            fits = math.prod(shape) == math.prod(target)
-            return (
-                replace(whole, order=(None,) * len(target), origin=(0,) * len(target), is_shuffled=True)
-                if fits
-                else computed
-            )
-        grown = [(1, 1) if dim is None else (self.probe[dim], shape[dim]) for dim in self.order]
-        sizes = tuple(size * real // probed for size, (probed, real) in zip(self.result, grown, strict=True))
+            return wanted
+        if self.is_scattered:
+            return wanted if math.prod(wanted) == math.prod(shape) else shape
+        return tuple(
+            size * real // probed for size, (probed, real) in zip(self.result, self._grown(shape), strict=True)
+        )
+
+    def source(self, name: str, shape: tuple[int, ...]) -> Source:
+        """What a stored tensor of a shape is to the result."""
+        whole = traced(name, shape, torch.float32).sources[0]
+        if self.is_computed:
+            return replace(whole, order=(), origin=(), is_computed=True)
+        grown = self._grown(shape)
         origin = tuple(first * real // probed for first, (probed, real) in zip(self.begin, grown, strict=True))
-        if sizes != target:
-            return computed
         return replace(whole, order=self.order, origin=origin, offset=self.offset, is_shuffled=self.is_shuffled)
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether its elements lie all over the result."""
+        return self.is_shuffled and all(dim is None for dim in self.order)
+
+    def _grown(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """For each dimension of the result, how long its own is in the array that was probed, and really."""
+        return [(1, 1) if dim is None else (self.probe[dim], shape[dim]) for dim in self.order]
 
 
 def _placed(convert: Callable[[Any], dict[str, Any]], shape: tuple[int, ...]) -> dict[str, _Placed]:
@@ -183,8 +196,8 @@ def _compared(shape: tuple[int, ...], zeros: torch.Tensor, ones: torch.Tensor, n
     own = torch.arange(1.0, numel + 1, dtype=numbers.dtype).view(shape)
     for order in _orders(shape, tuple(numbers.shape)):
         kept = [dim for dim in order if dim is not None]
-        ones_left = [dim for dim in range(len(shape)) if dim not in kept]
-        if torch.equal(own.permute(*kept, *ones_left).reshape(numbers.shape), numbers):
+        gone = [dim for dim in range(len(shape)) if dim not in kept]
+        if torch.equal(own.permute(*kept, *gone).reshape(numbers.shape), numbers):
             return _Placed(shape, result, tuple(begin), order, offset)
     if tuple(numbers.shape) == shape:
         return _Placed(shape, result, tuple(begin), tuple(range(len(shape))), offset, is_shuffled=True)
