@@ -74,7 +74,7 @@ influence: setup
 	@$(BIN)/python -m neutralize influence --k 3 --among 6 --plot docs/influence.png
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS) $(TESTS)
 
 breadth: setup
 	@$(PIP) install --no-build-isolation --editable '.[breadth]'
