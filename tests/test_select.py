@@ -237,11 +237,18 @@ def test_refuses(selection):
     assert refusal(lambda: nz.plan(STACK, layers)) == text  # the plan adds nothing and hides nothing
 
 
-@pytest.mark.parametrize("model", [None, {}, {"embed.weight": torch.zeros(8)}, nn.Linear, "Stack"])
+@pytest.mark.parametrize("model", [None, {}, {"embed.weight": torch.zeros(8)}, nn.Linear, 3])
 def test_refuses_a_model_that_is_none(model):
     text = f"neutralize: expected a torch.nn.Module for model, got {type(model).__name__}; pass the model itself"
     for call in (nz.select, nz.plan, nz.neutralize):
         assert refusal(lambda call=call: call(model, "embed")) == text
+
+
+def test_a_text_in_place_of_a_model_is_a_path():
+    for call in (nz.plan, nz.neutralize):
+        assert refusal(lambda call=call: call("Stack", "embed")) == (
+            "checkpoint: expected a folder or a file, got nothing at 'Stack'; check the path"
+        )
 
 
 def test_says_so_where_the_model_has_no_layers():

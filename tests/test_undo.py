@@ -43,13 +43,13 @@ def edits_for(shape, dtype):
         "scale": [rewrite(scale=-0.5)],
         "rows": [rewrite(fill=1, rows=(1, 3))],
         "columns": [rewrite(fill=1, columns=(2, 7))],
-        "a block": [rewrite(scale=2, rows=(0, 2), columns=(1, 3))],
+        "a block": [rewrite(scale=0.75, rows=(0, 2), columns=(1, 3))],
         "blocks that overlap": [
-            rewrite(scale=2, rows=(0, 4)),
+            rewrite(scale=0.75, rows=(0, 4)),
             rewrite(fill=3, rows=(2, 6)),
-            rewrite(scale=2, rows=(3, 5)),
+            rewrite(scale=0.75, rows=(3, 5)),
         ],
-        "a block, then all": [rewrite(fill=1, rows=(0, 2)), rewrite(scale=2), rewrite(fill=5, rows=(1, 3))],
+        "a block, then all": [rewrite(fill=1, rows=(0, 2)), rewrite(scale=0.75), rewrite(fill=5, rows=(1, 3))],
         "assign": [Assign("w", shape, dtype, (1.0,) * (ROWS * COLUMNS))],
     }
 
