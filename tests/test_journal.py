@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from neutralize import ops
 from neutralize.checkpoint import Checkpoint, region
+from neutralize.checkpoint.journal import Journal
 from neutralize.checkpoint.setters import parse_setters
 from neutralize.errors import NeutralizeError
 
@@ -224,6 +225,17 @@ def test_a_disk_that_goes_on_failing_leaves_what_restore_mends(
             Checkpoint(folder).restore()
         assert digests(folder) == before
     assert "interrupted" in states
+
+
+def test_a_disk_without_a_free_byte_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = Journal(tmp_path)
+    monkeypatch.setattr(os, "pwrite", full)
+    with journal.locked():
+        assert journal.is_locked()
+    assert not journal.is_locked()
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

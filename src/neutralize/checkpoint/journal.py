@@ -191,10 +191,11 @@ class Journal:
                     f"checkpoint: expected {str(self.root)!r} to be free, got one that is being edited by {holder}; "
                     "wait until it has ended"
                 ) from error
-            with suppress(OSError):
+            with suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
+                    with suppress(OSError):  # a full disk: only messages to others name the process
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
                     return descriptor
             os.close(descriptor)  # the process before us removed it between the two calls
 
