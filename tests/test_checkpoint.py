@@ -94,6 +94,17 @@ def test_parts_by_name_and_experts_of_a_list(tmp_path: Path) -> None:
     assert digests(tmp_path) == before
 
 
+def test_a_file_of_a_folder_is_of_the_model_of_its_config(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    perturbed(LlamaForCausalLM(config)).save_pretrained(tmp_path)
+    live = loaded(tmp_path)
+    nz.neutralize(tmp_path / "model.safetensors", "model.layers[1]")
+    nz.neutralize(live, "model.layers[1]")
+    assert equal(loaded(tmp_path), live)
+
+
 def test_neutralized_off_exactly_against_the_excised_network(llama: Path) -> None:
     tokens = torch.arange(20)[None] % 64
     intact = loaded(llama)
@@ -168,6 +179,7 @@ def test_verify_on_the_files_before_and_after_and_on_those_of_others(llama: Path
         (["--in-place"], "expected one of --layers, --set and --plan"),
         (["--layers", "model.layers[1]"], "expected --in-place"),
         (["--layers", "model.layers[1]", "--in-place", "--output", "x"], "got both"),
+        (["--layers", "model.layers[1]", "--in-place", "--link"], "expected --output beside --link"),
         (["--layers", "model.layers[9]", "--in-place"], "model.layers"),
         (["--layers", "model.layer", "--in-place"], "near matches"),
         (["--layers", "model.layers[1]", "--strategy", "zap", "--in-place"], "zap"),

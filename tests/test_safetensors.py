@@ -210,6 +210,13 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str, match: s
         locate(tmp_path)
 
 
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file(b'{"\\ud800":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'))
+    with pytest.raises(NeutralizeError, match="expected names that are Unicode text"):
+        locate(path)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NeutralizeError, match="got a folder without any"):
         locate(tmp_path)

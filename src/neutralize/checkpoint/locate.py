@@ -28,14 +28,14 @@ def locate(path: str | os.PathLike[str]) -> Layout:
     """
     place = Path(path)
     if place.is_dir():
-        return _with_quantized(_with_config(_folder(place), place))
+        return _with_quantized(_with_config(_checked(_folder(place)), place))
     if not place.exists():
         raise NeutralizeError(f"checkpoint: expected a file or a folder, got nothing at {str(place)!r}; check the path")
     if not place.is_file():
         raise NeutralizeError(
             f"checkpoint: expected a file or a folder for {str(place)!r}, got neither; check the path"
         )
-    return _with_quantized(_file(place))
+    return _with_quantized(_with_config(_checked(_file(place)), place.parent))
 
 
 def _file(path: Path) -> Layout:
@@ -208,6 +208,23 @@ def inside(folder: Path, file: str) -> Path:
 
 def _with_config(layout: Layout, folder: Path) -> Layout:
     return replace(layout, config=folder) if (folder / "config.json").is_file() else layout
+
+
+def _checked(layout: Layout) -> Layout:
+    """The layout, if its names are text that can be printed and compared.
+
+    Raises:
+        NeutralizeError: one is not.
+    """
+    for name in layout.tensors:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise NeutralizeError(
+                f"checkpoint: expected names that are Unicode text in {str(layout.root)!r}, got {name[:80]!a}; fetch "
+                "the checkpoint again"
+            ) from error
+    return layout
 
 
 def _with_quantized(layout: Layout) -> Layout:

@@ -67,8 +67,10 @@ def read_safetensors(path: Path) -> Layout:
                     f"checkpoint: expected a finished file, got {str(path)!r}, in which an edit was cut off; run: "
                     "neutralize restore"
                 )
-            if len(start) < 8 or length > size - 8:
-                raise _broken(path, f"a header of {length} bytes" if len(start) == 8 else "no header", f"{size} bytes")
+            if len(start) < 8:
+                raise _broken(path, f"{size} bytes", "the eight bytes of a header's length")
+            if length > size - 8:
+                raise _broken(path, f"a header of {length} bytes", f"one that fits into {size} bytes")
             if length > TEXT_LIMIT:
                 raise _broken(path, f"a header of {length} bytes", f"{TEXT_LIMIT} at most")
             text = file.read(length)
@@ -86,7 +88,7 @@ def _tensors(path: Path, header: dict[str, Any], begin: int, size: int) -> dict[
     for name, entry in header.items():
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-                raise _broken(path, "metadata that is no table of strings", "one")
+                raise _broken(path, "something else", "a table of strings as metadata")
             continue
         stored, first, last = _tensor(path, name, entry, begin)
         found.append((first, last, name, stored))

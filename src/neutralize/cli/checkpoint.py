@@ -127,7 +127,10 @@ def apply(
     from neutralize.errors import NeutralizeError
 
     with _refusals(), _bar(quiet=quiet) as advance:
-        _check_target(layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run)
+        copy_options = [name for name, given in (("--link", link), ("--verify-copy", verify_copy)) if given]
+        _check_target(
+            layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run, copy_options=copy_options
+        )
         opened = _opened(checkpoint, model)
         if in_place and not dry_run:
             for edition in opened.recover(advance):
@@ -285,6 +288,7 @@ def _check_target(
     in_place: bool,
     output: Path | None,
     dry_run: bool,
+    copy_options: list[str],
 ) -> None:
     from neutralize.errors import NeutralizeError
 
@@ -292,6 +296,8 @@ def _check_target(
         raise NeutralizeError(
             "apply: expected one of --layers, --set and --plan, got none or several; give one of them"
         )
+    if output is None and copy_options:
+        raise NeutralizeError(f"apply: expected --output beside {' and '.join(copy_options)}, got none; name it")
     if in_place and output is not None:
         raise NeutralizeError("apply: expected --in-place or --output, got both; give one of them")
     if not in_place and output is None and not dry_run:
