@@ -209,6 +209,21 @@ def test_a_plan_for_another_model_is_refused(llama: Path, tmp_path: Path) -> Non
     assert digests(llama) == before
 
 
+def test_a_folder_of_torch_distributed_checkpoint_from_the_command_line(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    folder = tmp_path / "dcp"
+    dcp.save(checkpoints.own_model().state_dict(), checkpoint_id=folder, no_dist=True)
+    before, live = digests(folder), checkpoints.own_model()
+    run("apply", folder, "--model", "checkpoints:own_model", "--layers", "1", "--in-place")
+    nz.neutralize(live, "1", example_inputs=torch.randn(5, 8))
+    held = {name: torch.empty_like(tensor) for name, tensor in live.state_dict().items()}
+    dcp.load(held, checkpoint_id=folder, no_dist=True)
+    assert all(torch.equal(held[name], tensor) for name, tensor in live.state_dict().items())
+    run("restore", folder)
+    assert digests(folder) == before
+
+
 def test_code_in_the_folder_is_never_run(llama: Path, tmp_path: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
@@ -225,5 +240,10 @@ def test_a_model_of_ones_own_is_planned_through_its_factory(tmp_path: Path) -> N
     run("apply", tmp_path, "--model", "checkpoints:own_model", "--layers", "1", "--in-place")
     nz.neutralize(model, "1", example_inputs=x)
     found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert json.loads(run("verify", tmp_path, "--model", "checkpoints:own_model", "--layers", "1", "--json"))["ok"]
+    torch.save({"epoch": 3, "state_dict": checkpoints.own_model().state_dict()}, tmp_path / "nested.pt")
+    run("apply", tmp_path / "nested.pt", "--model", "checkpoints:own_model", "--layers", "1", "--in-place")
+    found = torch.load(tmp_path / "nested.pt")["state_dict"]
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert "nobody" in run("plan", tmp_path, "--model", "checkpoints:nobody", "--layers", "1", status=2)

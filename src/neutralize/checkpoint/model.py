@@ -145,8 +145,9 @@ def _called(factory: str | Callable[..., nn.Module], root: Path) -> Callable[[],
 
 
 def _same_names(model: nn.Module, layout: Layout) -> Names:
-    """Names of a model whose parameters are stored under their own names."""
+    """Names of a model whose parameters are stored under their own names, or below one common key."""
     tensors = tensors_of(model)
+    prefix = _common_key(model, layout)
     groups: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault(id(tensor), []).append(name)
@@ -154,7 +155,7 @@ def _same_names(model: nn.Module, layout: Layout) -> Names:
     problems = []
     for aliases in groups.values():
         tensor = tensors[aliases[0]]
-        stored = [layout.tensors[name] for name in aliases if name in layout.tensors]
+        stored = [layout.tensors[prefix + name] for name in aliases if prefix + name in layout.tensors]
         wrong = [held for held in stored if tuple(held.shape) != tuple(tensor.shape)]
         if wrong:
             problems.append(f"{wrong[0].name!r} is {list(wrong[0].shape)}, not {list(tensor.shape)}")
@@ -173,6 +174,16 @@ def _same_names(model: nn.Module, layout: Layout) -> Names:
     if len(dtypes) == 1:
         model.to(next(iter(dtypes)))
     return names
+
+
+def _common_key(model: nn.Module, layout: Layout) -> str:
+    """What stands before the parameters' names: nothing, or the key of a state dict in a larger one, with a dot."""
+    parameters = [name for name, _ in model.named_parameters()]
+    if not parameters or any(name in layout.tensors for name in parameters):
+        return ""
+    keys = [name.removesuffix(parameters[0]) for name in layout.tensors if name.endswith(f".{parameters[0]}")]
+    fitting = [key for key in keys if all(key + name in layout.tensors for name in parameters)]
+    return fitting[0] if len(fitting) == 1 else ""
 
 
 def _stored_dtypes(layout: Layout) -> Counter[torch.dtype]:

@@ -22,7 +22,7 @@ from neutralize.checkpoint.layout import Elements, Layout, Stored
 from neutralize.checkpoint.model import meta_model
 from neutralize.checkpoint.naming import Names, Source, placed, retarget
 from neutralize.checkpoint.region import Files, Region
-from neutralize.dataflow import Inputs, as_call, own_inputs
+from neutralize.dataflow import Inputs, as_call, guessed_inputs, own_inputs
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Edit, Plan
 from neutralize.progress import Advance, silent
@@ -76,7 +76,7 @@ def verify(
         layout: the checkpoint; it is only read.
         plan: a plan for its model, of whole modules.
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for the model; by default those
-            that the model brings itself.
+            that the model brings itself, or random ones of the shape that its first layer tells.
         factory: see ``meta_model``.
         applied: the files already hold the plan. Otherwise its edits are made in memory, on what is read.
         advance: told how many bytes of weights were read; in all it is about twice the size of the model.
@@ -90,7 +90,7 @@ def verify(
     """
     _check(plan, applied)
     model, names = meta_model(layout, factory, buffers=True)
-    given = own_inputs(model) if inputs is None else inputs
+    given = _inputs_for(model) if inputs is None else inputs
     if given is None:
         raise NeutralizeError(
             "checkpoint: expected inputs for the model, got none; pass its arguments, token ids for example"
@@ -112,6 +112,17 @@ def verify(
                 ) from error
     is_exact = found.exact or plan.certificate.kind != "exact"
     return StreamedVerification(found, found.bound_holds and is_exact, weights.peak_bytes, weights.read_bytes)
+
+
+def _inputs_for(model: nn.Module) -> Inputs | None:
+    """What the model brings itself, or random numbers of the shape that its first layer tells."""
+    own = own_inputs(model)
+    guess = next(guessed_inputs(model), None) if own is None else None
+    if not isinstance(guess, torch.Tensor):
+        return own
+    if not guess.is_floating_point():
+        return guess.clone()
+    return torch.randn(guess.shape, generator=torch.Generator().manual_seed(0)).to(guess.dtype)
 
 
 def _check(plan: Plan, applied: bool) -> None:
