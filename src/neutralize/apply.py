@@ -203,7 +203,7 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
     elif name == edit.parameter and tuple(tensor.shape) == tuple(shape) and not _has_block(edit, tensor):
         yield f"expected {name!r} to be one matrix in memory, got strides {tensor.stride()}; call contiguous() first"
     if name == edit.parameter:
-        for coefficient, value, limit in _bounded_values(edit, tensor.dtype):
+        for coefficient, value, limit in bounded_values(edit, tensor.dtype):
             if abs(value) > limit:
                 yield (
                     f"expected {coefficient} within {limit:.6g} for {name!r} ({edit.dtype}), got {value:.6g}; "
@@ -230,7 +230,7 @@ def _has_block(edit: Edit, tensor: torch.Tensor) -> bool:
         return False
 
 
-def _bounded_values(edit: Edit, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
+def bounded_values(edit: Edit, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
     """What an edit stores as it is, and what it computes with: name, value, and the largest magnitude allowed."""
     stored, computed = torch.finfo(dtype).max, torch.finfo(reference.compute_dtype(dtype)).max
     if isinstance(edit, Rewrite):

@@ -251,10 +251,7 @@ class Checkpoint:
                     "was"
                 )
             for edition in reversed(editions) if everything else reversed([] if undone else editions[-1:]):
-                self._check_last(edition)
-                if not force:
-                    self.journal.check_unchanged(edition)
-                self.journal.roll_back(edition, advance)
+                self._undo(edition, force=force, advance=advance)
                 undone.append(edition)
         self.__dict__.pop("layout", None)
         return undone
@@ -262,14 +259,17 @@ class Checkpoint:
     def _touches(self, edition: Edition) -> bool:
         return self.path.is_dir() or self.path.name in edition.files
 
-    def _check_last(self, edition: Edition) -> None:
-        """Check that no later edit, of a neighbour in the same folder, wrote into the same files."""
+    def _undo(self, edition: Edition, *, force: bool = False, advance: Advance = silent) -> None:
+        """Put back the bytes of an edit that is the last one of its files, and still as it was left."""
         for later in self.journal.editions():
             if later.number > edition.number and set(later.files) & set(edition.files):
                 raise NeutralizeError(
                     f"restore: expected edit {edition.number} to be the last one of its files, got edit {later.number} "
                     f"after it; restore {str(self.journal.root)!r} first"
                 )
+        if not force:
+            self.journal.check_unchanged(edition)
+        self.journal.roll_back(edition, advance)
 
     def __fspath__(self) -> str:
         """Return the path."""
@@ -333,17 +333,15 @@ class FileUndo:
             journal.recover()
             if self.restored:
                 return
-            self._checkpoint._check_last(self.edition)
-            journal.check_unchanged(self.edition)
-            journal.roll_back(self.edition)
+            self._checkpoint._undo(self.edition)
 
     def __repr__(self) -> str:
         """Say what is held."""
         return f"FileUndo({'restored' if self.restored else f'edit {self.edition.number}, {self.held_bytes} bytes'})"
 
 
-def as_checkpoint(target: Any, factory: str | None = None) -> Checkpoint | None:
+def as_checkpoint(target: Any) -> Checkpoint | None:
     """Return the checkpoint that a path names, or ``None`` for what is no path."""
     if isinstance(target, Checkpoint):
         return target
-    return Checkpoint(target, factory=factory) if isinstance(target, str | os.PathLike) else None
+    return Checkpoint(target) if isinstance(target, str | os.PathLike) else None

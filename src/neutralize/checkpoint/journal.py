@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class Edition:
     when: str
     kept: tuple[Kept, ...]
     marks: tuple[Mark, ...]
-    written: tuple[str, ...] = field(default=())
+    written: tuple[str, ...] = ()
 
     @property
     def is_done(self) -> bool:
@@ -232,13 +232,13 @@ class Journal:
                 for patch in patches:
                     for count in patch.run(files):
                         advance(count)
-                written = tuple(_digest(files, region) for region in regions)
+                written = tuple(files.digest(region) for region in regions)
                 self._finish(files, edition)
                 _write_whole(self._done(edition.number), json.dumps({"written": written}).encode())
             except BaseException as error:
                 self._roll_back_after(error, files, edition)
                 raise
-        return self.editions()[-1]
+        return replace(edition, written=written)
 
     def roll_back(self, edition: Edition, advance: Advance = silent) -> None:
         """Put back the bytes of an edit, whether it was finished or cut off; the journal must be locked.
@@ -272,7 +272,7 @@ class Journal:
         """
         with explained("restore"), Files(self.root) as files:
             for entry, digest in zip(edition.kept, edition.written, strict=True):
-                if _digest(files, entry.region) != digest:
+                if files.digest(entry.region) != digest:
                     raise NeutralizeError(
                         f"restore: expected {entry.region.file!r} as edit {edition.number} left it, got other bytes at "
                         f"{entry.region.offset}: something else has written there; --force puts the old bytes back "
@@ -360,7 +360,7 @@ class Journal:
                         f"{files.size(entry.region.file)}: it was replaced or truncated; fetch the checkpoint again"
                     )
                 kept = Region.run(edition.path.name, entry.place, entry.region.nbytes)
-                if _digest(undo, kept) != entry.digest:
+                if undo.digest(kept) != entry.digest:
                     raise NeutralizeError(
                         f"restore: expected the bytes that were kept in {str(edition.path)!r}, got others: the undo is "
                         "damaged; fetch the checkpoint again"
@@ -511,13 +511,6 @@ def _number(path: Path) -> int:
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def _digest(files: Files, region: Region) -> str:
-    hasher = hashlib.sha256()
-    for chunk in region.chunks():
-        hasher.update(memory(files.read(region.part(*chunk)).view(-1)))
-    return hasher.hexdigest()
 
 
 def _bytes(files: Files, region: Region) -> bytes:

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from neutralize import ops, reference
+from neutralize import ops
+from neutralize.apply import bounded_values
 from neutralize.checkpoint.patch import Affine, Bytes, Checksum, FoldIn, Patch
 from neutralize.checkpoint.region import Files, Region, Tile, Tiles
 from neutralize.errors import NeutralizeError
@@ -153,8 +154,7 @@ class Elements:
                 f"checkpoint: expected one of {', '.join(map(dtype_name, ops.DTYPES))} for {self.name!r}, got "
                 f"{self.encoding}; only floating-point tensors are rewritten"
             )
-        stored, computed = torch.finfo(self.dtype).max, torch.finfo(reference.compute_dtype(self.dtype)).max
-        for what, value, limit in _magnitudes(edit, stored, computed):
+        for what, value, limit in bounded_values(edit, self.dtype):
             if abs(value) > limit:
                 raise NeutralizeError(
                     f"checkpoint: expected {what} within {limit:.6g} for {self.name!r} ({self.encoding}), got "
@@ -233,20 +233,6 @@ class Listed:
         raise NeutralizeError(
             f"checkpoint: expected a contiguous tensor for {self.name!r}, got {self.encoding}; {self.remedy}"
         )
-
-
-def _magnitudes(edit: Edit, stored: float, computed: float) -> Iterator[tuple[str, float, float]]:
-    """What an edit stores as it is, and what it computes with: name, value, and the largest magnitude allowed."""
-    if isinstance(edit, Rewrite):
-        yield "scale", edit.scale, computed
-        yield "fill", edit.fill, stored
-        if edit.diagonal:
-            yield "diagonal + fill", edit.diagonal + edit.fill, stored
-    elif isinstance(edit, Fold):
-        yield "scale", edit.scale, computed
-        yield "shift", edit.shift, computed
-    elif isinstance(edit, Assign):
-        yield "a value", max(edit.values, key=abs, default=0.0), stored
 
 
 def _tile(name: str, shape: tuple[int, ...], piece: Piece, size: int) -> Tile:

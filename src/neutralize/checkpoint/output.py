@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import stat
@@ -16,7 +15,7 @@ from pathlib import Path
 from neutralize.checkpoint.journal import FOLDER, explained, sync_folder
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.patch import Patch
-from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region, memory
+from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
 from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
 
@@ -176,7 +175,7 @@ def _verify(layout: Layout, root: Path, patches: Sequence[Patch], advance: Advan
     with Files(layout.root) as old, Files(root) as new:
         for name in untouched:
             for region in layout.tensors[name].regions:
-                if _digest(old, region, advance) != _digest(new, region, silent):
+                if old.digest(region, advance) != new.digest(region):
                     raise NeutralizeError(
                         f"checkpoint: expected {name!r} to be copied as it is, got other bytes; the disk is not to be "
                         "trusted: check it"
@@ -186,15 +185,6 @@ def _verify(layout: Layout, root: Path, patches: Sequence[Patch], advance: Advan
 
 def _overlap(one: Region, other: Region) -> bool:
     return one.file == other.file and one.offset < other.end and other.offset < one.end
-
-
-def _digest(files: Files, region: Region, advance: Advance) -> bytes:
-    hasher = hashlib.sha256()
-    for chunk in region.chunks():
-        data = memory(files.read(region.part(*chunk)).view(-1))
-        hasher.update(data)
-        advance(len(data))
-    return hasher.digest()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from neutralize.errors import NeutralizeError
+from neutralize.progress import Advance, silent
 
 BUFFER_BYTES = 8 << 20
 """How much of a file is held in memory at a time."""
@@ -267,6 +269,20 @@ class Files:
         for chunk in region.chunks():
             part = region.part(*chunk)
             self.write(part, torch.zeros(part.rows, part.width, dtype=torch.uint8))
+
+    def digest(self, region: Region, advance: Advance = silent) -> str:
+        """Return the SHA-256 of a region's bytes, hexadecimal; a piece of it is held in memory at a time.
+
+        Args:
+            region: what.
+            advance: told the bytes as they are read.
+        """
+        hasher = hashlib.sha256()
+        for chunk in region.chunks():
+            data = memory(self.read(region.part(*chunk)).view(-1))
+            hasher.update(data)
+            advance(len(data))
+        return hasher.hexdigest()
 
     def sync(self, file: str) -> None:
         """Return when what was written into a file is on the disk."""
