@@ -289,10 +289,7 @@ def without_vocabulary(source: Path, path: Path) -> None:
 
 def test_a_block_of_smollm2_is_off_bit_for_bit_and_back(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
-    try:
-        without_vocabulary(weights_file(), path)
-    except nz.NeutralizeError as error:
-        pytest.skip(str(error))
+    without_vocabulary(weights_file(), path)
     monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))  # once per module else
     before = path.read_bytes()
     original, checkpoint = loaded(path), Checkpoint(path)
