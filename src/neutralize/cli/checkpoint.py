@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neutralize.cli.printing import print_json
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from neutralize.checkpoint import Checkpoint
-    from neutralize.plan import Plan, Rewrite
+    from neutralize.plan import Plan
     from neutralize.progress import Advance
 
 _Path = Annotated[
@@ -62,7 +64,7 @@ def inspect(
             for stored in shown
         ]
         if json:
-            _print_json({"kind": opened.layout.kind, "files": list(opened.layout.files), "tensors": rows})
+            print_json({"kind": opened.layout.kind, "files": list(opened.layout.files), "tensors": rows})
             return
         from neutralize.report import format_bytes
 
@@ -124,7 +126,9 @@ def apply(
     Examples: neutralize apply ./llama --layers 'model.layers[20:25]' --in-place
     neutralize apply model.gguf --set 'blk.3.ffn_down.weight=0' --output edited.gguf
     """
+    from neutralize.checkpoint.setters import parse_setters
     from neutralize.errors import NeutralizeError
+    from neutralize.plan import Plan
 
     with _refusals(), _bar(quiet=quiet) as advance:
         copy_options = [name for name, given in (("--link", link), ("--verify-copy", verify_copy)) if given]
@@ -135,13 +139,13 @@ def apply(
         if in_place and not dry_run:
             for edition in opened.recover(advance):
                 print(f"rolled back edit {edition.number}, which was cut off", file=sys.stderr)
-        made, edits = _edits(opened, layers, set_, plan_file, strategy, option)
-        found = made.digest if made is not None else _digest(edits)
+        content = parse_setters(set_, opened.layout) if set_ else _plan_of(opened, layers, plan_file, strategy, option)
+        found = content.digest if isinstance(content, Plan) else Plan("set", tuple(content), ()).digest
         if digest is not None and not (digest and found.startswith(digest.lower())):
             raise NeutralizeError(
                 f"apply: expected a plan with the digest {digest!r}, got {found}; plan again, or give its digest"
             )
-        patches = opened.patches(made if made is not None else edits)
+        patches = opened.patches(content)
         touched = sorted({region.file for patch in patches for region in patch.regions})
         nbytes = sum(region.nbytes for patch in patches for region in patch.regions)
         summary: dict[str, Any] = {
@@ -151,25 +155,20 @@ def apply(
             "files": touched,
         }
         if not json:
-            if made is not None:
-                _print_plan(made, json=False)
+            if isinstance(content, Plan):
+                _print_plan(content, json=False)
             else:
-                _print_setters(edits)
+                _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in content])
         if dry_run:
             summary["state"] = "untouched"
         elif output is not None:
-            written = opened.write(
-                made if made is not None else edits, output, link=link, verify=verify_copy, advance=advance
-            )
+            written = opened.write(content, output, link=link, verify=verify_copy, advance=advance)
             summary |= {"state": "written", "output": str(written.path), "verified_tensors": written.verified}
         else:
-            about = "" if made is not None else "; ".join(set_ or ())
-            undo = opened.apply(
-                made if made is not None else edits, digest=summary["digest"], about=about, advance=advance
-            )
+            undo = opened.apply(content, digest=found, about="; ".join(set_ or ()), advance=advance)
             summary |= {"state": "edited", "edit": undo.edition.number, "undo": str(undo.edition.path)}
         if json:
-            _print_json(summary)
+            print_json(summary)
         else:
             print(_applied(summary))
 
@@ -187,7 +186,7 @@ def restore(
         undone = opened.restore(everything=everything, force=force, advance=advance)
         left = opened.status
         if json:
-            _print_json({"undone": [_edition(entry) for entry in undone], "state": left.state, "left": len(left.edits)})
+            print_json({"undone": [_edition(entry) for entry in undone], "state": left.state, "left": len(left.edits)})
             return
         for entry in undone:
             print(f"undone: {_described(entry)}")
@@ -202,7 +201,7 @@ def status(checkpoint: _Path, json: _Json = False) -> None:
     with _refusals():
         found = _opened(checkpoint).status
         if json:
-            _print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits]})
+            print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits]})
         else:
             print(f"{checkpoint}: {found.state}")
             for entry in found.edits:
@@ -232,13 +231,11 @@ def verify(
         if bool(layers) == bool(plan_file):
             raise NeutralizeError("verify: expected --layers or --plan, got none or both; give one of them")
         opened = _opened(checkpoint, model)
-        made, _ = _edits(opened, layers, None, plan_file, strategy, option)
-        if made is None:
-            raise AssertionError("unreachable: there are no setters")
+        made = _plan_of(opened, layers, plan_file, strategy, option)
         found = opened.verify(made, applied=applied, advance=advance)
         if json:
             measured = found.measured
-            _print_json(
+            print_json(
                 {
                     "ok": found.ok,
                     "exact": measured.exact,
@@ -308,28 +305,20 @@ def _check_target(
         )
 
 
-def _edits(
-    opened: Checkpoint,
-    layers: list[str] | None,
-    setters: list[str] | None,
-    plan_file: Path | None,
-    strategy: str,
-    options: list[str] | None,
-) -> tuple[Plan | None, list[Rewrite]]:
-    """The plan, or the edits of tensors by name."""
-    from neutralize.checkpoint.setters import parse_setters
+def _plan_of(
+    opened: Checkpoint, layers: list[str] | None, plan_file: Path | None, strategy: str, options: list[str] | None
+) -> Plan:
+    """The plan in a file, or one made for layers."""
     from neutralize.errors import NeutralizeError
     from neutralize.plan import Plan
 
-    if setters:
-        return None, parse_setters(setters, opened.layout)
     if plan_file is None:
-        return _planned(opened, layers, strategy, options), []
+        return _planned(opened, layers, strategy, options)
     try:
         text = plan_file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise NeutralizeError(f"apply: expected a plan in {str(plan_file)!r}, got {error}; check the path") from error
-    return Plan.from_json(text), []
+    return Plan.from_json(text)
 
 
 def _planned(opened: Checkpoint, layers: list[str] | None, strategy: str, options: list[str] | None) -> Plan:
@@ -357,12 +346,6 @@ def _parsed(options: list[str] | None) -> dict[str, Any]:
         except ValueError:
             found[name] = value
     return found
-
-
-def _digest(edits: Sequence[Rewrite]) -> str:
-    from neutralize.plan import Plan
-
-    return Plan("set", tuple(edits), ()).digest
 
 
 def _applied(summary: dict[str, Any]) -> str:
@@ -409,10 +392,6 @@ def _print_plan(made: Plan, *, json: bool) -> None:
         print(made, end="", flush=True)
 
 
-def _print_setters(edits: Sequence[Rewrite]) -> None:
-    _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in edits])
-
-
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -429,12 +408,6 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
         Console(highlight=False).print(table)
     else:
         print(as_text(table), end="", flush=True)
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    from json import dumps
-
-    print(dumps(content, allow_nan=False), flush=True)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neutralize.cli.printing import print_json
+
 if TYPE_CHECKING:
     from neutralize.influence import Progress, Sweep
     from neutralize.influence.job import Task
@@ -101,7 +103,7 @@ def _run_task(task: Task, log: Path | None, plot: Path | None, *, resume: bool, 
     if plot is not None:
         sweep.plot(plot, title=language.title)
     if json:
-        _print_json({"model": task.model, **sweep.to_dict()})
+        print_json({"model": task.model, **sweep.to_dict()})
     else:
         _print_sweep(language.title, sweep)
 
@@ -116,9 +118,9 @@ def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool) -> int:
                 failed = True
                 print(f"{task.model}: {found}", file=sys.stderr)
                 if json:
-                    _print_json({"model": task.model, "error": str(found)})
+                    print_json({"model": task.model, "error": str(found)})
             elif json:
-                _print_json({"model": task.model, **found.to_dict()})
+                print_json({"model": task.model, **found.to_dict()})
             else:
                 _print_sweep(task.model, found)
     return int(failed)
@@ -136,12 +138,6 @@ def _check_plot(path: Path) -> None:
         raise NeutralizeError(
             f"plot: expected a png, svg or pdf file in a folder that is there, got {str(path)!r}; give one"
         )
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    from json import dumps
-
-    print(dumps(content, allow_nan=False), flush=True)
 
 
 def _print_sweep(title: str, sweep: Sweep) -> None:
