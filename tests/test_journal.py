@@ -285,7 +285,9 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
     before = digests(tmp_path)
     chance = random.Random(0)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_journal"])
+    context.set_forkserver_preload(
+        ["neutralize.checkpoint.handle", "neutralize.checkpoint.setters", "safetensors.torch"]
+    )
     states = []
     for _ in range(int(os.environ.get("NEUTRALIZE_KILLS", "10"))):
         started = context.Event()
