@@ -19,6 +19,7 @@ from torch import fx
 
 from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_empty, op_name, shape_of
 from neutralize.finite import may_break
+from neutralize.norms import core_of, renorm_clauses
 from neutralize.rules import (
     CAST,
     DROPOUT,
@@ -30,9 +31,7 @@ from neutralize.rules import (
     drops,
     is_number,
     non_negative,
-    norm_operands,
     pointwise_value,
-    renorm_clauses,
     zero_clauses,
 )
 from neutralize.search import IDENTITY, Assignment
@@ -249,10 +248,9 @@ class Interpretation:
             return carried[place] if isinstance(carried, tuple) and isinstance(place, int) else carried
         if isinstance(carried, tuple):
             return None
-        if norm_operands(node) is not None:
-            return (
-                carried if self._is_normalised(carried.indices, math.prod(argument(node, "normalized_shape"))) else None
-            )
+        core = core_of(node) if self._normalised is not None else None
+        if core is not None and core.data is carrier:
+            return carried if self._is_normalised(carried.indices, math.prod(core.over)) else None
         if op in CAST:
             return carried
         if op in ("aten::constant_pad_nd", "aten::pad"):

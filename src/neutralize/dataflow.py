@@ -415,11 +415,13 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
     """Export the model on fake tensors: nothing is computed or copied."""
     with redirect_stderr(io.StringIO()):  # a failing export prints the graph that it had so far
         program = torch.export.export(wrapped, args, kwargs, strict=False)
+    _erase_checks(program.graph)
     memory = _Memory(program.graph)
     overwriting = memory.overwriting()
     is_nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in program.graph.nodes)  # autocast
     if is_nested or memory.reads_stale_values:
         program = program.run_decompositions({})
+        _erase_checks(program.graph)
         overwriting = dict.fromkeys(overwriting, ())  # those nodes are in the graph no more
         memory = _Memory(program.graph)
     signature = program.graph_signature
@@ -431,6 +433,13 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
     }
     mutated = {name.removeprefix("model.") for name in signature.buffers_to_mutate.values()}
     return _dataflow(wrapped.model, memory, names, overwriting, mutated)
+
+
+def _erase_checks(graph: fx.Graph) -> None:
+    """Take out the ops that only check what they read: casts of the export leave such a one beside them."""
+    for node in list(graph.nodes):
+        if op_name(node).startswith("aten::_assert_") and not node.users:
+            graph.erase_node(node)
 
 
 def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:

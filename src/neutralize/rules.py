@@ -118,7 +118,7 @@ ATTENTION = frozenset(
 )
 _ADD = "aten::add"
 _SUB = "aten::sub"
-_DIV = frozenset(("aten::div", "aten::true_divide"))
+DIVISIONS = frozenset(("aten::div", "aten::true_divide"))
 # Write the second tensor operand into the first: zero if both are.
 _SCATTER = {
     "aten::index_add": ("self", "source"),
@@ -258,7 +258,7 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
         if any(is_number(operand) and operand != 0 for operand in (one, other)):
             return None
         return [tensors(one, other)]
-    if op in _DIV:
+    if op in DIVISIONS:
         return [tensors(first)] if isinstance(first, fx.Node) else None
     if op == "aten::addcmul":
         base, one, other = node.args[:3]
@@ -341,7 +341,7 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
             for part, rest in ((one, other), (other, one))
             if isinstance(part, fx.Node) and is_number(rest, 1)
         ]
-    if op in _DIV and isinstance(first, fx.Node):
+    if op in DIVISIONS and isinstance(first, fx.Node):
         other = node.args[1]
         if isinstance(other, fx.Node):
             return [Carry(first, ones=(other,))]
@@ -355,38 +355,6 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
             if size is not None and len(size) == 2 and size[0] == size[1]:
                 return [Carry(data, zeros=tuple(tensors(bias)), identity=weight)]
     return []
-
-
-def multiple_of(node: fx.Node) -> float | None:
-    """The positive number that a node multiplies (or divides) one tensor by, else ``None``."""
-    if op_name(node) not in ("aten::mul", *_DIV) or len(node.args) != 2 or node.kwargs:
-        return None
-    one, other = node.args
-    if isinstance(other, fx.Node) and op_name(node) == "aten::mul":
-        one, other = other, one
-    if not (isinstance(one, fx.Node) and is_number(other)) or other <= 0:  # type: ignore[operator]
-        return None
-    return float(other) if op_name(node) == "aten::mul" else 1.0 / float(other)  # type: ignore[arg-type]
-
-
-def renorm_clauses(node: fx.Node, before: fx.Node) -> list[Carry]:
-    """Conditions under which a norm hands on what another norm, ``before``, has normalised already.
-
-    A layer norm of a value of mean 0 and variance 1 is that value, an RMS norm of one of mean square 1 too, up to ε. A
-    positive multiple of it will do as well, as in DeepNorm.
-
-    Source: MATH §5.
-    """
-    if multiple_of(node) is not None:
-        return [Carry(tensors(*node.args[:2])[0])]
-    data, over = argument(node, "input"), argument(node, "normalized_shape")
-    kinds = (op_name(before), op_name(node))
-    if kinds not in (("aten::layer_norm",) * 2, ("aten::layer_norm", "aten::rms_norm"), ("aten::rms_norm",) * 2):
-        return []
-    if not isinstance(data, fx.Node) or list(over) != list(argument(before, "normalized_shape")):
-        return []
-    gain, bias = norm_operands(node) or (None, None)
-    return [Carry(data, ones=tuple(tensors(gain)), zeros=tuple(tensors(bias)))]
 
 
 def affine_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:

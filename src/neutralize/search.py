@@ -23,6 +23,7 @@ from torch import fx
 
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, is_empty, is_mark, op_name, shape_of
+from neutralize.norms import renorm_clauses
 from neutralize.rules import (
     CAST,
     JOIN,
@@ -31,7 +32,6 @@ from neutralize.rules import (
     carry_clauses,
     is_number,
     pointwise_value,
-    renorm_clauses,
     scaled_clauses,
     tensors,
     zero_clauses,
@@ -282,7 +282,7 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
 
     branches: list[list[Assignment]] = []
     for node in search.call.nodes:
-        offset = _offset_parameter(node)
+        offset = offset_of(node)
         if offset is not None and search._is_parametric(offset[0]) and of(offset[0]):
             # c + w: w <- f w + (f - 1) c
             scaled[node] = [dict.fromkeys(of(offset[0])[0], (factor - 1.0) * offset[1])]
@@ -302,7 +302,8 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
     return scaled.get(search.call.exit, []), 0
 
 
-def _offset_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
+def offset_of(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The value and the number that a node is the sum of, else ``None``."""
     if op_name(node) == "aten::add" and len(node.args) == 2 and not node.kwargs:
         one, other = node.args
         if isinstance(one, fx.Node) and is_number(other):
