@@ -29,6 +29,7 @@ from neutralize.rules import (
     SPLIT,
     carry_clauses,
     drops,
+    is_fill,
     is_number,
     non_negative,
     pointwise_value,
@@ -92,6 +93,7 @@ class Interpretation:
         self._values: dict[fx.Node, Value] = {}
         self._constants: dict[fx.Node, float] = {}
         self._broken: set[fx.Node] = set()  # may not be finite
+        self._numbered: set[fx.Node] = set()  # zero by a number in the graph, which may be another for other inputs
         self._changed: set[fx.Node] = set()  # may not be what they are without the edits, nor the block's input
         shape = shape_of(call.entry)
         if shape is not None:
@@ -116,6 +118,14 @@ class Interpretation:
         if not isinstance(held, Rearranged) or not isinstance(start, Rearranged):
             return False
         return torch.equal(held.indices, start.indices)
+
+    def is_known(self, node: fx.Node) -> bool:
+        """Whether a node of the block is known to be a constant, or elements of the input."""
+        return self.value(node) is not None
+
+    def may_break(self, node: fx.Node) -> bool:
+        """Whether a node of the block may not be finite under the edits."""
+        return node in self._broken
 
     @property
     def window(self) -> tuple[int, ...] | None:
@@ -201,7 +211,12 @@ class Interpretation:
         constant = self._constant(node, op)
         if constant is not None:
             return constant
-        if any(all(self._is(operand, 0.0) for operand in clause) for clause in zero_clauses(node)):
+        zeros = next((zeros for zeros in zero_clauses(node) if all(self._is(operand, 0.0) for operand in zeros)), None)
+        if zeros is not None:
+            if is_fill(node) and self.flow.is_recorded:
+                return None  # the run may have computed it from its data
+            if is_fill(node) or any(operand in self._numbered for operand in zeros):
+                self._numbered.add(node)
             return Constant(0.0)
         clauses = carry_clauses(node)
         if self._normalised is not None:
@@ -224,7 +239,8 @@ class Interpretation:
                 continue  # the run may have computed it from its data
             moved = self._carry(node, op, clause.carrier, carried)
             if moved is not None and self._holds_all(node):
-                self.uses_number = self.uses_number or clause.by_number
+                by_number = clause.by_number or any(operand in self._numbered for operand in clause.zeros)
+                self.uses_number = self.uses_number or by_number
                 self._carriers[node] = clause.carrier
                 return moved
         return None
@@ -261,7 +277,8 @@ class Interpretation:
             return self._join(node)
         if op in REARRANGE or op in SPLIT:
             try:
-                moved = node.target(carried.indices.clone(), *node.args[1:], **without_dtype(node.kwargs))  # type: ignore[operator]
+                others = fx.map_arg(node.args[1:], lambda other: torch.empty(()).expand(shape_of(other) or ()))
+                moved = node.target(carried.indices.clone(), *others, **without_dtype(node.kwargs))  # type: ignore[operator]
             except (RuntimeError, TypeError):  # an operand that only the real model has
                 return None
             return Rearranged(moved) if isinstance(moved, torch.Tensor) else tuple(Rearranged(part) for part in moved)

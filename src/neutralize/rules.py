@@ -158,6 +158,11 @@ def is_number(operand: object, *values: float) -> bool:
     return isinstance(operand, int | float) and not isinstance(operand, bool) and (not values or operand in values)
 
 
+def is_fill(node: fx.Node) -> bool:
+    """Whether the node is filled with a number."""
+    return op_name(node) in ("aten::full", "aten::full_like", "aten::new_full")
+
+
 def drops(node: fx.Node) -> bool:
     """Whether a dropout really drops something."""
     training = argument(node, "train", argument(node, "training", False))
@@ -199,7 +204,7 @@ def zero_clauses(node: fx.Node) -> list[list[fx.Node]]:
         return []
     if op in _ZERO_SOURCES:
         return [[]]
-    if op in ("aten::full", "aten::full_like", "aten::new_full"):
+    if is_fill(node):
         return [[]] if is_number(argument(node, "fill_value"), 0) else []
     if op in _ZERO_AT_ZERO:
         return [tensors(node.args[0])]
@@ -227,6 +232,8 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
         # Parts of a split, or the first output of an op whose others are statistics.
         if isinstance(first, fx.Node) and (op_name(first) in SPLIT or node.args[1] == 0):
             return [[first]]
+        return None
+    if op == "aten::alpha_dropout" and drops(node):  # what it drops becomes a number other than zero
         return None
     if op in REARRANGE or op in SPLIT or op in CAST or op in DROPOUT:
         return [tensors(first)]

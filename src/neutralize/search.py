@@ -87,7 +87,7 @@ class Search:
                 clauses = [*clauses, *renorm_clauses(node, self.normalised)]
             for clause in clauses:
                 found = self._all((self.zero(operand) for operand in clause.zeros), before=self.same(clause.carrier))
-                found = self._all((self._constant(operand, 1.0) for operand in clause.ones), before=found)
+                found = self._all((self.one(operand) for operand in clause.ones), before=found)
                 if clause.identity is not None:
                     found = self._all([self._identity(clause.identity)], before=found)
                 answers.append(found)
@@ -103,6 +103,10 @@ class Search:
         if is_empty(node):
             return [{}]
         return self._zero.get(node, [])
+
+    def one(self, node: fx.Node) -> list[Assignment]:
+        """Assignments that make a value that is computed from one parameter alone 1 everywhere, best first."""
+        return self._constant(node, 1.0)
 
     def same(self, node: fx.Node) -> list[Assignment]:
         """Assignments that make the node hold the block's input, best first; none: impossible."""
