@@ -573,6 +573,18 @@ def test_an_alpha_dropout_makes_numbers_of_zeros():
         nz.plan(model.train(), "0", example_inputs=features())
 
 
+def test_a_number_that_is_scattered_is_not_zero():
+    def forward(self, x, value):
+        ones = torch.zeros_like(x).scatter(-1, torch.zeros(*x.shape[:-1], 1, dtype=torch.long), value)
+        return x + ones + self.lin(self.norm(x))
+
+    with pytest.raises(nz.NeutralizeError, match="a sum with scatter in '1'"):
+        off(lambda self, x: forward(self, x, 1.0))
+    plan, got, wanted = off(lambda self, x: forward(self, x, 0.0))
+    assert plan.certificates[0].kind == "exact"
+    assert torch.equal(got, wanted)
+
+
 def test_a_zero_that_comes_from_the_shape_is_named_as_an_assumption():
     plan, _, _ = off(lambda self, x: x + torch.full_like(x, x.shape[1] - 5.0) + self.lin(self.norm(x)))
     assert "the number on its skip connection the same for inputs of other shapes" in plan.certificates[0].assumption

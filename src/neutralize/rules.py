@@ -282,6 +282,8 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
     if op == "aten::masked_fill":
         return [tensors(first)] if is_number(node.args[2], 0) else None
     if op in _SCATTER:
+        if not is_number(argument(node, "value", 0), 0):  # written instead of a tensor
+            return None
         return [tensors(*(argument(node, name) for name in _SCATTER[op]))]
     return None
 
