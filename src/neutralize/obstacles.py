@@ -6,6 +6,7 @@ from torch import fx
 
 from neutralize.certify import Interpretation
 from neutralize.dataflow import Dataflow, op_name
+from neutralize.norms import core_of
 from neutralize.rules import CAST, REARRANGE, carry_clauses, is_number, norm_operands, tensors
 from neutralize.search import Search
 from neutralize.sites import describe, owner_of
@@ -67,6 +68,8 @@ def _obstacle(flow: Dataflow, node: fx.Node, operand: fx.Node) -> str:
         while op_name(added) in REARRANGE | CAST and isinstance(added.args[0], fx.Node):
             added = added.args[0]
         return f"a sum with {describe(added, flow)}"
+    if core_of(node) is not None and norm_operands(node) is None:
+        return f"a norm (spelled out in {owner_of(node)!r})"
     numbers = [part for part in both if is_number(part)]
     if op in ("aten::add", "aten::sub", "aten::mul", "aten::div") and numbers:
         where = owner_of(node)
