@@ -52,7 +52,7 @@ def test_a_post_norm_block_is_off_within_its_tolerance(kind):
     [
         ("albert", "called 3 times"),
         ("fnet", "no skip connection around parameters"),
-        ("minimax", "no skip connection around"),
+        ("minimax", "residual stream stands a norm (spelled out in 'layers.1.input_layernorm')"),
     ],
 )
 def test_what_cannot_be_off_is_refused_with_the_reason(kind, reason):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from networks import DataDependent, KeywordNet, PreNorm, perturbed
@@ -202,3 +204,70 @@ def test_guessed_inputs_are_of_the_dtype_of_the_first_layer(first):
     model = nn.Sequential(first, nn.Identity()).double()
     model.forward = lambda x: model[0](x)
     assert trace(model, {"0": model[0]}, None).calls["0"]
+
+
+class RowByRow(PreNorm):
+    """A branch that writes its results into a buffer row by row, as recurrent mixers do."""
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for place in range(x.shape[0]):
+            y[place] = self.down(self.up(self.norm(x[place])))
+        return x + y
+
+
+class Positioned(PreNorm):
+    """Asks of its own positions whether they are in order, as the masks of transformers do."""
+
+    def forward(self, x):
+        positions = torch.arange(x.shape[0], device=x.device)
+        shifted = torch.cat([positions[:1] - 1, positions[:-1]])
+        return super().forward(x) if bool((positions - shifted == 1).all()) else x.flip(0)
+
+
+class Counted(PreNorm):
+    """The same of a tensor that it has written into."""
+
+    def forward(self, x):
+        steps = torch.zeros(3, device=x.device)
+        steps[1:].add_(1.0)
+        return super().forward(x) if float(steps.sum()) == 2.0 else x.flip(0)
+
+
+@pytest.mark.parametrize(("block", "is_quick"), [(RowByRow, False), (Positioned, True), (Counted, False)])
+def test_the_plan_of_a_meta_model_is_that_of_the_live_one(block, is_quick):
+    model = perturbed(nn.Sequential(block(), block(), nn.Linear(8, 2)))
+    meta = copy.deepcopy(model).to("meta")
+    live = nz.plan(model, "1", example_inputs=x8())
+    assert live.certificates[0].kind == "exact"
+    if block is Counted:  # its control flow is unknown there, for the export too
+        with pytest.raises(nz.NeutralizeError, match="expected example_inputs that the model accepts"):
+            nz.plan(meta, "1", example_inputs=x8())
+        return
+    planned = nz.plan(meta, "1", example_inputs=x8())
+    assert planned.edits == live.edits
+    assert planned.digest == live.digest or block is Positioned  # which cannot be exported: its run is recorded
+    flow = trace(meta, nz.select(meta, "1"), x8())
+    assert flow.is_quick == is_quick
+
+
+def test_an_op_that_writes_a_list_and_returns_nothing_is_recorded():
+    class Doubled(PreNorm):
+        def forward(self, x):
+            y = x.clone()
+            torch._foreach_mul_([y], 2.0)
+            return y + self.down(self.up(self.norm(x)))
+
+    class Recorded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.head = Doubled(), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.block(x)
+            return self.head(x * 2 if x.sum().item() > 0 else x)
+
+    model = perturbed(Recorded())
+    assert trace(model, nz.select(model, "block"), x8()).is_recorded
+    with pytest.raises(nz.NeutralizeError, match="expected a layer that can hand its input on"):
+        nz.plan(model, "block", example_inputs=x8())

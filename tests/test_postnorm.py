@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -227,6 +228,190 @@ def test_rms_norms(norms: tuple[type[nn.Module], ...]) -> None:
         with plan.applied(model):
             got = model(x)
     assert (got - wanted).norm() / wanted.norm() <= 2e-6
+
+
+class Spelled(nn.Module):
+    """A norm in plain ops; ``formula`` takes the values in float32, and the gain and bias for their order of work."""
+
+    def __init__(self, formula: Any, offset: float = 0.0, has_bias: bool = True) -> None:
+        super().__init__()
+        self.formula, self.offset = formula, offset
+        self.scale = nn.Parameter(torch.ones(16) - offset)
+        self.shift = nn.Parameter(torch.zeros(16)) if has_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.formula(x, self.offset + self.scale if self.offset else self.scale, self.shift)
+
+
+def deberta(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    wide = x.float() if x.dtype != torch.float64 else x
+    mean = wide.mean(-1, keepdim=True)
+    variance = (wide - mean).pow(2).mean(-1, keepdim=True)
+    return gain * ((wide - mean) / torch.sqrt(variance + 1e-7)).to(x.dtype) + bias
+
+
+def textbook(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return gain * (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5) + bias
+
+
+def annotated(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return gain * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) + bias
+
+
+def together(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True)  # the unbiased one
+    return (x - mean) * (variance + 1e-5).rsqrt() * gain.view(1, -1) + bias
+
+
+def reciprocal(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return bias + (1.0 / ((centred * centred).mean(dim=(-1,), keepdim=True) + 1e-5).sqrt()) * centred * gain
+
+
+def t5(x: torch.Tensor, gain: torch.Tensor, bias: None) -> torch.Tensor:
+    variance = (x.float() if x.dtype != torch.float64 else x).pow(2).mean(-1, keepdim=True)
+    return gain * (x * torch.rsqrt(variance + 1e-6)).to(gain.dtype)
+
+
+def gemma(x: torch.Tensor, gain: torch.Tensor, bias: None) -> torch.Tensor:
+    wide = x.float() if x.dtype != torch.float64 else x
+    return (wide * torch.pow(wide.square().mean(-1, keepdim=True) + 1e-6, -0.5) * gain.to(wide.dtype)).type_as(x)
+
+
+def functional(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(x, (16,), None, None, 1e-5) * gain + bias
+
+
+def torch_rms(x: torch.Tensor, gain: torch.Tensor, bias: None) -> torch.Tensor:
+    return torch.rms_norm(x, [16], None, 1e-5) * gain
+
+
+class Spelt(nn.Module):
+    """A stem, a norm, three post-norm blocks of two norms each, and a head."""
+
+    class Block(nn.Module):
+        def __init__(self, norm: Any) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.norm, self.last = norm(), norm()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(x + torch.tanh(self.one(x)))
+            return self.last(x + torch.relu(self.two(x)))
+
+    def __init__(self, norm: Any, other: Any = None) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(8, 16), (other or norm)()
+        self.blocks = nn.ModuleList(self.Block(norm) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+SPELLINGS = {
+    **{norm.__name__: partial(Spelled, norm) for norm in (deberta, textbook, annotated, together, reciprocal)},
+    **{norm.__name__: partial(Spelled, norm, has_bias=False) for norm in (t5, gemma, torch_rms)},
+    "functional": partial(Spelled, functional),
+    "gemma, 1 + w": partial(Spelled, gemma, offset=1.0, has_bias=False),
+    "deberta, 1 + w": partial(Spelled, deberta, offset=1.0),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_norms_spelled_out(spelling: str) -> None:
+    """Folded as the norms of torch are, alone, in a row, and beside these."""
+    make = SPELLINGS[spelling]
+    has_bias = make().shift is not None
+    theirs = (lambda: nn.LayerNorm(16)) if has_bias else (lambda: nn.RMSNorm(16, eps=1e-6))
+    cases = [
+        (torch.float32, 5e-6, [0, 1], None),
+        (torch.float32, 5e-6, [0], theirs),
+        (torch.float64, 1e-12, [1], None),
+        (torch.bfloat16, 3e-2, [1], None),
+    ]
+    for dtype, limit, names, other in cases:
+        torch.manual_seed(5)
+        model = perturbed(Spelt(make, other)).to(dtype)
+        x = torch.randn(4, 7, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
+        plan = nz.plan(model, [f"blocks.{place}" for place in names], example_inputs=x)
+        assert {edit.parameter for edit in plan.edits if isinstance(edit, nz.Copy)} == {
+            f"blocks.{names[-1]}.last.{kind}" for kind in ("scale", "shift")[: 1 + has_bias]
+        }
+        with torch.no_grad():
+            wanted = model.norm(model.stem(x))
+            for place, block in enumerate(model.blocks):
+                wanted = wanted if place in names else block(wanted)
+            wanted = model.head(wanted).double()
+            with plan.applied(model):
+                got = model(x).double()
+        assert (got - wanted).norm() / wanted.norm() <= limit
+        assert nz.verify(model, plan, x).bound_holds
+        is_coarse = dtype == torch.bfloat16 and "1 + w" in spelling
+        assert {each.kind for each in plan.certificates} == {"measured" if is_coarse else "bounded"}
+        assert nz.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("kind", ["Deberta", "DebertaV2"])
+def test_deberta(kind: str) -> None:
+    config = getattr(transformers, f"{kind}Config")(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"])
+    for dtype, limit in [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)]:
+        torch.manual_seed(0)
+        model = perturbed(getattr(transformers, f"{kind}Model")(config)).to(dtype)
+        names = ["encoder.layer.1", "encoder.layer.2"]
+        plan = nz.plan(model, names, example_inputs={"input_ids": IDS})
+        assert error(model, plan, {"input_ids": IDS}, *names) <= limit
+
+
+def test_what_is_no_norm_is_not_folded() -> None:
+    """One part of it is another: over other dimensions, of another value, or not added but taken away."""
+    over = {"dim": -1, "keepdim": True}
+
+    def off_centre(x: torch.Tensor, part: float = 1.0, dim: int = -1) -> torch.Tensor:
+        return x - part * x.mean(dim, keepdim=True)
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        return x.square().mean(**over)
+
+    wrong = {
+        "half the mean": lambda x, g, b: g * off_centre(x, 0.5) * (x.var(-1, False, True) + 1e-5).rsqrt() + b,
+        "over the rows": lambda x, g, b: g * off_centre(x, dim=1) * (x.var(1, False, True) + 1e-5).rsqrt() + b,
+        "more than an epsilon": lambda x, g, b: g * x * (square(x) + x).rsqrt() + b,
+        "centred, then not": lambda x, g, b: g * off_centre(x) * (square(x) + 1e-5).rsqrt() + b,
+        "not centred, then so": lambda x, g, b: g * x * (square(off_centre(x)) + 1e-5).rsqrt() + b,
+        "less than": lambda x, g, b: g * x * (square(x) - 1e-5).rsqrt() + b,
+        "a sum": lambda x, g, b: g * x * (x.square().sum(**over) + 1e-5).rsqrt() + b,
+        "another root": lambda x, g, b: g * x * (square(x) + 1e-5).pow(-0.25) + b,
+        "a gain along the rows": lambda x, g, b: g.view(1, -1, 1) * x * (square(x) + 1e-5).rsqrt() + b,
+        "a gain turned around": lambda x, g, b: g.flip(0) * x * (square(x) + 1e-5).rsqrt() + b,
+    }
+    x = torch.randn(4, 16, 8)
+    for name, formula in wrong.items():
+        model = perturbed(Spelt(partial(Spelled, formula)))
+        with pytest.raises(NeutralizeError, match=r"blocks\.1"):
+            pytest.fail(f"{name}: {nz.plan(model, 'blocks.1', example_inputs=x)}")
+
+
+def test_a_spelled_norm_with_other_readers() -> None:
+    class Shared(Spelt):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            start = x = self.norm(self.stem(x))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x + start)
+
+    x = torch.randn(4, 7, 8)
+    shared = perturbed(Shared(partial(Spelled, deberta)))
+    with pytest.raises(NeutralizeError, match=r"got add, which reads what enters the block too \(the norm 'norm'"):
+        nz.plan(shared, "blocks[0]", example_inputs=x)
+    assert nz.verify(shared, nz.plan(shared, "blocks[1]", example_inputs=x), x).relative_error <= 5e-6
+    tied = perturbed(Spelt(partial(Spelled, gemma, offset=1.0, has_bias=False)))
+    tied.blocks[1].norm.scale = tied.norm.scale
+    with pytest.raises(NeutralizeError, match=r"'\S+\.scale', which add with '\S*norm\.scale' reads too; untie"):
+        nz.plan(tied, "blocks[0]", example_inputs=x)
 
 
 def test_deep_norm() -> None:

@@ -170,7 +170,7 @@ def test_batch_norm_at_the_end_of_a_branch_is_nulled_by_gain_and_bias():
 
 def test_a_trailing_relu_is_refused_where_the_input_may_be_negative():
     model = perturbed(nn.Sequential(nn.Conv2d(3, 8, 3), Bottleneck(), nn.Flatten()))
-    with pytest.raises(nz.NeutralizeError, match=r"not proven to be its input.*activation stands on the residual"):
+    with pytest.raises(nz.NeutralizeError, match=r"not proven to be its input then: relu in '1.relu' stands on"):
         nz.plan(model, "1", example_inputs=picture())
 
 
@@ -414,6 +414,7 @@ class Branch(nn.Module):
 
 def off(forward, x=None, **options):
     """Plan the middle one of three such blocks; return the plan, and the outputs rewritten and excised."""
+    torch.manual_seed(0)
     model = perturbed(nn.Sequential(*(Branch(forward) for _ in range(3)), nn.Linear(8, 2)))
     x = features() if x is None else x
     plan = nz.plan(model, "1", example_inputs=x, **options)
@@ -538,6 +539,67 @@ def test_a_factor_of_one_that_comes_from_the_shape_is_named_as_an_assumption():
 def test_a_factor_of_one_that_was_computed_from_the_data_is_unknown():
     with pytest.raises(nz.NeutralizeError, match="not proven to be its input"):
         off(lambda self, x: x * (1.0 + float(x.abs().max() > 1e6)) + self.lin(self.norm(x)))
+
+
+@pytest.mark.parametrize(("forward", "message"), [
+    (lambda self, x: x.clamp(-1, 1) + self.lin(self.norm(x)), "residual stream stands clamp in '1', which no par"),
+    (lambda self, x: x.masked_fill(x > 9, 0.0) + self.lin(self.norm(x)), "residual stream stands masked_fill in '1'"),
+    (lambda self, x: 0.9 * x + self.lin(self.norm(x)), "residual stream stands mul with 0.9 in '1'"),
+    (lambda self, x: torch.tanh(x + self.lin(x)), "residual stream stands tanh in '1'"),
+    (lambda self, x: x * self.lin(x).sigmoid(), "residual stream stands mul in '1'"),
+    (lambda self, x: x + self.lin(self.norm(x)).exp(), "residual stream stands a sum with exp in '1'"),
+    (lambda self, x: x + self.lin(self.norm(x)).cos().transpose(0, 1).transpose(0, 1), "a sum with cos in '1'"),
+    (lambda self, x: x + x.sin() + self.lin(self.norm(x)), "residual stream stands a sum with sin in '1'"),
+    (lambda self, x: x.sin().round() + self.lin(self.norm(x)), "stands sin in '1' and round in '1', which"),
+    (lambda self, x: self.lin(self.norm(x)).tanh(), "of type Branch, with no skip connection around parameters"),
+    (lambda self, x: x.flip(-1) + self.lin(self.norm(x)), "not proven to be its input then: flip in '1' moves its"),
+    (lambda self, x: x.half().float() + self.lin(x), "not proven to be its input then: to in '1' stands on its resid"),
+    (lambda self, x: x + self.norm(x) / self.norm(x).norm(), "then: div in '1' may make it infinite or NaN then; use"),
+])  # fmt: skip
+def test_what_keeps_a_block_on_is_named(forward, message):
+    with pytest.raises(nz.NeutralizeError) as error:
+        off(forward)
+    assert message in str(error.value)
+
+
+def test_an_alpha_dropout_makes_numbers_of_zeros():
+    class Dropped(Branch):
+        def forward(self, x):
+            return x + nn.functional.alpha_dropout(self.lin(self.norm(x)), 0.5, self.training)
+
+    model = perturbed(nn.Sequential(Dropped(None), nn.Linear(8, 2)))
+    assert nz.plan(model, "0", example_inputs=features()).certificates[0].kind == "exact"
+    with pytest.raises(nz.NeutralizeError, match="a sum with an active dropout"):
+        nz.plan(model.train(), "0", example_inputs=features())
+
+
+def test_a_number_that_is_scattered_is_not_zero():
+    def forward(self, x, value):
+        ones = torch.zeros_like(x).scatter(-1, torch.zeros(*x.shape[:-1], 1, dtype=torch.long), value)
+        return x + ones + self.lin(self.norm(x))
+
+    with pytest.raises(nz.NeutralizeError, match="a sum with scatter in '1'"):
+        off(lambda self, x: forward(self, x, 1.0))
+    plan, got, wanted = off(lambda self, x: forward(self, x, 0.0))
+    assert plan.certificates[0].kind == "exact"
+    assert torch.equal(got, wanted)
+
+
+def test_a_zero_that_comes_from_the_shape_is_named_as_an_assumption():
+    plan, _, _ = off(lambda self, x: x + torch.full_like(x, x.shape[1] - 5.0) + self.lin(self.norm(x)))
+    assert "the number on its skip connection the same for inputs of other shapes" in plan.certificates[0].assumption
+    plan, _, _ = off(lambda self, x: x + torch.full_like(x, 0.0) @ self.out.weight + self.lin(self.norm(x)))
+    assert "the number" in plan.certificates[0].assumption
+    plan, _, _ = off(lambda self, x: x + torch.zeros_like(x) + self.lin(self.norm(x)))
+    assert plan.certificates[0].assumption == "finite activations"
+    with pytest.raises(nz.NeutralizeError, match="expected a layer that can hand its input on"):
+        off(lambda self, x: x + torch.full_like(x, float(x.abs().max() > 1e6)) + self.lin(self.norm(x)))
+
+
+def test_a_view_of_the_shape_of_another_tensor_is_a_view():
+    plan, got, wanted = off(lambda self, x: x.flatten().view_as(x) + self.lin(self.norm(x)))
+    assert plan.certificates[0].kind == "exact"
+    assert torch.equal(got, wanted)
 
 
 def test_autocast_inside_a_block_is_seen_through():

@@ -19,6 +19,7 @@ from torch import fx
 
 from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_empty, op_name, shape_of
 from neutralize.finite import may_break
+from neutralize.norms import core_of, renorm_clauses
 from neutralize.rules import (
     CAST,
     DROPOUT,
@@ -28,11 +29,10 @@ from neutralize.rules import (
     SPLIT,
     carry_clauses,
     drops,
+    is_fill,
     is_number,
     non_negative,
-    norm_operands,
     pointwise_value,
-    renorm_clauses,
     zero_clauses,
 )
 from neutralize.search import IDENTITY, Assignment
@@ -93,6 +93,7 @@ class Interpretation:
         self._values: dict[fx.Node, Value] = {}
         self._constants: dict[fx.Node, float] = {}
         self._broken: set[fx.Node] = set()  # may not be finite
+        self._numbered: set[fx.Node] = set()  # zero by a number in the graph, which may be another for other inputs
         self._changed: set[fx.Node] = set()  # may not be what they are without the edits, nor the block's input
         shape = shape_of(call.entry)
         if shape is not None:
@@ -117,6 +118,14 @@ class Interpretation:
         if not isinstance(held, Rearranged) or not isinstance(start, Rearranged):
             return False
         return torch.equal(held.indices, start.indices)
+
+    def is_known(self, node: fx.Node) -> bool:
+        """Whether a node of the block is known to be a constant, or elements of the input."""
+        return self.value(node) is not None
+
+    def may_break(self, node: fx.Node) -> bool:
+        """Whether a node of the block may not be finite under the edits."""
+        return node in self._broken
 
     @property
     def window(self) -> tuple[int, ...] | None:
@@ -202,7 +211,12 @@ class Interpretation:
         constant = self._constant(node, op)
         if constant is not None:
             return constant
-        if any(all(self._is(operand, 0.0) for operand in clause) for clause in zero_clauses(node)):
+        zeros = next((zeros for zeros in zero_clauses(node) if all(self._is(operand, 0.0) for operand in zeros)), None)
+        if zeros is not None:
+            if is_fill(node) and self.flow.is_recorded:
+                return None  # the run may have computed it from its data
+            if is_fill(node) or any(operand in self._numbered for operand in zeros):
+                self._numbered.add(node)
             return Constant(0.0)
         clauses = carry_clauses(node)
         if self._normalised is not None:
@@ -225,7 +239,8 @@ class Interpretation:
                 continue  # the run may have computed it from its data
             moved = self._carry(node, op, clause.carrier, carried)
             if moved is not None and self._holds_all(node):
-                self.uses_number = self.uses_number or clause.by_number
+                by_number = clause.by_number or any(operand in self._numbered for operand in clause.zeros)
+                self.uses_number = self.uses_number or by_number
                 self._carriers[node] = clause.carrier
                 return moved
         return None
@@ -249,10 +264,9 @@ class Interpretation:
             return carried[place] if isinstance(carried, tuple) and isinstance(place, int) else carried
         if isinstance(carried, tuple):
             return None
-        if norm_operands(node) is not None:
-            return (
-                carried if self._is_normalised(carried.indices, math.prod(argument(node, "normalized_shape"))) else None
-            )
+        core = core_of(node) if self._normalised is not None else None
+        if core is not None and core.data is carrier:
+            return carried if self._is_normalised(carried.indices, math.prod(core.over)) else None
         if op in CAST:
             return carried
         if op in ("aten::constant_pad_nd", "aten::pad"):
@@ -263,7 +277,8 @@ class Interpretation:
             return self._join(node)
         if op in REARRANGE or op in SPLIT:
             try:
-                moved = node.target(carried.indices.clone(), *node.args[1:], **without_dtype(node.kwargs))  # type: ignore[operator]
+                others = fx.map_arg(node.args[1:], lambda other: torch.empty(()).expand(shape_of(other) or ()))
+                moved = node.target(carried.indices.clone(), *others, **without_dtype(node.kwargs))  # type: ignore[operator]
             except (RuntimeError, TypeError):  # an operand that only the real model has
                 return None
             return Rearranged(moved) if isinstance(moved, torch.Tensor) else tuple(Rearranged(part) for part in moved)

@@ -74,6 +74,7 @@ class Dataflow:
         unwritable: what no plan may write, with the reason: buffers that are not saved, or that the model writes.
         overwriting: layers that write into their input while something else reads that later, with the ops that do;
             without them where the graph no longer has them.
+        lost: values that the recording lost sight of: views of memory that an op wrote through another view.
         is_quick: it was recorded on the meta device, which holds no data for the control flow to depend on.
         is_recorded: the graph is what one run on the example inputs did; on others the control flow may be another.
     """
@@ -88,6 +89,7 @@ class Dataflow:
     is_quick: bool = False
     unwritable: dict[str, str] = field(default_factory=dict)
     overwriting: dict[str, tuple[fx.Node, ...]] = field(default_factory=dict)
+    lost: frozenset[fx.Node] = frozenset()
     position: dict[fx.Node, int] = field(default_factory=dict, init=False)
     _users: dict[str, list[fx.Node]] = field(default_factory=dict, init=False)
 
@@ -101,6 +103,13 @@ class Dataflow:
     def users(self, name: str) -> list[fx.Node]:
         """Every node that reads the tensor of that name, under any of its names."""
         return list(dict.fromkeys(self._users.get(name, [])))
+
+    @property
+    def is_patchy(self) -> bool:
+        """Whether a selected layer reads a value that was lost."""
+        readers = [self.position[user] for node in self.lost for user in node.users]
+        calls = [call for calls in self.calls.values() for call in calls]
+        return any(call.first < place <= call.last for call in calls for place in readers)
 
     def nbytes(self, name: str) -> int:
         """Size of a parameter in bytes."""
@@ -398,7 +407,7 @@ def _trace(
                 flow = _recorded(wrapped, args, kwargs)
             except Exception:  # control flow that depends on data, an op without a meta kernel: the export says which
                 flow = None
-            if flow is not None and all(flow.calls.get(name) for name in layers):
+            if flow is not None and all(flow.calls.get(name) for name in layers) and not flow.is_patchy:
                 return replace(flow, is_recorded=False, is_quick=True)
         try:
             return _exported(wrapped, args, kwargs)
@@ -415,11 +424,13 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
     """Export the model on fake tensors: nothing is computed or copied."""
     with redirect_stderr(io.StringIO()):  # a failing export prints the graph that it had so far
         program = torch.export.export(wrapped, args, kwargs, strict=False)
+    _erase_checks(program.graph)
     memory = _Memory(program.graph)
     overwriting = memory.overwriting()
     is_nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in program.graph.nodes)  # autocast
     if is_nested or memory.reads_stale_values:
         program = program.run_decompositions({})
+        _erase_checks(program.graph)
         overwriting = dict.fromkeys(overwriting, ())  # those nodes are in the graph no more
         memory = _Memory(program.graph)
     signature = program.graph_signature
@@ -433,6 +444,13 @@ def _exported(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
     return _dataflow(wrapped.model, memory, names, overwriting, mutated)
 
 
+def _erase_checks(graph: fx.Graph) -> None:
+    """Take out the ops that only check what they read: casts of the export leave such a one beside them."""
+    for node in list(graph.nodes):
+        if op_name(node).startswith("aten::_assert_") and not node.users:
+            graph.erase_node(node)
+
+
 def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
     """Run once on the real inputs and record the ops, for models whose control flow depends on data."""
     from neutralize.record import Recorder
@@ -444,7 +462,8 @@ def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, An
         with recorder:
             outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
     memory = _Memory(recorder.finish(outputs))
-    return replace(_dataflow(wrapped.model, memory, recorder.names, memory.overwriting(), set()), is_recorded=True)
+    flow = _dataflow(wrapped.model, memory, recorder.names, memory.overwriting(), set())
+    return replace(flow, is_recorded=True, lost=frozenset(recorder.lost))
 
 
 def copied(value: Any) -> Any:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from neutralize.checkpoint.handle import Checkpoint, FileUndo
     from neutralize.undo import Undo
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
 TARGETS = ("input", "partial", "null", "scaled", "damped", "fill", "mean", "offset")
 _COLUMN_LIMIT = 1 << 62
@@ -272,13 +272,13 @@ class Assign(_OfOneParameter):
 
 @dataclass(frozen=True)
 class Copy(_OfOneParameter):
-    """One parameter becomes another, times a factor: ``W <- scale * S``, with ``S`` as it was before the plan.
+    """One parameter becomes another, scaled and shifted: ``W <- scale * S + offset``, ``S`` as it was before the plan.
 
     Attributes:
         parameter: qualified name of the parameter that is written.
         source: qualified name of the parameter of the same shape that is read.
         shape, dtype: of the written parameter.
-        scale: the factor; the product is rounded once.
+        scale, offset: the coefficients; the result is rounded once.
     """
 
     parameter: str
@@ -286,11 +286,12 @@ class Copy(_OfOneParameter):
     shape: tuple[int, ...]
     dtype: str
     scale: float = 1.0
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the tensor and the factor."""
+        """Check the tensor and the coefficients."""
         _settle_tensor(self)
-        _settle_floats(self, "scale")
+        _settle_floats(self, "scale", "offset")
 
     @property
     def numel(self) -> int:
@@ -299,11 +300,12 @@ class Copy(_OfOneParameter):
 
     def values(self, source: torch.Tensor) -> torch.Tensor:
         """Return what is written, in the written dtype, from the tensor that is read."""
-        return (source.detach().double() * self.scale).to(getattr(torch, self.dtype))
+        return (source.detach().double() * self.scale + self.offset).to(getattr(torch, self.dtype))
 
     def describe(self) -> str:
         """Say in a few characters what is written."""
-        return f"{self.parameter} <- {'' if self.scale == 1 else f'{self.scale:.6g} '}{self.source}"
+        offset = f" {'-' if self.offset < 0 else '+'} {abs(self.offset):.6g}" if self.offset else ""
+        return f"{self.parameter} <- {'' if self.scale == 1 else f'{self.scale:.6g} '}{self.source}{offset}"
 
 
 Edit: TypeAlias = Rewrite | Fold | Assign | Copy

@@ -19,8 +19,12 @@ class Recorder(TorchDispatchMode):
     and
     every other view of its memory becomes unknown.
 
+    On the meta device, what comes of no parameter and no input (positions, masks) is computed beside it, and control
+    flow may depend on that.
+
     Attributes:
         names: placeholder to qualified name, for parameters and buffers.
+        lost: placeholders of what became unknown.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -31,8 +35,10 @@ class Recorder(TorchDispatchMode):
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: dict[fx.Node, str] = {}
+        self.lost: set[fx.Node] = set()
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
+        self._values: dict[int, torch.Tensor] = {}  # of meta tensors, where they are known
         self._kept: list[torch.Tensor] = []  # an id stays that of its tensor as long as the tensor lives
         self._count = 0
         self._is_paused = False
@@ -46,7 +52,11 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run the op and write it down."""
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._values:
+            return self._values[id(args[0])].item()
         result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.is_meta and result.numel() <= _MOST_KNOWN:
+            self._note_value(func, args, kwargs, result)
         if not self._is_paused:
             self._write_down(func, args, kwargs, result)
         return result
@@ -73,21 +83,38 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _write_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+        is_mutable = func._schema.is_mutable
+        if not is_mutable and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
             return
         node_args, node_kwargs = pytree.tree_map(self._node_of, (args, kwargs))
         node = self._graph.create_node("call_function", func, node_args, node_kwargs)
         node.meta["val"] = pytree.tree_map(_shape_only, result)
-        if func._schema.is_mutable:
+        if is_mutable:
+            self._values.clear()  # some may be views of what was written
             self._forget_views_of(_written(func, args, kwargs), result)
         if isinstance(result, torch.Tensor):
             self._remember(result, node)
         else:
-            for place, part in enumerate(result):
+            for place, part in enumerate(result or ()):
                 if isinstance(part, torch.Tensor):
                     picked = self._graph.create_node("call_function", operator.getitem, (node, place))
                     picked.meta["val"] = _shape_only(part)
                     self._remember(part, picked)
+
+    def _note_value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
+        """Compute a meta tensor that is made of known ones alone, or of none."""
+        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        is_random = torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._schema.name
+        if func._schema.is_mutable or is_random or not all(id(operand) in self._values for operand in operands):
+            return
+
+        def known(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return self._values[id(leaf)]
+            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+        self._values[id(result)] = func(*pytree.tree_map(known, args), **pytree.tree_map(known, kwargs))
+        self._kept.append(result)
 
     def finish(self, outputs: Any) -> fx.Graph:
         """Close the graph with what the model returned."""
@@ -125,6 +152,10 @@ class Recorder(TorchDispatchMode):
             other = id(tensor) not in returned and self._nodes[id(tensor)] not in self.names
             if other and tensor.numel() and _memory_of(tensor) in memory:
                 self._nodes[id(tensor)] = self._placeholder(tensor)
+                self.lost.add(self._nodes[id(tensor)])
+
+
+_MOST_KNOWN = 1 << 20  # elements of what is computed on the meta device
 
 
 class _WholeOps(TorchFunctionMode):

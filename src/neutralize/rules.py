@@ -118,7 +118,7 @@ ATTENTION = frozenset(
 )
 _ADD = "aten::add"
 _SUB = "aten::sub"
-_DIV = frozenset(("aten::div", "aten::true_divide"))
+DIVISIONS = frozenset(("aten::div", "aten::true_divide"))
 # Write the second tensor operand into the first: zero if both are.
 _SCATTER = {
     "aten::index_add": ("self", "source"),
@@ -156,6 +156,11 @@ def tensors(*operands: object) -> list[fx.Node]:
 def is_number(operand: object, *values: float) -> bool:
     """Whether an operand is a Python number (and one of ``values``, if any are given)."""
     return isinstance(operand, int | float) and not isinstance(operand, bool) and (not values or operand in values)
+
+
+def is_fill(node: fx.Node) -> bool:
+    """Whether the node is filled with a number."""
+    return op_name(node) in ("aten::full", "aten::full_like", "aten::new_full")
 
 
 def drops(node: fx.Node) -> bool:
@@ -199,7 +204,7 @@ def zero_clauses(node: fx.Node) -> list[list[fx.Node]]:
         return []
     if op in _ZERO_SOURCES:
         return [[]]
-    if op in ("aten::full", "aten::full_like", "aten::new_full"):
+    if is_fill(node):
         return [[]] if is_number(argument(node, "fill_value"), 0) else []
     if op in _ZERO_AT_ZERO:
         return [tensors(node.args[0])]
@@ -227,6 +232,8 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
         # Parts of a split, or the first output of an op whose others are statistics.
         if isinstance(first, fx.Node) and (op_name(first) in SPLIT or node.args[1] == 0):
             return [[first]]
+        return None
+    if op == "aten::alpha_dropout" and drops(node):  # what it drops becomes a number other than zero
         return None
     if op in REARRANGE or op in SPLIT or op in CAST or op in DROPOUT:
         return [tensors(first)]
@@ -258,7 +265,7 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
         if any(is_number(operand) and operand != 0 for operand in (one, other)):
             return None
         return [tensors(one, other)]
-    if op in _DIV:
+    if op in DIVISIONS:
         return [tensors(first)] if isinstance(first, fx.Node) else None
     if op == "aten::addcmul":
         base, one, other = node.args[:3]
@@ -275,6 +282,8 @@ def _homogeneous_clauses(node: fx.Node, op: str, *, positive: bool) -> list[list
     if op == "aten::masked_fill":
         return [tensors(first)] if is_number(node.args[2], 0) else None
     if op in _SCATTER:
+        if not is_number(argument(node, "value", 0), 0):  # written instead of a tensor
+            return None
         return [tensors(*(argument(node, name) for name in _SCATTER[op]))]
     return None
 
@@ -341,7 +350,7 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
             for part, rest in ((one, other), (other, one))
             if isinstance(part, fx.Node) and is_number(rest, 1)
         ]
-    if op in _DIV and isinstance(first, fx.Node):
+    if op in DIVISIONS and isinstance(first, fx.Node):
         other = node.args[1]
         if isinstance(other, fx.Node):
             return [Carry(first, ones=(other,))]
@@ -355,38 +364,6 @@ def carry_clauses(node: fx.Node) -> list[Carry]:
             if size is not None and len(size) == 2 and size[0] == size[1]:
                 return [Carry(data, zeros=tuple(tensors(bias)), identity=weight)]
     return []
-
-
-def multiple_of(node: fx.Node) -> float | None:
-    """The positive number that a node multiplies (or divides) one tensor by, else ``None``."""
-    if op_name(node) not in ("aten::mul", *_DIV) or len(node.args) != 2 or node.kwargs:
-        return None
-    one, other = node.args
-    if isinstance(other, fx.Node) and op_name(node) == "aten::mul":
-        one, other = other, one
-    if not (isinstance(one, fx.Node) and is_number(other)) or other <= 0:  # type: ignore[operator]
-        return None
-    return float(other) if op_name(node) == "aten::mul" else 1.0 / float(other)  # type: ignore[arg-type]
-
-
-def renorm_clauses(node: fx.Node, before: fx.Node) -> list[Carry]:
-    """Conditions under which a norm hands on what another norm, ``before``, has normalised already.
-
-    A layer norm of a value of mean 0 and variance 1 is that value, an RMS norm of one of mean square 1 too, up to ε. A
-    positive multiple of it will do as well, as in DeepNorm.
-
-    Source: MATH §5.
-    """
-    if multiple_of(node) is not None:
-        return [Carry(tensors(*node.args[:2])[0])]
-    data, over = argument(node, "input"), argument(node, "normalized_shape")
-    kinds = (op_name(before), op_name(node))
-    if kinds not in (("aten::layer_norm",) * 2, ("aten::layer_norm", "aten::rms_norm"), ("aten::rms_norm",) * 2):
-        return []
-    if not isinstance(data, fx.Node) or list(over) != list(argument(before, "normalized_shape")):
-        return []
-    gain, bias = norm_operands(node) or (None, None)
-    return [Carry(data, ones=tuple(tensors(gain)), zeros=tuple(tensors(bias)))]
 
 
 def affine_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:

@@ -23,6 +23,7 @@ from torch import fx
 
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, is_empty, is_mark, op_name, shape_of
+from neutralize.norms import renorm_clauses
 from neutralize.rules import (
     CAST,
     JOIN,
@@ -31,7 +32,6 @@ from neutralize.rules import (
     carry_clauses,
     is_number,
     pointwise_value,
-    renorm_clauses,
     scaled_clauses,
     tensors,
     zero_clauses,
@@ -87,7 +87,7 @@ class Search:
                 clauses = [*clauses, *renorm_clauses(node, self.normalised)]
             for clause in clauses:
                 found = self._all((self.zero(operand) for operand in clause.zeros), before=self.same(clause.carrier))
-                found = self._all((self._constant(operand, 1.0) for operand in clause.ones), before=found)
+                found = self._all((self.one(operand) for operand in clause.ones), before=found)
                 if clause.identity is not None:
                     found = self._all([self._identity(clause.identity)], before=found)
                 answers.append(found)
@@ -103,6 +103,10 @@ class Search:
         if is_empty(node):
             return [{}]
         return self._zero.get(node, [])
+
+    def one(self, node: fx.Node) -> list[Assignment]:
+        """Assignments that make a value that is computed from one parameter alone 1 everywhere, best first."""
+        return self._constant(node, 1.0)
 
     def same(self, node: fx.Node) -> list[Assignment]:
         """Assignments that make the node hold the block's input, best first; none: impossible."""
@@ -282,7 +286,7 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
 
     branches: list[list[Assignment]] = []
     for node in search.call.nodes:
-        offset = _offset_parameter(node)
+        offset = offset_of(node)
         if offset is not None and search._is_parametric(offset[0]) and of(offset[0]):
             # c + w: w <- f w + (f - 1) c
             scaled[node] = [dict.fromkeys(of(offset[0])[0], (factor - 1.0) * offset[1])]
@@ -302,7 +306,8 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
     return scaled.get(search.call.exit, []), 0
 
 
-def _offset_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
+def offset_of(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The value and the number that a node is the sum of, else ``None``."""
     if op_name(node) == "aten::add" and len(node.args) == 2 and not node.kwargs:
         one, other = node.args
         if isinstance(one, fx.Node) and is_number(other):

@@ -13,12 +13,13 @@ from neutralize.activations import is_activation, is_proven
 from neutralize.certify import Interpretation, side_readers
 from neutralize.dataflow import argument, op_name, shape_of
 from neutralize.errors import NeutralizeError, require_finite
+from neutralize.obstacles import in_proof, on_skip
 from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
 from neutralize.readers import Read, per_dim, reads_of
 from neutralize.regime import Regime, choose, unit_roundoff
-from neutralize.rules import carry_clauses, non_negative
-from neutralize.search import IDENTITY, Assignment, Preference, Search, joint
+from neutralize.rules import non_negative
+from neutralize.search import IDENTITY, Assignment, Preference, joint
 from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
 from neutralize.spread import SPREAD_MARGIN, Spread
 from neutralize.strategies.consumers import (
@@ -419,32 +420,26 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
             f"{start}some of whose parameters cannot be written: {refused}; select every layer that reads them, or "
             "untie them"
         )
-    stopped = _what_stops_the_stream(request, searches[0])
+    kind = type(request.layers[layer]).__name__
+    found = joint([(search, search.same(search.call.exit)) for search in searches])
+    if found:
+        failed = [
+            each for each in zip(searches, _proofs(request, layer, found[0]), strict=True) if not each[1].is_identity
+        ]
+        return (
+            f"{start}whose parameters can be nulled, but whose output is not proven to be its input then: "
+            f"{in_proof(*failed[0])}; use strategy='zero' or 'damp'"
+        )
+    stopped = on_skip(blocked[0])
     if stopped:
         return (
-            f"{start}of type {type(request.layers[layer]).__name__}, on whose residual stream stands {stopped}, which "
-            "no parameters make the identity; use strategy='zero' or 'damp', or select the branch before it"
-        )
-    if not any(search.same(search.call.exit) for search in searches):
-        return (
-            f"{start}a {type(request.layers[layer]).__name__} with no skip connection around parameters that could be "
-            "nulled; use strategy='zero' or 'damp', or select the block that adds it to the residual stream"
+            f"{start}of type {kind}, on whose residual stream stands {stopped}, which no parameters make the identity; "
+            "use strategy='zero' or 'damp', or select the branch beside it"
         )
     return (
-        f"{start}whose parameters can be nulled, but whose output is not proven to be its input then (a norm or an "
-        "activation stands on the residual stream); use strategy='zero' or 'damp'"
+        f"{start}of type {kind}, with no skip connection around parameters that could be nulled; use strategy='zero' "
+        "or 'damp', or select the block that adds it to the residual stream"
     )
-
-
-def _what_stops_the_stream(request: Request, search: Search) -> str:
-    """What reads the last sum that would hold the block's input, in words; empty if there is none, or it is the end."""
-    held = [node for node in search.call.nodes if search.same(node)]
-    sums = [node for node in held if any(clause.zeros for clause in carry_clauses(node))]
-    if not sums or search.same(search.call.exit):
-        return ""
-    behind = held[held.index(sums[-1]) :]
-    readers = [user for node in behind for user in node.users if not search.same(user) and shape_of(user) is not None]
-    return describe(readers[0], request.flow) if readers else ""
 
 
 def _floor(site: AffineSite) -> str:
