@@ -70,7 +70,16 @@ class _Seen:
 
 def judge(built: Built) -> list[dict[str, Any]]:
     """One row per stack of like blocks; what changes no output (a head that the model does not return) is left out."""
-    rows = [_judged(built, *found) for found in stacks(built)]
+    return _rows(built, stacks(built))
+
+
+def judge_lone(built: Built) -> list[dict[str, Any]]:
+    """The same for a model that has no stack."""
+    return _rows(built, lone(built))
+
+
+def _rows(built: Built, found: list[tuple[str, str, bool]]) -> list[dict[str, Any]]:
+    rows = [_judged(built, *each) for each in found]
     return [asdict(row) for row in rows if row.effect != 0]
 
 
@@ -114,6 +123,34 @@ def stacks(built: Built) -> list[tuple[str, str, bool]]:
             found[key] = (name, block, skips[name], len(keeping[name]))
     rows = [row[:3] for row in found.values()]
     return [row for row in rows if row[2]] or rows
+
+
+def lone(built: Built) -> list[tuple[str, str, bool]]:
+    """What stands for the blocks of a model without a stack: those with a skip connection, wherever they are.
+
+    A middle one of each class, and of nested ones the outermost; if there is none, one of the most frequent class.
+    """
+    modules = {
+        name: module
+        for name, module in built.model.named_modules()
+        if name and _has_parts(module) and any(each.dim() > 1 for each in module.parameters())
+    }
+    seen = _observe(built, list(modules))
+    kinds: dict[type, list[str]] = {}
+    for name in modules:
+        if name in seen:
+            kinds.setdefault(type(modules[name]), []).append(name)
+    found: list[str] = []
+    for names in kinds.values():
+        keeping = [name for name in names if seen[name].keeps_shape]
+        block = _middle(keeping, names) if keeping else ""
+        if block and _has_skip(built, block) and not any(block.startswith(f"{outer}.") for outer in found):
+            found.append(block)
+    if found:
+        return [(block.rpartition(".")[0], block, True) for block in found]
+    usual = max(kinds.values(), key=len, default=[])
+    block = usual[len(usual) // 2] if usual else ""
+    return [(block.rpartition(".")[0], block, False)] if usual else []
 
 
 def _middle(among: list[str], children: list[str]) -> str:
