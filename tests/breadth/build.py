@@ -552,7 +552,7 @@ def build_timm(module: str, noise: float = 0.1) -> Iterator[Built]:
         raise NotBuilt(reason)
 
 
-# Options for a model, and whether its channels are quartered: the first that it takes, and that makes it small enough.
+# Options for a model, and whether its channels are halved: the first that it takes, and that makes it small enough.
 _TIMM_SIZES: list[tuple[dict[str, float], bool]] = [
     ({"img_size": 64, "depth": LAYERS}, False),
     ({"depth": LAYERS}, False),
@@ -572,10 +572,10 @@ def _size(name: str, options: dict[str, float]) -> int:
 
 
 @contextmanager
-def slim(by: int = 4) -> Iterator[None]:
+def slim(by: int = 2) -> Iterator[None]:
     """Let convolutions, batch norms and linear layers made meanwhile have a part of their channels.
 
-    For networks without an argument for their width. What is not a multiple of ``by`` (colours, classes) stays.
+    For networks without an argument for their width. What is not a multiple of ``by`` (colours) stays.
     """
 
     def narrower(made: Any, sizes: int) -> Any:
