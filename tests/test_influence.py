@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -421,6 +424,52 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(stack, tmp_path):
     again = Counted()
     assert nz.influence(stack, "layers[:]", evaluate=again, k=2, log=path, resume=True).entries == sweep.entries
     assert again.calls == 0
+
+
+class Stuck(Counted):
+    """An evaluation that says when three are done and a layer is off, and does not end."""
+
+    def __init__(self, before, told):
+        super().__init__()
+        self.before, self.told = before, told
+
+    def __call__(self, model) -> float:
+        if self.calls == 3:
+            self.told.send(weights(model) != self.before)
+            time.sleep(600)
+        return super().__call__(model)
+
+
+def stuck_sweep(path, told) -> None:
+    """What a process of its own does; it ends with 130 if Ctrl-C has put every bit back."""
+    torch.manual_seed(0)
+    model = perturbed(Stack())
+    before = weights(model)
+    try:
+        nz.influence(model, "layers[:]", evaluate=Stuck(before, told), k=2, log=path)
+    except KeyboardInterrupt:
+        os._exit(130 if weights(model) == before else 1)
+
+
+@pytest.mark.parametrize("kill", ["SIGINT", "SIGKILL"])
+def test_a_process_that_is_ended_by_a_signal_loses_and_repeats_nothing(stack, tmp_path, kill):
+    path = tmp_path / "log.jsonl"
+    context = multiprocessing.get_context("spawn")
+    reached, told = context.Pipe(duplex=False)
+    process = context.Process(target=stuck_sweep, args=(path, told), daemon=True)
+    process.start()
+    assert reached.poll(120)
+    assert reached.recv()
+    os.kill(process.pid, getattr(signal, kill))
+    process.join(60)
+    assert process.exitcode == {"SIGINT": 130, "SIGKILL": -signal.SIGKILL}[kill]
+    kept = path.read_bytes()
+    rest = Counted()
+    found = nz.influence(stack, "layers[:]", evaluate=rest, k=2, log=path, resume=True)
+    assert (found.resumed, rest.calls) == (3, 1 + DEPTH + DEPTH - 1 - 3)
+    assert path.read_bytes().startswith(kept)
+    measured = [json.loads(line)["off"] for line in path.read_text().splitlines()[1:]]
+    assert len(measured) == len({*map(tuple, measured)}) == 1 + DEPTH + DEPTH - 1
 
 
 def test_a_resumed_sweep_compares_with_the_intact_model_again(reader, tokens, tmp_path):
