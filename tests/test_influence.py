@@ -682,8 +682,11 @@ def test_the_command_logs_and_resumes(loaded, tmp_path):
     assert first.stderr == ""
     assert "layers.0" in first.stdout
     assert run(*SHORT, "--log", log).exit_code == 2
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-2]))
+    assert run(*SHORT, "--log", log, "--resume").stderr.count("(from the log)") == 1 + DEPTH - 2
     again = run(*SHORT, "--log", log, "--resume")
     assert again.exit_code == 0
+    assert again.stderr.count("(from the log)") == 1 + DEPTH
     assert f"{1 + DEPTH} of the evaluations from the log" in again.stdout
 
 
