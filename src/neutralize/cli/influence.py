@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _MODEL = "A folder or a hub name of a causal language model; by default SmolLM2-
 
 
 def influence(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=_MODEL, metavar="[MODEL]")] = "smollm2",
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help="Name, glob or slice; repeatable. By default every block.")
@@ -55,11 +57,7 @@ def influence(
 
     try:
         if job is not None:
-            if plot is not None or log is not None or layers:
-                raise NeutralizeError(
-                    "influence: expected --job with --resume, --json and --quiet alone, got --plot, --log or --layers; "
-                    "write them into the job file"
-                )
+            _check_alone(context)
             raise typer.Exit(_run_job(Job.read(job), resume=resume, json=json, quiet=quiet))
         if resume and log is None:
             raise NeutralizeError("influence: expected --log beside --resume, got none; name the log to go on with")
@@ -126,6 +124,23 @@ def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool) -> int:
     return int(failed)
 
 
+def _check_alone(context: typer.Context) -> None:
+    """Check that what a job file says is not said beside it too."""
+    from neutralize.errors import NeutralizeError
+
+    beside = sorted(
+        "MODEL" if name == "model" else f"--{name}"
+        for name in context.params
+        if name not in ("job", "resume", "json", "quiet")
+        and getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
+    )
+    if beside:
+        raise NeutralizeError(
+            f"influence: expected --job with --resume, --json and --quiet alone, got {', '.join(beside)}; write that "
+            "into the job file"
+        )
+
+
 def _check_plot(path: Path) -> None:
     """Fail before the evaluations rather than after them."""
     import importlib.util
@@ -185,20 +200,26 @@ class _Lines:
     """Prints a line for each evaluation that is done."""
 
     def __init__(self) -> None:
-        self._started: float | None = None
-        self._begun = 0.0
+        self._started, self._begun = 0.0, 0.0
+        self._seen = math.inf  # how far it was; infinite where the clock starts at the next evaluation
+        self._is_going_on = False  # an evaluation; one that is finished without was taken from the log
 
     def __call__(self, progress: Progress) -> None:
         """Print the line, with the time left."""
-        if self._started is None or progress.done < self._begun:  # the first one, or that of the next sweep
-            self._started, self._begun = time.perf_counter(), progress.done
         if progress.finished is None:
+            if progress.done < self._seen:  # the first one, or that of the next sweep
+                self._started, self._begun = time.perf_counter(), progress.done
+            self._is_going_on, self._seen = True, progress.done
             return
-        done = progress.done - self._begun
-        rate = done / max(1e-9, time.perf_counter() - self._started)
-        left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
+        about = "from the log"
+        self._seen = progress.done if self._is_going_on else math.inf
+        if self._is_going_on:
+            rate = (progress.done - self._begun) / max(1e-9, time.perf_counter() - self._started)
+            left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
+            about = f"{60 * rate:.1f} evaluations/min{left}"
+        self._is_going_on = False
         what = f"[{progress.done:.0f}/{progress.total}] {_off(progress.doing)}: loss {progress.finished.loss:.4f}"
-        print(f"{what} ({60 * rate:.1f} evaluations/min{left})", file=sys.stderr, flush=True)
+        print(f"{what} ({about})", file=sys.stderr, flush=True)
 
 
 def _off(layers: tuple[str, ...]) -> str:
