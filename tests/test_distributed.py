@@ -231,7 +231,7 @@ def test_a_marked_folder_is_taken_by_no_reader(folder):
 def test_a_transposed_shard_is_listed_and_refused(folder):
     layout = read_distributed(folder)
     assert isinstance(layout.tensors["t"], Listed)
-    with pytest.raises(NeutralizeError, match="expected a contiguous tensor for 't', got float32 with strides"):
+    with pytest.raises(NeutralizeError, match="expected elements row by row for 't', got float32 with strides"):
         make_on_files(layout, (Rewrite("t", (2, 3), "float32"),))
 
 

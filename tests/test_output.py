@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -144,6 +145,10 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path
     child.kill()
     child.join()
     assert not (tmp_path / "out").exists()
+    with pytest.raises(NeutralizeError, match=r"got a copy that is not finished .* neutralize restore removes it"):
+        Checkpoint(tmp_path / "out")
+    shutil.copytree(tmp_path / ".out.partial", tmp_path / ".other.partial")
+    assert output_module.discard(tmp_path / "other") == [str(tmp_path / ".other.partial")]
     Checkpoint(source).write(edits(Checkpoint(source)), tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 

@@ -210,6 +210,23 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str, match: s
         locate(tmp_path)
 
 
+def test_an_index_that_names_another_shard_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"]["a.bias"] = content["weight_map"]["a.weight"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(NeutralizeError, match=r"expected 'a.bias' in 'model-00001-.* got a file without it"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(NeutralizeError, match=r"got no file|to be a file"):
+        locate(tmp_path)
+
+
 def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(file(b'{"\\ud800":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'))

@@ -234,7 +234,7 @@ def _joined(tensor: Elements, parts: list[tuple[_Box, Elements | Listed]]) -> St
     for box, part in parts:
         if isinstance(part, Listed):
             regions = tuple(region for _, other in parts for region in other.regions)
-            return Listed(tensor.name, part.encoding, tensor.shape, regions)
+            return Listed(tensor.name, part.encoding, part.remedy, tensor.shape, regions)
         pieces.append(replace(part.pieces[0], origin=box.origin))
     return replace(tensor, pieces=tuple(pieces))
 

@@ -138,14 +138,14 @@ def _sharded(folder: Path, index: str, suffix: str) -> Layout:
                 f"checkpoint: expected files that end in {suffix} in {str(folder / index)!r}, got {file[:200]!r}; "
                 "fetch it again"
             )
-    joined = join(folder, [_file(inside(folder, file)) for file in files])
-    missing = [name for name, file in weight_map.items() if name not in joined.tensors]
+    shards = {file: _file(inside(folder, file)) for file in files}
+    missing = [name for name, file in weight_map.items() if name not in shards[file].tensors]
     if missing:
         raise NeutralizeError(
             f"checkpoint: expected {missing[0][:200]!r} in {weight_map[missing[0]]!r}, as {index!r} says, got a file "
             f"without it{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; fetch it again"
         )
-    return joined
+    return join(folder, list(shards.values()))
 
 
 def join(folder: Path, shards: list[Layout]) -> Layout:

@@ -180,17 +180,32 @@ def restore(
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Put every byte back: of an edit that was cut off, else of the last edit."""
+    """Put every byte back: of an edit that was cut off, else of the last edit.
+
+    What a killed run has left beside the files is removed; so is a copy (the path of --output) that was cut off.
+    """
+    from neutralize.checkpoint.output import discard
+
     with _refusals(), _bar(quiet=quiet) as advance:
-        opened = _opened(checkpoint)
-        undone = opened.restore(everything=everything, force=force, advance=advance)
-        left = opened.status
+        removed = [] if checkpoint.exists() else discard(checkpoint)
+        state, left = "absent", 0
+        undone: list[Any] = []
+        if not removed:
+            opened = _opened(checkpoint)
+            removed = [str(path) for path in opened.status.leftovers]
+            undone = opened.restore(everything=everything, force=force, advance=advance)
+            found = opened.status
+            state, left = found.state, len(found.edits)
         if json:
-            print_json({"undone": [_edition(entry) for entry in undone], "state": left.state, "left": len(left.edits)})
+            print_json(
+                {"undone": [_edition(entry) for entry in undone], "removed": removed, "state": state, "left": left}
+            )
             return
         for entry in undone:
             print(f"undone: {_described(entry)}")
-        print(f"{checkpoint}: {left.state}{f', {len(left.edits)} edit(s) left' if left.edits else ''}")
+        for path in removed:
+            print(f"removed: {path}")
+        print(f"{checkpoint}: {state}{f', {left} edit(s) left' if left else ''}")
 
 
 def status(checkpoint: _Path, json: _Json = False) -> None:
@@ -201,11 +216,16 @@ def status(checkpoint: _Path, json: _Json = False) -> None:
     with _refusals():
         found = _opened(checkpoint).status
         if json:
-            print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits]})
+            leftovers = [str(path) for path in found.leftovers]
+            print_json(
+                {"state": found.state, "edits": [_edition(entry) for entry in found.edits], "leftovers": leftovers}
+            )
         else:
             print(f"{checkpoint}: {found.state}")
             for entry in found.edits:
                 print(f"  {_described(entry)}{'' if entry.is_done else ' - CUT OFF: run neutralize restore'}")
+            for path in found.leftovers:
+                print(f"  {path}: left by a run that was killed; neutralize restore removes it")
         if found.state in ("interrupted", "busy"):
             raise typer.Exit(1)
 
@@ -263,6 +283,12 @@ def _refusals() -> Iterator[None]:
         yield
     except NeutralizeError as error:
         print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    except BrokenPipeError:  # the reader of the output has seen enough
+        raise
+    except OSError as error:
+        about = f" for {error.filename!r}" if error.filename else ""
+        print(f"neutralize: expected paths that can be used, got {error.strerror}{about}; check them", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         print("interrupted: neutralize status says what was done", file=sys.stderr)
