@@ -173,6 +173,18 @@ def test_verify_on_the_files_before_and_after_and_on_those_of_others(llama: Path
     assert "bit for bit" in run("verify", llama, "--plan", tmp_path / "plan.json", "--applied")
 
 
+def test_names_that_would_steer_a_terminal_are_written_out(tmp_path: Path) -> None:
+    save_file({"\x1b[31ma\nb[bold]": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert "\\x1b[31ma\\nb[bold]" in run("inspect", tmp_path)
+    run("apply", tmp_path, "--set", "*=0", "--in-place")
+    assert "\x1b" not in run("status", tmp_path)
+
+
+def test_a_plan_that_cannot_be_saved_is_refused(llama: Path, tmp_path: Path) -> None:
+    output = run("plan", llama, "--layers", "model.layers[1]", "--save", tmp_path / "no" / "plan.json", status=2)
+    assert output.startswith("neutralize: expected paths that can be used, got No such file or directory for ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

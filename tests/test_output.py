@@ -67,11 +67,15 @@ def test_a_hub_snapshot_becomes_files_of_its_own(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").rename(tmp_path / "models--a--b" / "blobs" / "abcd")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abcd")
     (tmp_path / "models--a--b" / "blobs" / "abcd").chmod(0o444)
+    (snapshot / "sub").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "ef").write_text("more")
+    (snapshot / "sub" / "more.txt").symlink_to("../../../blobs/ef")
     checkpoint = Checkpoint(snapshot)
     with pytest.raises(NeutralizeError, match="got a link to"):
         checkpoint.apply(edits(checkpoint), digest="d")
     checkpoint.write(edits(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
+    assert (tmp_path / "out" / "sub" / "more.txt").read_text() == "more"
     assert not load_file(tmp_path / "out" / "model.safetensors")["a.weight"].any()
 
 

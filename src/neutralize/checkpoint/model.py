@@ -226,7 +226,7 @@ def _transformer(layout: Layout) -> tuple[Any, Any, torch.dtype]:
             f"checkpoint: expected a model_type that transformers has in {path}, got {got}; name the model as "
             "'package.module:callable'"
         )
-    with _refused(f"reading {path}"):
+    with _refused(f"reading {path}"), _quiet():
         config_class = CONFIG_MAPPING[model_type]
         config = config_class.from_dict(_without_code(content))
     kind = _model_class(transformers, config, content.get("architectures"), path)

@@ -118,7 +118,7 @@ def _files_of(folder: Path) -> Iterator[tuple[Path, str]]:
         if name.split(os.sep)[0] == FOLDER or (path.is_dir() and not path.is_symlink()):
             continue
         if path.is_symlink():
-            inside(path.parent, path.name)
+            inside(path.parent, path.name, folder)
         if not path.is_file():
             raise NeutralizeError(
                 f"checkpoint: expected files in {str(folder)!r}, got {name!r}, which is none; remove it"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neutralize.cli.printing import print_json
+from neutralize.cli.printing import print_json, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -402,7 +402,7 @@ def _described(entry: Any) -> str:
     from neutralize.report import format_bytes
 
     size = format_bytes(entry.nbytes)
-    return f"edit {entry.number} of {entry.when}: {entry.about or 'edit'} ({size}, plan {entry.digest[:12]})"
+    return f"edit {entry.number} of {entry.when}: {printable(entry.about) or 'edit'} ({size}, plan {entry.digest[:12]})"
 
 
 def _print_plan(made: Plan, *, json: bool) -> None:
@@ -425,11 +425,11 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
     from neutralize.report import as_text
 
-    table: Table = Table(title=title)
+    table: Table = Table(title=Text(printable(title)))
     for heading in headings:
         table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
     else:
