@@ -198,6 +198,7 @@ def test_a_plan_that_cannot_be_saved_is_refused(llama: Path, tmp_path: Path) -> 
         (["--layers", "model.layers[1]", "--strategy", "damp", "--option", "factor", "--in-place"], "NAME=VALUE"),
         (["--plan", "nowhere.json", "--in-place"], "expected a plan in"),
         (["--set", "model.norm=0", "--in-place"], "near matches"),
+        (["--set", "model.norm.weight=0", "--strategy", "damp", "--in-place"], "--strategy and --option beside"),
     ],
 )
 def test_a_request_that_cannot_be_carried_out_changes_nothing(llama: Path, arguments: list[str], message: str) -> None:

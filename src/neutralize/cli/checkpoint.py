@@ -135,6 +135,7 @@ def apply(
         _check_target(
             layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run, copy_options=copy_options
         )
+        _check_strategy(layers, strategy, option)
         opened = _opened(checkpoint, model)
         if in_place and not dry_run:
             for edition in opened.recover(advance):
@@ -250,6 +251,7 @@ def verify(
     with _refusals(), _bar(quiet=quiet) as advance:
         if bool(layers) == bool(plan_file):
             raise NeutralizeError("verify: expected --layers or --plan, got none or both; give one of them")
+        _check_strategy(layers, strategy, option)
         opened = _opened(checkpoint, model)
         made = _plan_of(opened, layers, plan_file, strategy, option)
         found = opened.verify(made, applied=applied, advance=advance)
@@ -328,6 +330,16 @@ def _check_target(
             "apply: expected --in-place (edit the files, with undo) or --output (edit a copy), got neither; give "
             "one of "
             "them, or --dry-run"
+        )
+
+
+def _check_strategy(layers: list[str] | None, strategy: str, options: list[str] | None) -> None:
+    from neutralize.errors import NeutralizeError
+
+    if not layers and (strategy != "auto" or options):
+        raise NeutralizeError(
+            "neutralize: expected --strategy and --option beside --layers, got them beside what is planned already; "
+            "leave them out"
         )
 
 
