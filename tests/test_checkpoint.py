@@ -173,6 +173,18 @@ def test_verify_on_the_files_before_and_after_and_on_those_of_others(llama: Path
     assert "bit for bit" in run("verify", llama, "--plan", tmp_path / "plan.json", "--applied")
 
 
+def test_the_command_line_removes_what_killed_runs_left(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / ".neutralize").mkdir()
+    (tmp_path / ".neutralize" / "000001.part").touch()
+    assert ".neutralize: left by a run that was killed" in run("status", tmp_path)
+    assert json.loads(run("restore", tmp_path, "--json"))["removed"] == [str(tmp_path / ".neutralize")]
+    (tmp_path / ".out.partial" / "new").mkdir(parents=True)
+    assert "got a copy that is not finished" in run("status", tmp_path / "out", status=2)
+    assert f"removed: {tmp_path / '.out.partial'}\n" in run("restore", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_names_that_would_steer_a_terminal_are_written_out(tmp_path: Path) -> None:
     save_file({"\x1b[31ma\nb[bold]": torch.ones(2)}, tmp_path / "model.safetensors")
     assert "\\x1b[31ma\\nb[bold]" in run("inspect", tmp_path)

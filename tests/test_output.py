@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -94,6 +95,23 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NeutralizeError, match="a link that leads elsewhere"):
         checkpoint.write(edits(checkpoint), tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["in", "there"]
+
+
+def test_an_output_of_another_kind_or_on_another_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder_with_more(tmp_path / "in")
+    checkpoint = Checkpoint(source / "model-00001-of-00003.safetensors")
+    with pytest.raises(NeutralizeError, match=r"expected an output that ends in .safetensors, .* got 'out.bin'"):
+        checkpoint.write(edits(checkpoint), tmp_path / "out.bin")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(NeutralizeError, match="got Invalid cross-device link; leave --link out"):
+        Checkpoint(source).write(edits(Checkpoint(source)), tmp_path / "out", link=True)
+    assert sorted(os.listdir(tmp_path)) == ["in"]
 
 
 def test_a_disk_that_fails_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
