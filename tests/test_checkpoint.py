@@ -177,6 +177,30 @@ def test_verify_on_the_files_before_and_after_and_on_those_of_others(llama: Path
     assert "bit for bit" in run("verify", llama, "--plan", tmp_path / "plan.json", "--applied")
 
 
+def test_the_command_line_removes_what_killed_runs_left(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / ".neutralize").mkdir()
+    (tmp_path / ".neutralize" / "000001.part").touch()
+    assert ".neutralize: left by a run that was killed" in run("status", tmp_path)
+    assert json.loads(run("restore", tmp_path, "--json"))["removed"] == [str(tmp_path / ".neutralize")]
+    (tmp_path / ".out.partial" / "new").mkdir(parents=True)
+    assert "got a copy that is not finished" in run("status", tmp_path / "out", status=2)
+    assert f"removed: {tmp_path / '.out.partial'}\n" in run("restore", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_names_that_would_steer_a_terminal_are_written_out(tmp_path: Path) -> None:
+    save_file({"\x1b[31ma\nb[bold]": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert "\\x1b[31ma\\nb[bold]" in run("inspect", tmp_path)
+    run("apply", tmp_path, "--set", "*=0", "--in-place")
+    assert "\x1b" not in run("status", tmp_path)
+
+
+def test_a_plan_that_cannot_be_saved_is_refused(llama: Path, tmp_path: Path) -> None:
+    output = run("plan", llama, "--layers", "model.layers[1]", "--save", tmp_path / "no" / "plan.json", status=2)
+    assert output.startswith("neutralize: expected paths that can be used, got No such file or directory for ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -190,6 +214,7 @@ def test_verify_on_the_files_before_and_after_and_on_those_of_others(llama: Path
         (["--layers", "model.layers[1]", "--strategy", "damp", "--option", "factor", "--in-place"], "NAME=VALUE"),
         (["--plan", "nowhere.json", "--in-place"], "expected a plan in"),
         (["--set", "model.norm=0", "--in-place"], "near matches"),
+        (["--set", "model.norm.weight=0", "--strategy", "damp", "--in-place"], "--strategy and --option beside"),
     ],
 )
 def test_a_request_that_cannot_be_carried_out_changes_nothing(llama: Path, arguments: list[str], message: str) -> None:

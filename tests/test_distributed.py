@@ -231,7 +231,7 @@ def test_a_marked_folder_is_taken_by_no_reader(folder):
 def test_a_transposed_shard_is_listed_and_refused(folder):
     layout = read_distributed(folder)
     assert isinstance(layout.tensors["t"], Listed)
-    with pytest.raises(NeutralizeError, match="expected a contiguous tensor for 't', got float32 with strides"):
+    with pytest.raises(NeutralizeError, match="expected elements row by row for 't', got float32 with strides"):
         make_on_files(layout, (Rewrite("t", (2, 3), "float32"),))
 
 
@@ -319,7 +319,7 @@ HOSTILE = {
         lambda folder: (folder / ".metadata").write_bytes(pickle.dumps({"a": 1})),
         "expected the metadata of torch.distributed.checkpoint",
     ),
-    "no file": (lambda folder: (folder / "__0_0.distcp").unlink(), "which is not there or leads elsewhere"),
+    "no file": (lambda folder: (folder / "__0_0.distcp").unlink(), "as its index says, got nothing"),
     "a file cut off": (lambda folder: os.truncate(folder / "__0_0.distcp", 1000), "expected bytes of its own for"),
     "a file outside": (set_info("a", relative_path="../dcp/__0_0.distcp"), "leads elsewhere"),
     "an absolute path": (set_info("a", relative_path="/etc/passwd"), "leads elsewhere"),

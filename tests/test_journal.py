@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -14,7 +16,7 @@ import pytest
 import torch
 from checkpoints import digests, save
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neutralize import ops
 from neutralize.checkpoint import Checkpoint, region
@@ -160,6 +162,83 @@ def test_an_edit_that_does_not_fit_writes_nothing_and_all_problems_are_listed(tm
     before = digests(tmp_path)
     with pytest.raises(NeutralizeError, match=r"(?s)got int64; only floating-point .*within 65504 for 'conv.weight'"):
         edit(tmp_path, "a.weight=0", "steps=0", "conv.weight=1e6")
+    assert digests(tmp_path) == before
+
+
+def test_an_edit_of_no_byte_is_refused(tmp_path: Path) -> None:
+    save_file({"empty": torch.ones(0, 4), "full": torch.ones(2)}, tmp_path / "model.safetensors")
+    before = digests(tmp_path)
+    with pytest.raises(NeutralizeError, match=r"expected an edit of a byte or more .* without elements"):
+        edit(tmp_path, "empty=0")
+    assert digests(tmp_path) == before
+    edit(tmp_path, "*=0")
+    Checkpoint(tmp_path).restore()
+    assert digests(tmp_path) == before
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(NeutralizeError, match=r"expected a file system with locks .* got No locks available; mount it"):
+        edit(tmp_path)
+
+
+def test_what_a_killed_run_left_is_named_and_removed(tmp_path: Path) -> None:
+    save(tmp_path)
+    before = digests(tmp_path)
+    journal = tmp_path / ".neutralize"
+    journal.mkdir()
+    (journal / "000001.part").write_bytes(b"half an undo")
+    status = Checkpoint(tmp_path).status
+    assert (status.state, status.leftovers) == ("intact", (journal,))
+    assert Checkpoint(tmp_path).restore() == []
+    assert digests(tmp_path) == before
+    edit(tmp_path)
+    (journal / "000002.part").write_bytes(b"half an undo")
+    status = Checkpoint(tmp_path).status
+    assert (status.state, status.leftovers) == ("edited", (journal / "000002.part",))
+    Checkpoint(tmp_path).restore()
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 1 << 40},
+        {"stride": 0},
+        {"rows": 1 << 62},
+        {"file": "../outside"},
+        {"file": ["model.safetensors"]},
+        {"offset": -1},
+        {"held": "zz"},
+        {"held": "00"},
+        {"mark": 3},
+    ],
+)
+def test_an_undo_that_lies_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    """Anybody may put one into a checkpoint that others fetch, its digests in order."""
+    save(tmp_path)
+    edit(tmp_path, "a.weight[:,:4]=0")
+    path = tmp_path / ".neutralize" / "000001.undo"
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:], "little")
+    content = json.loads(data[-40 - length : -40])
+    fields = ("file", "offset", "rows", "width", "stride", "digest", "place")
+    content["kept"][0] = [change.get(key, value) for key, value in zip(fields, content["kept"][0], strict=True)]
+    fields = ("file", "offset", "held", "mark")
+    content["marks"][0] = [change.get(key, value) for key, value in zip(fields, content["marks"][0], strict=True)]
+    footer = json.dumps(content).encode()
+    path.write_bytes(
+        data[: -40 - length] + footer + hashlib.sha256(footer).digest() + len(footer).to_bytes(8, "little")
+    )
+    before = digests(tmp_path)
+    for call in (lambda: Checkpoint(tmp_path).status, Checkpoint(tmp_path).restore):
+        with pytest.raises(NeutralizeError, match=r"expected the undo of an edit in .* got a damaged file"):
+            call()
     assert digests(tmp_path) == before
 
 

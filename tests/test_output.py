@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -66,11 +68,15 @@ def test_a_hub_snapshot_becomes_files_of_its_own(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").rename(tmp_path / "models--a--b" / "blobs" / "abcd")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abcd")
     (tmp_path / "models--a--b" / "blobs" / "abcd").chmod(0o444)
+    (snapshot / "sub").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "ef").write_text("more")
+    (snapshot / "sub" / "more.txt").symlink_to("../../../blobs/ef")
     checkpoint = Checkpoint(snapshot)
     with pytest.raises(NeutralizeError, match="got a link to"):
         checkpoint.apply(edits(checkpoint), digest="d")
     checkpoint.write(edits(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
+    assert (tmp_path / "out" / "sub" / "more.txt").read_text() == "more"
     assert not load_file(tmp_path / "out" / "model.safetensors")["a.weight"].any()
 
 
@@ -89,6 +95,23 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NeutralizeError, match="a link that leads elsewhere"):
         checkpoint.write(edits(checkpoint), tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["in", "there"]
+
+
+def test_an_output_of_another_kind_or_on_another_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder_with_more(tmp_path / "in")
+    checkpoint = Checkpoint(source / "model-00001-of-00003.safetensors")
+    with pytest.raises(NeutralizeError, match=r"expected an output that ends in .safetensors, .* got 'out.bin'"):
+        checkpoint.write(edits(checkpoint), tmp_path / "out.bin")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(NeutralizeError, match="got Invalid cross-device link; leave --link out"):
+        Checkpoint(source).write(edits(Checkpoint(source)), tmp_path / "out", link=True)
+    assert sorted(os.listdir(tmp_path)) == ["in"]
 
 
 def test_a_disk_that_fails_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +167,10 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path
     child.kill()
     child.join()
     assert not (tmp_path / "out").exists()
+    with pytest.raises(NeutralizeError, match=r"got a copy that is not finished .* neutralize restore removes it"):
+        Checkpoint(tmp_path / "out")
+    shutil.copytree(tmp_path / ".out.partial", tmp_path / ".other.partial")
+    assert output_module.discard(tmp_path / "other") == [str(tmp_path / ".other.partial")]
     Checkpoint(source).write(edits(Checkpoint(source)), tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 

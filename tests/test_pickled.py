@@ -107,24 +107,28 @@ def test_parameters_views_and_attributes_are_tensors_too(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(
-    ("make", "why"),
+    ("make", "why", "call"),
     [
-        (lambda: torch.randn(4, 6).t(), "float32 with strides [1, 6]"),
-        (lambda: torch.randn(4, 6)[:, :3], "float32 with strides [6, 1]"),
-        (lambda: torch.randn(1).expand(3), "float32 with strides [0]"),
-        (lambda: torch.randn(3, dtype=torch.complex64).conj(), "complex64, conjugated or negated"),
-        (lambda: torch.randn(3, dtype=torch.complex64).conj().imag, "float32 with strides [2]"),
-        (lambda: torch.eye(3).to_sparse(), "a sparse tensor"),
-        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.5, 0, torch.qint8), "a quantized tensor"),
+        (lambda: torch.randn(4, 6).t(), "float32 with strides [1, 6]", "contiguous()"),
+        (lambda: torch.randn(4, 6)[:, :3], "float32 with strides [6, 1]", "contiguous()"),
+        (lambda: torch.randn(1).expand(3), "float32 with strides [0]", "contiguous()"),
+        (
+            lambda: torch.randn(3, dtype=torch.complex64).conj(),
+            "complex64, conjugated or negated",
+            "resolve_conj() and resolve_neg()",
+        ),
+        (lambda: torch.randn(3, dtype=torch.complex64).conj().imag, "float32 with strides [2]", "contiguous()"),
+        (lambda: torch.eye(3).to_sparse(), "a sparse tensor", "to_dense()"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.5, 0, torch.qint8), "a quantized tensor", "dequantize()"),
     ],
 )
-def test_what_is_not_one_run_of_elements_is_listed_and_refused(tmp_path, make, why):
+def test_what_is_not_one_run_of_elements_is_listed_and_refused(tmp_path, make, why, call):
     path = tmp_path / "views.pt"
     torch.save({"view": make(), "plain": torch.ones(2)}, path)
     layout = read_torch_file(path)
     assert isinstance(layout.tensors["view"], Listed)
     assert layout.tensors["view"].encoding == why
-    expected = f"checkpoint: expected a contiguous tensor for 'view', got {why}; call contiguous() on it and save again"
+    expected = f"checkpoint: expected elements row by row for 'view', got {why}; call {call} on it and save again"
     with pytest.raises(NeutralizeError, match=f"^{re.escape(expected)}$"):
         make_on_files(layout, (Rewrite("view", (3,), "float32"),))
 
@@ -186,7 +190,9 @@ def test_names_that_overlap_in_part_are_never_one(tmp_path):
     layout = read_torch_file(path)
     assert set(layout.tied) == {"all", "left", "right", "middle"}
     edits = tuple(Rewrite(name, (4,), "float32") for name in ("left", "right", "middle"))
-    with pytest.raises(NeutralizeError, match="bytes of its own"):
+    with pytest.raises(
+        NeutralizeError, match=r"bytes of its own, got .* shares bytes with .*; clone them and save again"
+    ):
         make_on_files(layout, (*edits, Rewrite("all", (8,), "float32")))
 
 

@@ -162,7 +162,7 @@ def index(folder: Path, weight_map: object) -> None:
         ("link.safetensors", "a link that leads elsewhere"),
         ("circle.safetensors", "got nothing"),
         ("missing.safetensors", "got nothing"),
-        ("folder.safetensors", "a link that leads elsewhere|got a folder|to be a file"),
+        ("folder.safetensors", "to be a file of .*, got no file"),
         ("x\0.safetensors", "which leads elsewhere"),
         ("model.txt", "expected files that end in .safetensors"),
     ],
@@ -207,6 +207,23 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str, match: s
     save(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(NeutralizeError, match=match):
+        locate(tmp_path)
+
+
+def test_an_index_that_names_another_shard_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"]["a.bias"] = content["weight_map"]["a.weight"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(NeutralizeError, match=r"expected 'a.bias' in 'model-00001-.* got a file without it"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(NeutralizeError, match=r"got no file|to be a file"):
         locate(tmp_path)
 
 

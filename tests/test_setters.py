@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import save, tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neutralize.checkpoint import Checkpoint
 from neutralize.checkpoint.setters import parse_setters
@@ -71,6 +72,24 @@ def test_a_glob_stands_for_every_name_that_fits(tmp_path: Path) -> None:
     assert not found["conv.weight"].any()
     assert all((found[name] == 2).all() for name in ("a.bias", "b.bias"))
     assert (found["norm.weight"] == 3).all()
+
+
+def test_a_glob_takes_a_quantized_weight_and_not_its_parts_too(tmp_path: Path) -> None:
+    weight, scale = torch.randn(8, 16).to(torch.float8_e4m3fn), torch.tensor([0.5])
+    held = {"l.weight": weight, "l.weight_scale": scale, "l.bias": torch.ones(8)}
+    save_file(held, tmp_path / "model.safetensors")
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"g": group}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    checkpoint = Checkpoint(tmp_path)
+    edits = parse_setters(["l.**=0.5"], checkpoint.layout)
+    assert {edit.parameter for edit in edits} == {"l.weight", "l.bias"}
+    checkpoint.apply(edits, digest="d")
+    found = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(found["l.weight"].float() * found["l.weight_scale"], weight.float() * 0.25)
+    assert torch.equal(found["l.bias"], torch.full((8,), 0.5))
+    (edit,) = parse_setters(["l.weight_scale=0"], checkpoint.layout)
+    assert edit.parameter == "l.weight_scale"
 
 
 def test_setters_work_one_after_the_other(tmp_path: Path) -> None:

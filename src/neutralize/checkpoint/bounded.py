@@ -25,6 +25,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises:
         NeutralizeError: it cannot be read, is too large, or is no JSON object.
     """
+    if path.exists() and not path.is_file():
+        raise NeutralizeError(f"checkpoint: expected {what} in {str(path)!r}, got no file; fetch it again")
     try:
         with path.open("rb") as file:
             text = file.read(TEXT_LIMIT + 1)

@@ -36,11 +36,13 @@ class Status:
         state: ``intact`` (no edit can be undone), ``edited`` (every edit is whole), ``interrupted`` (an edit was cut
             off: the files are half-written until ``restore``) or ``busy`` (a process is editing it now).
         edits: those that can be undone, earliest first.
+        leftovers: files that a killed run has left and nothing depends on; ``restore`` removes them.
     """
 
     path: Path
     state: str
     edits: tuple[Edition, ...]
+    leftovers: tuple[Path, ...] = ()
 
 
 class Checkpoint:
@@ -65,9 +67,12 @@ class Checkpoint:
         self.path = Path(path)
         self._factory = factory
         if not self.path.exists():
-            raise NeutralizeError(
-                f"checkpoint: expected a folder or a file, got nothing at {str(self.path)!r}; check the path"
-            )
+            from neutralize.checkpoint.output import partial
+
+            got, remedy = "nothing", "check the path"
+            if partial(self.path).is_dir():
+                got, remedy = "a copy that is not finished", "wait, or if it was cut off: neutralize restore removes it"
+            raise NeutralizeError(f"checkpoint: expected a folder or a file, got {got} at {str(self.path)!r}; {remedy}")
         self.journal = Journal(self.path if self.path.is_dir() else self.path.parent)
 
     # ---- reading ------------------------------------------------------------------------------------------------
@@ -104,7 +109,7 @@ class Checkpoint:
             return Status(self.path, "busy", ())
         edits = tuple(edition for edition in self.journal.editions() if self._touches(edition))
         state = "intact" if not edits else "edited" if all(edit.is_done for edit in edits) else "interrupted"
-        return Status(self.path, state, edits)
+        return Status(self.path, state, edits, tuple(self.journal.leftovers()))
 
     def patches(self, edits: Plan | Sequence[Edit]) -> list[Patch]:
         """What a plan (edits of parameters) or edits of stored tensors do to the files.
@@ -236,15 +241,16 @@ class Checkpoint:
             advance: told bytes as they are put back.
 
         Returns:
-            The edits that were undone.
+            The edits that were undone; none if only the leftovers of a killed run were removed.
 
         Raises:
             NeutralizeError: there is nothing to undo, or something else has changed the files since.
         """
+        leftovers = self.journal.leftovers()
         with self.journal.locked():
             undone = self.journal.recover(advance)
             editions = [edition for edition in self.journal.editions() if self._touches(edition)]
-            if not undone and not editions:
+            if not undone and not editions and not leftovers:
                 raise NeutralizeError(
                     f"restore: expected an edit of {str(self.path)!r} that can be undone, got none; every byte is "
                     f"as it "

@@ -132,6 +132,12 @@ class Journal:
             return []
         return [_read_edition(path) for path in sorted(self.folder.glob("*.undo"), key=_number)]
 
+    def leftovers(self) -> list[Path]:
+        """What a run that was killed has left, and nothing depends on; meaningless while a run is going on."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(self.folder.glob("*.part")) if any(self.folder.glob("*.undo")) else [self.folder]
+
     # ---- the lock ----------------------------------------------------------------------------------------------------
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -156,12 +162,9 @@ class Journal:
         except OSError:
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
+            return not take(descriptor, self.root, fcntl.LOCK_SH)
         finally:
             os.close(descriptor)
-        return False
 
     def _lock(self) -> int:
         path = self.folder / "lock"
@@ -183,14 +186,15 @@ class Journal:
                     f"{error.strerror}; use --output"
                 ) from error
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
+                if not take(descriptor, self.root):
+                    holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
+                    raise NeutralizeError(
+                        f"checkpoint: expected {str(self.root)!r} to be free, got one that is being edited by "
+                        f"{holder}; wait until it has ended"
+                    )
+            except BaseException:
                 os.close(descriptor)
-                raise NeutralizeError(
-                    f"checkpoint: expected {str(self.root)!r} to be free, got one that is being edited by {holder}; "
-                    "wait until it has ended"
-                ) from error
+                raise
             with suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                     with suppress(OSError):  # a full disk: only messages to others name the process
@@ -222,6 +226,11 @@ class Journal:
                 message says that ``neutralize restore`` has to put them back.
         """
         regions = list(dict.fromkeys(region for patch in patches for region in patch.regions if region.nbytes))
+        if not regions:
+            raise NeutralizeError(
+                f"checkpoint: expected an edit of a byte or more under {str(self.root)!r}, got one of tensors without "
+                "elements; name others"
+            )
         touched = list(dict.fromkeys(region.file for region in regions))
         with Files(self.root, writable=True) as files:
             for file in dict.fromkeys((*touched, *marks)):
@@ -396,6 +405,32 @@ class Journal:
             ) from error
 
 
+def take(descriptor: int, place: Path, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file if it is free.
+
+    Args:
+        descriptor: of the file.
+        place: names it in messages.
+        kind: ``LOCK_EX`` or ``LOCK_SH``.
+
+    Returns:
+        Whether it was free.
+
+    Raises:
+        NeutralizeError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise NeutralizeError(
+            f"checkpoint: expected a file system with locks for {str(place)!r}, got {error.strerror}; mount it with "
+            "flock, or copy the checkpoint to another disk"
+        ) from error
+    return True
+
+
 def _check_writable(files: Files, file: str) -> None:
     """Check that a file may be changed in place.
 
@@ -453,8 +488,10 @@ def _read_edition(path: Path) -> Edition:
     )
     try:
         size = path.stat().st_size
+        if size < len(_MAGIC) + 40:
+            raise damaged
         with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC or size < len(_MAGIC) + 40:
+            if file.read(len(_MAGIC)) != _MAGIC:
                 raise damaged
             file.seek(size - 40)
             digest, length = file.read(32), int.from_bytes(file.read(8), "little")
@@ -476,10 +513,10 @@ def _read_edition(path: Path) -> Edition:
                 "of neutralize that wrote it"
             )
         kept = tuple(
-            Kept(Region(_plain(file), *map(_size, (offset, rows, width, stride))), str(digest), _size(place))
+            Kept(_region(file, offset, rows, width, stride), str(digest), _size(place))
             for file, offset, rows, width, stride, digest, place in content["kept"]
         )
-        marks = tuple(Mark(_plain(file), _size(offset), held, mark) for file, offset, held, mark in content["marks"])
+        marks = tuple(_mark(file, offset, held, mark) for file, offset, held, mark in content["marks"])
         written: tuple[str, ...] = ()
         done = path.with_suffix(".done")
         if done.is_file():
@@ -491,6 +528,19 @@ def _read_edition(path: Path) -> Edition:
         if isinstance(error, NeutralizeError):
             raise
         raise damaged from error
+
+
+def _region(file: str, *sizes: object) -> Region:
+    region = Region(_plain(file), *map(_size, sizes))
+    if not 0 < region.width <= region.stride or not region.rows or region.end >= 1 << 63:
+        raise ValueError(region)
+    return region
+
+
+def _mark(file: str, offset: object, held: str, mark: str) -> Mark:
+    if not 0 < len(bytes.fromhex(held)) == len(bytes.fromhex(mark)):
+        raise ValueError(mark)
+    return Mark(_plain(file), _size(offset), held, mark)
 
 
 def _plain(file: str) -> str:

@@ -217,21 +217,21 @@ class Listed:
     Attributes:
         name: its name.
         encoding: how its values are stored, in words.
+        remedy: what can be done, in words.
         shape: when it is loaded, as far as it is known.
         regions: its bytes, as far as they are known.
-        remedy: what can be done, in words.
     """
 
     name: str
     encoding: str
+    remedy: str
     shape: tuple[int, ...] = ()
     regions: tuple[Region, ...] = ()
-    remedy: str = "call contiguous() on it and save again"
 
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """Refuse."""
         raise NeutralizeError(
-            f"checkpoint: expected a contiguous tensor for {self.name!r}, got {self.encoding}; {self.remedy}"
+            f"checkpoint: expected elements row by row for {self.name!r}, got {self.encoding}; {self.remedy}"
         )
 
 
@@ -376,16 +376,19 @@ class Layout:
             if group is None or any(group <= known for known in accepted):
                 continue
             names = together.get((group, replace(edit, parameter="")), ())
-            if len(names) == len(group):
-                if names[0] != name:
-                    return True
-                tensors = [self.tensors[other] for other in names]
-                if len({(stored.regions, stored.shape, stored.encoding) for stored in tensors}) == 1:
-                    return False
+            members = [self.tensors[other] for other in group]
+            are_one = len({(stored.regions, stored.shape, stored.encoding) for stored in members}) == 1
+            if are_one and len(names) == len(group):
+                return names[0] != name
             others = ", ".join(map(repr, sorted(group - {name})[:8]))
+            what, remedy = (
+                ("is also", "give all of them the same edit, or clone it")
+                if are_one
+                else ("shares bytes with", "clone them")
+            )
             raise NeutralizeError(
-                f"checkpoint: expected {name!r} to have bytes of its own, got a tensor that is also {others}; give all "
-                "of them the same edit, or clone it and save again"
+                f"checkpoint: expected {name!r} to have bytes of its own, got a tensor that {what} {others}; {remedy} "
+                "and save again"
             )
         return False
 

@@ -138,14 +138,14 @@ def _sharded(folder: Path, index: str, suffix: str) -> Layout:
                 f"checkpoint: expected files that end in {suffix} in {str(folder / index)!r}, got {file[:200]!r}; "
                 "fetch it again"
             )
-    joined = join(folder, [_file(inside(folder, file)) for file in files])
-    missing = [name for name, file in weight_map.items() if name not in joined.tensors]
+    shards = {file: _file(inside(folder, file)) for file in files}
+    missing = [name for name, file in weight_map.items() if name not in shards[file].tensors]
     if missing:
         raise NeutralizeError(
             f"checkpoint: expected {missing[0][:200]!r} in {weight_map[missing[0]]!r}, as {index!r} says, got a file "
             f"without it{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; fetch it again"
         )
-    return joined
+    return join(folder, list(shards.values()))
 
 
 def join(folder: Path, shards: list[Layout]) -> Layout:
@@ -177,10 +177,15 @@ def join(folder: Path, shards: list[Layout]) -> Layout:
     return Layout(folder, files, tensors, marks, kind, tied=tied, checksums=checksums)
 
 
-def inside(folder: Path, file: str) -> Path:
+def inside(folder: Path, file: str, root: Path | None = None) -> Path:
     """Return the path of a file in a folder that an index names.
 
     The snapshots of a Hugging Face cache are links to the blobs beside them: those alone may lead out of the folder.
+
+    Args:
+        folder: where the file is.
+        file: its name.
+        root: the checkpoint's folder, if that is another one.
 
     Raises:
         NeutralizeError: it is no plain name, is not there, or a link leads out of the folder.
@@ -192,16 +197,20 @@ def inside(folder: Path, file: str) -> Path:
         )
     path = folder / file
     try:
-        target, home = path.resolve(strict=True), folder.resolve(strict=True)
+        target, home = path.resolve(strict=True), (root or folder).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # nothing there, or links in a circle
         raise NeutralizeError(
             f"checkpoint: expected {file[:200]!r} in {str(folder)!r}, as its index says, got nothing; fetch it again"
         ) from error
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if target.parent not in (home, blobs) or not target.is_file():
+    if not target.is_relative_to(home) and target.parent != blobs:
         raise NeutralizeError(
             f"checkpoint: expected {file[:200]!r} to be a file of {str(folder)!r}, got a link that leads elsewhere; "
             "copy the file there"
+        )
+    if not target.is_file():
+        raise NeutralizeError(
+            f"checkpoint: expected {file[:200]!r} to be a file of {str(folder)!r}, got no file; remove it"
         )
     return path
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from neutralize.checkpoint.journal import FOLDER, explained, sync_folder
+from neutralize.checkpoint.journal import FOLDER, explained, sync_folder, take
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.patch import Patch
 from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
@@ -78,6 +78,11 @@ def write_to(
         raise NeutralizeError(
             f"checkpoint: expected an output outside of {str(source)!r}, got {str(output)!r}; give another"
         )
+    if source.is_file() and output.suffix != source.suffix:
+        raise NeutralizeError(
+            f"checkpoint: expected an output that ends in {source.suffix}, as {source.name!r} does, got "
+            f"{output.name!r}; give another"
+        )
     touched = {region.file for patch in patches for region in patch.regions}
     with explained("checkpoint"), _temporary(output) as folder:
         root = folder / "new"
@@ -86,8 +91,7 @@ def write_to(
         copied, linked = 0, 0
         for path, name in files:
             if link and name not in touched:
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(path.resolve(), root / name)
+                _link(path.resolve(), root / name)
                 linked += 1
             else:
                 copied += _copy(path, root / name, advance)
@@ -114,12 +118,23 @@ def _files_of(folder: Path) -> Iterator[tuple[Path, str]]:
         if name.split(os.sep)[0] == FOLDER or (path.is_dir() and not path.is_symlink()):
             continue
         if path.is_symlink():
-            inside(path.parent, path.name)
+            inside(path.parent, path.name, folder)
         if not path.is_file():
             raise NeutralizeError(
                 f"checkpoint: expected files in {str(folder)!r}, got {name!r}, which is none; remove it"
             )
         yield path, name
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise NeutralizeError(
+            f"checkpoint: expected a file system where {str(source)!r} can get a second name beside the output, got "
+            f"{error.strerror}; leave --link out"
+        ) from error
 
 
 def _copy(source: Path, target: Path, advance: Advance) -> int:
@@ -187,20 +202,37 @@ def _overlap(one: Region, other: Region) -> bool:
     return one.file == other.file and one.offset < other.end and other.offset < one.end
 
 
+def partial(output: Path) -> Path:
+    """Return the folder in which an output is written before it gets its name."""
+    output = Path(os.path.abspath(output))
+    return output.parent / f".{output.name}.partial"
+
+
+def discard(output: Path) -> list[str]:
+    """Remove what a killed run has left of an output, and return its path, if there was something.
+
+    Raises:
+        NeutralizeError: a run is writing it now.
+    """
+    folder = partial(output)
+    if not folder.is_dir():
+        return []
+    with explained("restore"), _temporary(output):
+        return [str(folder)]
+
+
 @contextmanager
 def _temporary(output: Path) -> Iterator[Path]:
     """A folder beside the output that is gone in the end; one that a killed run left is removed first."""
-    folder = output.parent / f".{output.name}.partial"
+    folder = partial(output)
     folder.mkdir(exist_ok=True)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not take(lock, folder):
             raise NeutralizeError(
                 f"checkpoint: expected {str(output)!r} to be free, got one that another run is writing; wait until it "
                 "has ended"
-            ) from error
+            )
         shutil.rmtree(folder / "new", ignore_errors=True)
         try:
             yield folder

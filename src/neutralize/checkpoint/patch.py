@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -206,8 +206,3 @@ class Checksum:
         for place in self.places:
             files.write(place, stored)
             yield place.nbytes
-
-
-def written_bytes(patches: Sequence[Patch]) -> int:
-    """How many bytes the patches may write together."""
-    return sum(region.nbytes for patch in patches for region in patch.regions)

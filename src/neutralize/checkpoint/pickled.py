@@ -51,11 +51,18 @@ _WRAPPERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter
 _SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 _STRIDED = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _OTHERS = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantized tensor",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor",
+    "torch._utils._rebuild_sparse_tensor": ("a sparse tensor", "call to_dense() on it and save again"),
+    "torch._utils._rebuild_qtensor": ("a quantized tensor", "call dequantize() on it and save again"),
+    "torch._utils._rebuild_nested_tensor": ("a nested tensor", "save the tensors that it is made of"),
+    "torch._utils._rebuild_meta_tensor_no_storage": (
+        "a meta tensor",
+        "it holds no values: save the model that has them",
+    ),
 }
+"""Tensors that are no strided ones: what they are, and what can be done."""
+
+_UNFIT = ("something unknown", "save plain tensors")
+_CONTIGUOUS = "call contiguous() on it and save again"
 _KNOWN = frozenset(
     {
         *(f"torch.{name}" for name in _STORAGES),
@@ -165,7 +172,7 @@ class Archive:
             else:
                 raise self._broken(name, "a parameter without a tensor")
         if what not in _STRIDED:
-            return Listed(name, _OTHERS.get(what, "something unknown"))
+            return Listed(name, *_OTHERS.get(what, _UNFIT))
         return self._strided(name, what.endswith("v3"), args)
 
     def _strided(self, name: str, has_dtype: bool, args: tuple[Value, ...]) -> Elements | Listed:
@@ -188,9 +195,10 @@ class Archive:
         begin = self.data[key].offset + (first * dtype.itemsize if last > first else 0)
         region = Region.run(self.file, begin, (last - first) * dtype.itemsize)
         if last > first and not _is_contiguous(shape, strides):
-            return Listed(name, f"{dtype_name(dtype)} with strides {list(strides)}", shape, (region,))
+            return Listed(name, f"{dtype_name(dtype)} with strides {list(strides)}", _CONTIGUOUS, shape, (region,))
         if any(isinstance(flag, Made) and flag.items for flag in rest):  # "conj" or "neg": done when it is read
-            return Listed(name, f"{dtype_name(dtype)}, conjugated or negated", shape, (region,))
+            remedy = "call resolve_conj() and resolve_neg() on it and save again"
+            return Listed(name, f"{dtype_name(dtype)}, conjugated or negated", remedy, shape, (region,))
         return Elements(name, dtype, shape, (Piece(region, shape, (0,) * len(shape)),))
 
     def _storage(self, name: str, storage: Value) -> tuple[str, torch.dtype, int]:

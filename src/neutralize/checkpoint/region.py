@@ -210,7 +210,7 @@ class Files:
             if len(self._open) >= _OPEN_LIMIT:
                 os.close(self._open.pop(next(iter(self._open))))
             flags = os.O_RDWR | os.O_NOFOLLOW if self._writable else os.O_RDONLY
-            self._open[file] = os.open(self.root / file, flags | os.O_CLOEXEC)
+            self._open[file] = os.open(self.root / file, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe: waits for none
         return self._open[file]
 
     def size(self, file: str) -> int:

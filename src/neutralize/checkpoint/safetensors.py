@@ -120,7 +120,7 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> tuple[Stored, int,
         raise _broken(path, f"{last - first} bytes for {shown}", f"{shape} of {kind}")
     if kind in _BITS:
         return (
-            Listed(name, kind, tuple(shape), (Region.run(path.name, begin + first, last - first),), _REMEDY),
+            Listed(name, kind, _REMEDY, tuple(shape), (Region.run(path.name, begin + first, last - first),)),
             first,
             last,
         )

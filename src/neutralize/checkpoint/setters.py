@@ -22,8 +22,8 @@ def parse_setters(texts: Sequence[str], layout: Layout) -> list[Rewrite]:
     A setter is ``NAME = VALUE``, ``NAME *= VALUE`` or ``NAME += VALUE``. ``NAME`` is that of a tensor or a glob over
     the names; ``[ROWS]`` or ``[ROWS,COLUMNS]`` after it confine the edit to indices or ranges of the first two
     dimensions. ``VALUE`` is a number, or after ``=`` also ``identity``: ones on the diagonal of a matrix, the Dirac
-    kernel of a convolution. ``NAME*=`` multiplies where ``NAME`` fits a tensor; else the ``*`` ends a glob (a space
-    before ``=`` says so too).
+    kernel of a convolution. A glob takes a quantized weight, not the tensors that it is stored in. ``NAME*=``
+    multiplies where ``NAME`` fits a tensor; else the ``*`` ends a glob (a space before ``=`` says so too).
 
     Args:
         texts: the setters.
@@ -59,8 +59,19 @@ def _parsed(text: str, layout: Layout) -> list[Rewrite]:
 
 
 def _names(pattern: str, layout: Layout) -> list[str]:
-    """The tensor of that name, or else those whose names fit it as a glob."""
-    return [pattern] if pattern in layout.tensors else [name for name in layout.tensors if fnmatchcase(name, pattern)]
+    """The tensor of that name, or else those whose names fit it as a glob.
+
+    A quantized weight stands for the tensors that it is stored in: edited beside it, they would be edited twice.
+    """
+    if pattern in layout.tensors:
+        return [pattern]
+    fitting = {name: stored for name, stored in layout.tensors.items() if fnmatchcase(name, pattern)}
+    held = {region for stored in fitting.values() if not isinstance(stored, Elements) for region in stored.regions}
+    return [
+        name
+        for name, stored in fitting.items()
+        if not isinstance(stored, Elements) or not stored.regions or not held.issuperset(stored.regions)
+    ]
 
 
 def _edit(text: str, stored: Stored, operator: str, value: str, slices: str | None) -> Rewrite:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neutralize.cli.printing import print_json
+from neutralize.cli.printing import print_json, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,6 +136,7 @@ def apply(
         _check_target(
             layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run, copy_options=copy_options
         )
+        _check_strategy(layers, strategy, option)
         opened = _opened(checkpoint, model)
         if in_place and not dry_run:
             for edition in opened.recover(advance):
@@ -181,17 +182,32 @@ def restore(
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Put every byte back: of an edit that was cut off, else of the last edit."""
+    """Put every byte back: of an edit that was cut off, else of the last edit.
+
+    What a killed run has left beside the files is removed; so is a copy (the path of --output) that was cut off.
+    """
+    from neutralize.checkpoint.output import discard
+
     with _refusals(), _bar(quiet=quiet) as advance:
-        opened = _opened(checkpoint)
-        undone = opened.restore(everything=everything, force=force, advance=advance)
-        left = opened.status
+        removed = [] if checkpoint.exists() else discard(checkpoint)
+        state, left = "absent", 0
+        undone: list[Any] = []
+        if not removed:
+            opened = _opened(checkpoint)
+            removed = [str(path) for path in opened.status.leftovers]
+            undone = opened.restore(everything=everything, force=force, advance=advance)
+            found = opened.status
+            state, left = found.state, len(found.edits)
         if json:
-            print_json({"undone": [_edition(entry) for entry in undone], "state": left.state, "left": len(left.edits)})
+            print_json(
+                {"undone": [_edition(entry) for entry in undone], "removed": removed, "state": state, "left": left}
+            )
             return
         for entry in undone:
             print(f"undone: {_described(entry)}")
-        print(f"{checkpoint}: {left.state}{f', {len(left.edits)} edit(s) left' if left.edits else ''}")
+        for path in removed:
+            print(f"removed: {path}")
+        print(f"{checkpoint}: {state}{f', {left} edit(s) left' if left else ''}")
 
 
 def status(checkpoint: _Path, json: _Json = False) -> None:
@@ -202,11 +218,16 @@ def status(checkpoint: _Path, json: _Json = False) -> None:
     with _refusals():
         found = _opened(checkpoint).status
         if json:
-            print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits]})
+            leftovers = [str(path) for path in found.leftovers]
+            print_json(
+                {"state": found.state, "edits": [_edition(entry) for entry in found.edits], "leftovers": leftovers}
+            )
         else:
             print(f"{checkpoint}: {found.state}")
             for entry in found.edits:
                 print(f"  {_described(entry)}{'' if entry.is_done else ' - CUT OFF: run neutralize restore'}")
+            for path in found.leftovers:
+                print(f"  {path}: left by a run that was killed; neutralize restore removes it")
         if found.state in ("interrupted", "busy"):
             raise typer.Exit(1)
 
@@ -231,6 +252,7 @@ def verify(
     with _refusals(), _bar(quiet=quiet) as advance:
         if bool(layers) == bool(plan_file):
             raise NeutralizeError("verify: expected --layers or --plan, got none or both; give one of them")
+        _check_strategy(layers, strategy, option)
         opened = _opened(checkpoint, model)
         made = _plan_of(opened, layers, plan_file, strategy, option)
         found = opened.verify(made, applied=applied, advance=advance)
@@ -264,6 +286,12 @@ def _refusals() -> Iterator[None]:
         yield
     except NeutralizeError as error:
         print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    except BrokenPipeError:  # the reader of the output has seen enough
+        raise
+    except OSError as error:
+        about = f" for {error.filename!r}" if error.filename else ""
+        print(f"neutralize: expected paths that can be used, got {error.strerror}{about}; check them", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         print("interrupted: neutralize status says what was done", file=sys.stderr)
@@ -303,6 +331,16 @@ def _check_target(
             "apply: expected --in-place (edit the files, with undo) or --output (edit a copy), got neither; give "
             "one of "
             "them, or --dry-run"
+        )
+
+
+def _check_strategy(layers: list[str] | None, strategy: str, options: list[str] | None) -> None:
+    from neutralize.errors import NeutralizeError
+
+    if not layers and (strategy != "auto" or options):
+        raise NeutralizeError(
+            "neutralize: expected --strategy and --option beside --layers, got them beside what is planned already; "
+            "leave them out"
         )
 
 
@@ -377,7 +415,7 @@ def _described(entry: Any) -> str:
     from neutralize.report import format_bytes
 
     size = format_bytes(entry.nbytes)
-    return f"edit {entry.number} of {entry.when}: {entry.about or 'edit'} ({size}, plan {entry.digest[:12]})"
+    return f"edit {entry.number} of {entry.when}: {printable(entry.about) or 'edit'} ({size}, plan {entry.digest[:12]})"
 
 
 def _print_plan(made: Plan, *, json: bool) -> None:
@@ -400,11 +438,11 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
     from neutralize.report import as_text
 
-    table: Table = Table(title=title)
+    table: Table = Table(title=Text(printable(title)))
     for heading in headings:
         table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
     else:

@@ -7,3 +7,8 @@ from typing import Any
 def print_json(content: dict[str, Any]) -> None:
     """Print an object as a line of JSON, at once."""
     print(dumps(content, allow_nan=False), flush=True)
+
+
+def printable(text: str) -> str:
+    """Return text from a file as it can be shown: what moves the cursor of a terminal or colours it is written out."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
