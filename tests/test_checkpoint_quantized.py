@@ -564,6 +564,18 @@ def test_what_belongs_together_is_one_weight_and_its_parts_stay_listed(checkpoin
 
 
 @every_case
+def test_reading_is_decoding_as_the_format_does_bit_for_bit(checkpoint):
+    """Rounded once to what the decoder computes in; all rows, some of them, and those at the end."""
+    stored, wanted = checkpoint.layout.tensors[checkpoint.name], checkpoint.case.decode(checkpoint.state())
+    with Files(checkpoint.layout.root) as files:
+        got = stored.read(files)
+        assert same(got.to(wanted.dtype) + 0.0, wanted + 0.0)  # without the sign of zeros
+        rows = stored.shape[0]
+        for span in ((0, 1), (1, 2), (rows // 3, rows // 3 + 2), (rows - 1, rows)):
+            assert same(stored.read(files, span), got[slice(*span)]), span
+
+
+@every_case
 def test_zero_is_exact_and_touches_nothing_else(checkpoint):
     parts = checkpoint.layout.tensors[checkpoint.name].names
     others = {name: tensor for name, tensor in read(checkpoint.path).items() if name not in parts}

@@ -109,6 +109,7 @@ class _Placed:
         order: for each dimension of the result that of the array, or ``None`` for one of size 1.
         offset: what is added.
         is_shuffled: the elements lie in another order.
+        rows: of whole rows in another order, which of them is the first in the result, the second and so on.
         is_computed: something else is done to them.
     """
 
@@ -118,6 +119,7 @@ class _Placed:
     order: tuple[int | None, ...] = ()
     offset: float = 0.0
     is_shuffled: bool = False
+    rows: tuple[int, ...] = ()
     is_computed: bool = False
 
     def sizes(self, shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,7 +139,14 @@ class _Placed:
             return replace(whole, order=(), origin=(), is_computed=True)
         grown = self._grown(shape)
         origin = tuple(first * real // probed for first, (probed, real) in zip(self.begin, grown, strict=True))
-        return replace(whole, order=self.order, origin=origin, offset=self.offset, is_shuffled=self.is_shuffled)
+        return replace(
+            whole,
+            order=self.order,
+            origin=origin,
+            offset=self.offset,
+            is_shuffled=self.is_shuffled,
+            rows=self.rows,
+        )
 
     @property
     def is_scattered(self) -> bool:
@@ -200,7 +209,9 @@ def _compared(shape: tuple[int, ...], zeros: torch.Tensor, ones: torch.Tensor, n
         if torch.equal(own.permute(*kept, *gone).reshape(numbers.shape), numbers):
             return _Placed(shape, result, tuple(begin), order, offset)
     if tuple(numbers.shape) == shape:
-        return _Placed(shape, result, tuple(begin), tuple(range(len(shape))), offset, is_shuffled=True)
+        rows = (numbers.reshape(shape[0], -1)[:, 0].long() - 1) // math.prod(shape[1:])
+        whole = tuple(rows.tolist()) if torch.equal(own[rows], numbers) else ()
+        return _Placed(shape, result, tuple(begin), tuple(range(len(shape))), offset, is_shuffled=True, rows=whole)
     if tuple(numbers.shape) == result:
         return _Placed(shape, result, tuple(begin), (None,) * len(result), offset, is_shuffled=True)
     return computed

@@ -7,6 +7,7 @@ memory at a time.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,18 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from neutralize.checkpoint.layout import Elements, Layout, Stored
+from neutralize.checkpoint.layout import Layout, Stored
 from neutralize.checkpoint.model import meta_model
 from neutralize.checkpoint.naming import Names, Source, placed, retarget
 from neutralize.checkpoint.region import Files, Region
 from neutralize.dataflow import Inputs, as_call, guessed_inputs, own_inputs
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, Plan
+from neutralize.plan import Edit, Plan, dtype_name
 from neutralize.progress import Advance, silent
 from neutralize.verify import Verification, compared
+
+_DECODED = 1 << 20
+"""How many elements are decoded at a time; some formats take 32 bytes of memory for each meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -222,16 +226,14 @@ class _Weights:
             )
         out = None
         for source in sources:  # the copies of a tied weight are equal
-            if source.is_shuffled or source.is_computed:
+            if source.is_computed or (source.is_shuffled and not source.rows):
                 raise NeutralizeError(
                     f"checkpoint: expected {name!r} to lie in the checkpoint element by element, got one that the "
                     f"loader rearranges from {source.stored!r}; verify the loaded model"
                 )
-            content = placed(self._content(source), source)
-            if source.offset:
-                content = content.float() + source.offset
+            content = placed(self._content(source, dtype), source)
             if content.shape == shape:
-                out = content.to(dtype)
+                out = content
                 break
             out = torch.empty(shape, dtype=dtype) if out is None else out
             out[tuple(slice(*extent) for extent in source.place())] = content
@@ -240,19 +242,19 @@ class _Weights:
         self._advance(out.nbytes)
         return out
 
-    def _content(self, source: Source) -> torch.Tensor:
-        """What a source's box holds, with the dimensions of the stored tensor."""
+    def _content(self, source: Source, dtype: torch.dtype) -> torch.Tensor:
+        """What the loader makes of a source's box, with the dimensions of the stored tensor."""
         stored = self._layout.tensors[source.stored]
         group = self._groups.get(source.stored) if self._edited else None
         if group is None:
-            return _box(stored, source, self._files)
+            return _box(stored, source, dtype, self._files)
         tensors = dict.fromkeys(name for edit in group for name in edit.parameters)
         regions = [region for name in tensors for region in self._layout.tensors[name].regions]
         with _Held(self._layout.root, regions) as held:
             for patch in self._layout.patches(group, held):
                 for _ in patch.run(held):
                     pass
-            return _box(stored, source, held)
+            return _box(stored, source, dtype, held)
 
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -270,23 +272,26 @@ def _connected(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
     return groups
 
 
-def _box(stored: Stored, source: Source, files: Files) -> torch.Tensor:
-    """The box of a stored tensor; of plain elements in one run only the rows that it reaches over are read."""
-    inside = tuple(slice(*extent) for extent in source.box)
-    if isinstance(stored, Elements) and len(stored.pieces) == 1 and stored.shape and stored.shape[0]:
-        first, last = source.box[0]
-        row = stored.regions[0].nbytes // stored.shape[0]
-        content = files.read(stored.regions[0].part(0, 1, first * row, last * row)).view(-1).view(stored.dtype)
-        within = (slice(None), *inside[1:])
-        return content.view(last - first, *stored.shape[1:])[within]
-    read = getattr(stored, "read", None)
-    if read is None:
-        raise NeutralizeError(
-            f"checkpoint: expected plain elements for {stored.name!r}, for the model runs with them, got "
-            f"{stored.encoding}; verify the loaded model"
-        )
-    whole: torch.Tensor = read(files)
-    return whole[inside]
+def _box(stored: Stored, source: Source, dtype: torch.dtype, files: Files) -> torch.Tensor:
+    """What the loader makes of the box of a stored tensor; what is decoded or converted is so a few rows at a time."""
+    inside = (slice(None), *(slice(*extent) for extent in source.box[1:]))
+
+    def rows(span: tuple[int, int] | None) -> torch.Tensor:
+        content = stored.read(files, span)
+        content = content[inside] if stored.shape else content
+        return (content.float() + source.offset if source.offset else content).to(dtype)
+
+    if not stored.shape or (stored.encoding == dtype_name(dtype) and not source.offset):
+        return rows(source.box[0] if stored.shape else None)
+    first, last = source.box[0]
+    at_once = max(1, _DECODED // max(1, math.prod(stored.shape[1:])))
+    if last - first <= at_once:
+        return rows((first, last))
+    out = torch.empty([end - begin for begin, end in source.box], dtype=dtype)
+    for begin in range(first, last, at_once):
+        end = min(begin + at_once, last)
+        out[begin - first : end - first] = rows((begin, end))
+    return out
 
 
 class _Held(Files):
