@@ -1,6 +1,8 @@
 """Verify on files against verify on the loaded model, with little in memory."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,17 @@ from networks import perturbed
 from safetensors.torch import save_file
 from stored import edited, located
 from test_checkpoint_model import GROUPED, bert, gemma2, gpt2, llama, loaded, mixtral, saved
+from test_checkpoint_quantized import FP8, Case, by_name, fp8, mxfp4, values
 from torch import nn
+from typer.testing import CliRunner
 
 import neutralize as nz
+from neutralize.checkpoint import Checkpoint
 from neutralize.checkpoint.model import meta_model
-from neutralize.checkpoint.streamed import verify
+from neutralize.checkpoint.region import Files
+from neutralize.checkpoint.streamed import _Weights, verify
+from neutralize.cli import app
+from neutralize.language import quiet_transformers
 
 IDS = {"input_ids": torch.arange(20).reshape(2, 10) * 7 % 90 + 5}
 
@@ -144,3 +152,118 @@ def test_memory_stays_small(tmp_path):
     assert found.read_bytes > 1.9 * total
     assert found.peak_bytes <= 2 * 4096 * 512 * 4
     assert max(seen) - seen[0] < total / 2
+
+
+# ---- quantized weights -----------------------------------------------------------------------------------------------
+
+FORMATS = [  # and below FP8, MXFP4 and NF4
+    "compressed-tensors int4 group asymmetric",
+    "compressed-tensors nvfp4",
+    "gptq 4 bit",
+    "awq",
+    "bitsandbytes nf4 nested",
+    "bitsandbytes int8",
+]
+
+
+def quantized_llama(folder: Path, case: Case) -> nn.Module:
+    """Save a Llama whose matrices are quantized, and return it with what the format's own decoder makes of them."""
+    dtype = case.decode(case.tensors(values())).dtype
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 128) | {"num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**(GROUPED | sizes), dtype=dtype)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            state = {part: tensor.contiguous() for part, tensor in case.tensors(parameter.float()).items()}
+            tensors |= {name.removesuffix("weight") + part: tensor for part, tensor in state.items()}
+            parameter.copy_(case.decode(state))
+        else:
+            tensors[name] = parameter
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    content = config.to_dict() | {"quantization_config": dict(case.settings), "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(content))
+    return model
+
+
+def loaders_logits(folder: Path) -> torch.Tensor:
+    """What transformers makes of a quantized checkpoint, on a machine without a GPU: it decodes the weights."""
+    with quiet_transformers(), torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(**IDS).logits
+
+
+def streamed_logits(folder: Path) -> torch.Tensor:
+    checkpoint = Checkpoint(folder)
+    model, names = meta_model(checkpoint.layout, buffers=True)
+    with (
+        Files(folder) as files,
+        torch.no_grad(),
+        _Weights(checkpoint.layout, names, files, [], lambda count: None).placed_in(model),
+    ):
+        return model(**IDS).logits
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantized_model_is_run_as_its_format_decodes_it_and_proven(name, tmp_path):
+    decoded = quantized_llama(tmp_path, by_name[name])
+    checkpoint = Checkpoint(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(streamed_logits(tmp_path), decoded(**IDS).logits)
+    plan = nz.plan(checkpoint, "model.layers[1]", edit="outgoing")
+    assert checkpoint.verify(plan, IDS).measured.exact
+    undo = plan.apply(checkpoint)
+    assert checkpoint.verify(plan, IDS, applied=True).ok
+    region = undo.edition.kept[0].region
+    with (tmp_path / region.file).open("r+b") as file:
+        file.seek(region.offset)
+        file.write(b"\x3c" * 8)
+    assert not checkpoint.verify(plan, IDS, applied=True).ok
+
+
+def test_what_is_not_known_of_a_format_is_not_guessed(tmp_path):
+    quantized_llama(tmp_path, by_name["gptq 4 bit"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refusal(lambda: streamed_logits(tmp_path))
+    assert "a weight that can be decoded for 'model.layers.0.self_attn.q_proj.weight' (GPTQ 4 bit" in message
+    assert "got the checkpoint_format 'marlin', not 'gptq' or 'gptq_v2'; verify the loaded model" in message
+
+
+def test_verify_of_a_quantized_checkpoint_exits_with_1_after_a_wrong_byte(tmp_path):
+    quantized_llama(tmp_path, by_name["bitsandbytes nf4"])
+    verify_ = ["verify", str(tmp_path), "--layers", "model.layers[1]", "--option", "edit=outgoing", "--quiet"]
+    plan = nz.plan(str(tmp_path), "model.layers[1]", edit="outgoing")
+    assert CliRunner().invoke(app, verify_).exit_code == 0
+    region = plan.apply(str(tmp_path)).edition.kept[-1].region
+    assert CliRunner().invoke(app, [*verify_, "--applied"]).exit_code == 0
+    with (tmp_path / region.file).open("r+b") as file:
+        file.seek(region.offset + 3)
+        file.write(b"\x3c")
+    assert CliRunner().invoke(app, [*verify_, "--applied"]).exit_code == 1
+
+
+def test_fp8_is_read_as_transformers_loads_it(tmp_path):
+    case = replace(by_name["fp8 blocks"], tensors=lambda w: fp8(w, torch.float8_e4m3fn, (64, 64)))
+    quantized_llama(tmp_path, replace(case, settings=FP8 | {"activation_scheme": "dynamic"}))
+    assert torch.equal(streamed_logits(tmp_path), loaders_logits(tmp_path))
+
+
+def test_experts_of_gpt_oss_are_read_as_transformers_loads_them(tmp_path):
+    config = transformers.GptOssConfig(
+        **(GROUPED | {"hidden_size": 64, "head_dim": 16, "num_local_experts": 4}), dtype="bfloat16"
+    )
+    torch.manual_seed(0)
+    tensors = {}
+    for name, parameter in transformers.GptOssForCausalLM(config).state_dict().items():
+        is_quantized = name.endswith(("gate_up_proj", "down_proj"))
+        made = mxfp4(parameter) if is_quantized else {"": parameter.to(torch.bfloat16)}
+        tensors |= {name + part: tensor.contiguous() for part, tensor in made.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quantization_config": {"quant_method": "mxfp4"}, "architectures": ["GptOssForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | settings))
+    assert torch.equal(streamed_logits(tmp_path), loaders_logits(tmp_path))
+    plan = nz.plan(tmp_path, "model.layers[0].mlp", "zero")
+    assert Checkpoint(tmp_path).verify(plan, IDS).measured.exact

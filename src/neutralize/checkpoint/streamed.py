@@ -233,7 +233,7 @@ class _Weights:
                 )
             content = placed(self._content(source, dtype), source)
             if content.shape == shape:
-                out = content
+                out = content.contiguous()  # products of a transposed matrix may be summed in another order
                 break
             out = torch.empty(shape, dtype=dtype) if out is None else out
             out[tuple(slice(*extent) for extent in source.place())] = content
