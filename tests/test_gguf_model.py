@@ -9,15 +9,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from stored import edited
+from test_gguf import random_blocks
 from torch import nn
+from typer.testing import CliRunner
 
 import neutralize as nz
 from neutralize.checkpoint import Checkpoint
 from neutralize.checkpoint.gguf import read_header
+from neutralize.checkpoint.model import meta_model
 from neutralize.checkpoint.naming import placed
 from neutralize.checkpoint.region import Files
+from neutralize.checkpoint.streamed import _Weights
+from neutralize.cli import app
 from neutralize.demo.subject import weights_file
 from neutralize.language import quiet_transformers
+from neutralize.plan import Rewrite
 
 V, H, F, HEADS, KV, EXPERTS = 96, 64, 96, 4, 2, 4
 TOKENS = 5000  # more than what is shown to transformers
@@ -212,6 +219,78 @@ def test_a_block_of_a_quantized_model_is_off_or_damped(tmp_path):
         assert torch.equal(logits(loaded(path)), logits(original, ("model.layers.0",)))
     Checkpoint(path).restore(everything=True)
     assert path.read_bytes() == before
+
+
+# A Llama with a type for each tensor; those of 256 elements to a block have no quantizer, and get random blocks.
+MIXED = dict(
+    zip(MODELS["llama"][1], [None, "Q4_K", "Q6_K", "IQ4_XS", "Q5_K", None, "IQ2_XS", "Q3_K", "Q2_K"], strict=True)
+)
+
+
+def write_mixed(path: Path) -> None:
+    writer, wide = gguf.GGUFWriter(path, "llama"), 256
+    metadata = MODELS["llama"][0] | {"embedding_length": wide, "feed_forward_length": wide, "rope.dimension_count": 64}
+    for key, value in metadata.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
+    random = np.random.default_rng(0)
+    for name, kind in {f"blk.{number}.{name}": kind for number in range(2) for name, kind in MIXED.items()}.items():
+        if kind is None:
+            writer.add_tensor(name, random.normal(1, 0.1, wide).astype(np.float32))
+        else:
+            kind = gguf.GGMLQuantizationType[kind]
+            rows = wide // 2 if name.endswith(("attn_k.weight", "attn_v.weight")) else wide
+            writer.add_tensor(name, random_blocks(kind, rows, 1, seed=len(name)), raw_dtype=kind)
+    writer.add_tensor("token_embd.weight", random.normal(size=(V, wide)).astype(np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(wide, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_of_many_types_is_run_from_its_file_and_proven(tmp_path):
+    path, tokens = tmp_path / "m.gguf", torch.arange(1, 25).view(2, 12)
+    write_mixed(path)
+    checkpoint = Checkpoint(path)
+    model, names = meta_model(checkpoint.layout, buffers=True)
+    with Files(tmp_path) as files, torch.no_grad():
+        weights = _Weights(checkpoint.layout, names, files, [], lambda count: None)
+        with weights.placed_in(model):
+            got = model(tokens, use_cache=False).logits
+    assert got.isfinite().all()
+    assert got.std() > 0.1
+    assert torch.equal(got, logits(loaded(path)))
+
+    block = ["--layers", "model.layers.1", "--option", "edit=outgoing", "--quiet"]
+
+    def run(*options: str) -> int:
+        return CliRunner().invoke(app, [options[0], str(path), *block, *options[1:]]).exit_code
+
+    assert run("verify") == 0
+    assert run("verify", "--applied") == 1
+    assert run("apply", "--in-place") == 0
+    assert run("verify", "--applied") == 0
+    region = checkpoint.layout.tensors["blk.1.ffn_down.weight"].regions[0]
+    with path.open("r+b") as file:
+        file.seek(region.offset)
+        file.write(b"\x3c" * 84)  # one block of Q2_K
+    assert run("verify", "--applied") == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_what_is_permuted_is_damped_as_a_whole(tmp_path, architecture):
+    path = tmp_path / "m.gguf"
+    write(path, architecture)
+    checkpoint, original = Checkpoint(path), dict(loaded(path).named_parameters())
+    permuted = [name for name, sources in checkpoint.names.items() if any(source.is_shuffled for source in sources)]
+    assert len(permuted) >= 4
+    for name in permuted:
+        shape = tuple(original[name].shape)
+        edited(checkpoint.layout, [Rewrite(name, shape, "float32", scale=0.5)], checkpoint.names)
+        with pytest.raises(nz.NeutralizeError, match="the same for all of what is stored"):
+            edited(checkpoint.layout, [Rewrite(name, shape, "float32", rows=(0, 3))], checkpoint.names)
+    for name, parameter in loaded(path).named_parameters():
+        assert torch.equal(parameter, original[name] * (0.5 if name in permuted else 1))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
