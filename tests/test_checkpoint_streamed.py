@@ -24,6 +24,7 @@ from neutralize.checkpoint.region import Files
 from neutralize.checkpoint.streamed import _Weights, verify
 from neutralize.cli import app
 from neutralize.language import quiet_transformers
+from neutralize.progress import silent
 
 IDS = {"input_ids": torch.arange(20).reshape(2, 10) * 7 % 90 + 5}
 
@@ -34,6 +35,9 @@ CASES = [
     (gemma2, "model.layers[1]", "auto", {}),
     (gpt2, "transformer.h[1].mlp", "zero", {}),
     (bert, "bert.encoder.layer[1]", "auto", {}),
+    (llama, ["model.layers[1].self_attn.heads[2]", "model.layers[0].self_attn.heads[1:3]"], "damp", {"factor": 0.4}),
+    (gpt2, "transformer.h[1].attn.heads[-1]", "zero", {}),
+    (mixtral, "model.layers[1].mlp.experts[2]", "zero", {}),
 ]
 
 
@@ -106,16 +110,56 @@ def test_folds_are_made_in_memory(tmp_path):
     assert found.per_layer == wanted.per_layer
     assert found.measured.output_error == wanted.output_error
     message = refusal(lambda: verify(located(tmp_path), plan, x, factory=Chain, applied=True))
-    assert "got 'input' for 'layers.0'; restore them and verify before applying" in message
+    assert "got 'input' for 'layers.0', which only the weights of before show; verify before applying" in message
 
 
 def test_refusals(tmp_path):
     layout = located(saved(llama, tmp_path))
     model, _ = meta_model(layout)
-    heads = nz.plan(model, "model.layers[1].self_attn.heads[2]", "zero")
-    assert "expected whole modules to verify on files" in refusal(lambda: verify(layout, heads, IDS))
     plan = nz.plan(model, "model.layers[1]")
     assert "expected a model that runs on the inputs" in refusal(lambda: verify(layout, plan, {"nothing": 1}))
+
+
+def test_parts_that_files_hold_pass_and_others_fail(tmp_path):
+    checkpoint = Checkpoint(saved(llama, tmp_path))
+    plan = nz.plan(checkpoint, "model.layers[1].self_attn.heads[2]", "zero")
+    assert not checkpoint.verify(plan, IDS, applied=True).ok
+    plan.apply(checkpoint)
+    assert checkpoint.verify(plan, IDS, applied=True).ok
+
+
+LATER = [  # aims that only the weights of before show
+    ("model.layers[0].mlp", "damp", {"factor": 0.3}),
+    ("model.layers[1].self_attn.heads[2]", "damp", {"factor": 0.5}),
+    ("model.layers[1].mlp", "constant", {"weight": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("layers", "strategy", "options"), LATER)
+def test_the_undo_of_a_plan_in_place_tells_what_the_network_was(layers, strategy, options, tmp_path):
+    checkpoint = Checkpoint(saved(llama, tmp_path))
+    plan = nz.plan(checkpoint, layers, strategy, **options)
+    wanted = checkpoint.verify(plan, IDS)
+    assert "which only the weights of before show" in refusal(lambda: checkpoint.verify(plan, IDS, applied=True))
+    undo = plan.apply(checkpoint)
+    nz.plan(checkpoint, "model.layers[1]").apply(checkpoint).restore()
+    found = checkpoint.verify(plan, IDS, applied=True)
+    assert found.ok
+    assert str(found.measured) == str(wanted.measured)
+    twice = nz.plan(checkpoint, layers, "damp", factor=0.25).apply(checkpoint)  # over the same bytes
+    assert "which only the weights of before show" in refusal(lambda: checkpoint.verify(plan, IDS, applied=True))
+    twice.restore()
+    undo.restore()
+    assert "which only the weights of before show" in refusal(lambda: checkpoint.verify(plan, IDS, applied=True))
+
+
+def test_folds_in_place_are_measured_against_their_undo(tmp_path):
+    located_chain(tmp_path / "chain")
+    plan = nz.plan(Chain().eval(), "layers.0", example_inputs=torch.randn(5, 8))
+    checkpoint = Checkpoint(tmp_path / "chain", factory="test_checkpoint_streamed:Chain")
+    wanted = checkpoint.verify(plan)
+    plan.apply(checkpoint)
+    assert str(checkpoint.verify(plan, applied=True).measured) == str(wanted.measured)
 
 
 def test_the_first_layer_tells_inputs_where_a_model_brings_none(tmp_path):
@@ -200,7 +244,7 @@ def streamed_logits(folder: Path) -> torch.Tensor:
     with (
         Files(folder) as files,
         torch.no_grad(),
-        _Weights(checkpoint.layout, names, files, [], lambda count: None).placed_in(model),
+        _Weights(checkpoint.layout, names, files, files, [], silent).placed_in(model),
     ):
         return model(**IDS).logits
 

@@ -25,6 +25,7 @@ from neutralize.cli import app
 from neutralize.demo.subject import weights_file
 from neutralize.language import quiet_transformers
 from neutralize.plan import Rewrite
+from neutralize.progress import silent
 
 V, H, F, HEADS, KV, EXPERTS = 96, 64, 96, 4, 2, 4
 TOKENS = 5000  # more than what is shown to transformers
@@ -254,7 +255,7 @@ def test_a_model_of_many_types_is_run_from_its_file_and_proven(tmp_path):
     checkpoint = Checkpoint(path)
     model, names = meta_model(checkpoint.layout, buffers=True)
     with Files(tmp_path) as files, torch.no_grad():
-        weights = _Weights(checkpoint.layout, names, files, [], lambda count: None)
+        weights = _Weights(checkpoint.layout, names, files, files, [], silent)
         with weights.placed_in(model):
             got = model(tokens, use_cache=False).logits
     assert got.isfinite().all()

@@ -15,7 +15,7 @@ from pathlib import Path
 from neutralize.checkpoint.journal import FOLDER, explained, sync_folder
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.patch import Patch
-from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
+from neutralize.checkpoint.region import BUFFER_BYTES, Files
 from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
 
@@ -170,7 +170,7 @@ def _verify(layout: Layout, root: Path, patches: Sequence[Patch], advance: Advan
     untouched = [
         stored.name
         for stored in layout.tensors.values()
-        if not any(_overlap(one, other) for one in stored.regions for other in written)
+        if not any(one.overlaps(other) for one in stored.regions for other in written)
     ]
     with Files(layout.root) as old, Files(root) as new:
         for name in untouched:
@@ -181,10 +181,6 @@ def _verify(layout: Layout, root: Path, patches: Sequence[Patch], advance: Advan
                         "trusted: check it"
                     )
     return len(untouched)
-
-
-def _overlap(one: Region, other: Region) -> bool:
-    return one.file == other.file and one.offset < other.end and other.offset < one.end
 
 
 @contextmanager

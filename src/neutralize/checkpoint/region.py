@@ -71,6 +71,10 @@ class Region:
         """Whether the rows follow each other without gaps."""
         return self.rows <= 1 or self.stride == self.width
 
+    def overlaps(self, other: Region) -> bool:
+        """Whether both reach over some byte, those between rows included."""
+        return self.file == other.file and self.offset < other.end and other.offset < self.end
+
     def chunks(self, limit: int = BUFFER_BYTES) -> Iterator[tuple[int, int, int, int]]:
         """Yield row ranges and byte ranges inside the rows (first row, past the last, first byte, past the last).
 

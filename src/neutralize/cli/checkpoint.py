@@ -15,7 +15,8 @@ from neutralize.cli.printing import print_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from neutralize.checkpoint import Checkpoint
+    from neutralize.checkpoint import Checkpoint, Status
+    from neutralize.checkpoint.journal import Edition
     from neutralize.plan import Plan
     from neutralize.progress import Advance
 
@@ -193,21 +194,39 @@ def restore(
         print(f"{checkpoint}: {left.state}{f', {len(left.edits)} edit(s) left' if left.edits else ''}")
 
 
-def status(checkpoint: _Path, json: _Json = False) -> None:
-    """Say whether a checkpoint is intact, edited, interrupted or busy, and list the edits that can be undone.
+def status(
+    checkpoint: _Path,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what the journal says; read no weights.")] = False,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Say whether a checkpoint is intact, edited, changed, interrupted or busy, and list the edits that can be undone.
 
-    Exit status: 0, or 1 if an edit was cut off or is going on: the files are then not to be read.
+    The bytes of every edit are compared with what it wrote. Exit status: 0, or 1 if something else has written there
+    since, or an edit was cut off or is going on: the files are then not what the edits made of them.
     """
-    with _refusals():
-        found = _opened(checkpoint).status
+    with _refusals(), _bar(quiet=quiet or json) as advance:
+        opened = _opened(checkpoint)
+        found = opened.status if quick else opened.check(advance)
         if json:
-            print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits]})
+            told = {"undone": list(found.undone), "changed": list(found.changed)}
+            print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits], **told})
         else:
             print(f"{checkpoint}: {found.state}")
             for entry in found.edits:
-                print(f"  {_described(entry)}{'' if entry.is_done else ' - CUT OFF: run neutralize restore'}")
-        if found.state in ("interrupted", "busy"):
+                print(f"  {_described(entry)}{_remark(entry, found)}")
+        if found.state in ("changed", "interrupted", "busy"):
             raise typer.Exit(1)
+
+
+def _remark(entry: Edition, found: Status) -> str:
+    if not entry.is_done:
+        return " - CUT OFF: run neutralize restore"
+    if entry.number in found.undone:
+        return " - NOT THERE: the old bytes are back, as if the file had been replaced; restore forgets the edit"
+    if entry.number in found.changed:
+        return " - CHANGED: something else has written there since; restore refuses, but for --force"
+    return ""
 
 
 def verify(
