@@ -28,7 +28,7 @@ import torch
 
 from neutralize.checkpoint.bounded import TEXT_LIMIT, parse_json
 from neutralize.checkpoint.patch import Patch
-from neutralize.checkpoint.region import Files, Region, memory
+from neutralize.checkpoint.region import Files, Reach, Region, memory
 from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
 
@@ -110,7 +110,8 @@ class Edition:
 
     def is_under(self, later: Edition) -> bool:
         """Whether a later edit may have written over its bytes."""
-        return any(mine.region.overlaps(other.region) for mine in self.kept for other in later.kept)
+        reach = Reach(entry.region for entry in later.kept)
+        return any(reach.meets(entry.region) for entry in self.kept)
 
 
 class Journal:
@@ -280,10 +281,11 @@ class Journal:
             or ``changed`` (something else, or no longer there).
         """
         later = [other for other in self.editions() if other.number > edition.number]
+        reach = Reach(entry.region for other in later for entry in other.kept)
         seen = {
             digest if digest in ("edited", "undone") else "changed"
             for entry, digest in self._digests(edition, advance)
-            if not any(entry.region.overlaps(kept.region) for other in later for kept in other.kept)
+            if not reach.meets(entry.region)
         }
         return seen.pop() if len(seen) == 1 else "changed" if seen else "edited"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from neutralize.checkpoint.journal import FOLDER, explained, sync_folder
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.patch import Patch
-from neutralize.checkpoint.region import BUFFER_BYTES, Files
+from neutralize.checkpoint.region import BUFFER_BYTES, Files, Reach
 from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
 
@@ -166,12 +166,8 @@ def _cloned(old: int, new: int) -> bool:
 
 def _verify(layout: Layout, root: Path, patches: Sequence[Patch], advance: Advance) -> int:
     """Compare every tensor that no patch writes with the old one."""
-    written = [region for patch in patches for region in patch.regions]
-    untouched = [
-        stored.name
-        for stored in layout.tensors.values()
-        if not any(one.overlaps(other) for one in stored.regions for other in written)
-    ]
+    written = Reach(region for patch in patches for region in patch.regions)
+    untouched = [stored.name for stored in layout.tensors.values() if not any(map(written.meets, stored.regions))]
     with Files(layout.root) as old, Files(root) as new:
         for name in untouched:
             for region in layout.tensors[name].regions:
