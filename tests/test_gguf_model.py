@@ -99,10 +99,12 @@ MODELS = {
 }
 
 
-def write(path: Path, architecture: str, dtype: type = np.float32, quantized: int | None = None) -> None:
+def write(
+    path: Path, architecture: str, dtype: type = np.float32, quantized: int | None = None, per_part: int = 0
+) -> None:
     """A small model with random weights; matrices in a dtype or a quantized type, vectors in float32."""
     metadata, block, outside, _ = MODELS[architecture]
-    writer, random = gguf.GGUFWriter(path, architecture), np.random.default_rng(0)
+    writer, random = gguf.GGUFWriter(path, architecture, split_max_tensors=per_part), np.random.default_rng(0)
     for key, value in metadata.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
     if "vocab_size" not in metadata:
@@ -294,6 +296,47 @@ def test_what_is_permuted_is_damped_as_a_whole(tmp_path, architecture):
         assert torch.equal(parameter, original[name] * (0.5 if name in permuted else 1))
 
 
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    """The tensors of all files of a folder, as the package reads them."""
+    readers = [gguf.GGUFReader(path) for path in sorted(folder.glob("*.gguf"))]
+    return {tensor.name: tensor.data.tobytes() for reader in readers for tensor in reader.tensors}
+
+
+def test_a_file_in_parts_is_one_checkpoint(tmp_path):
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    whole.mkdir()
+    split.mkdir()
+    write(whole / "m.gguf", "llama", quantized=8)
+    write(split / "m.gguf", "llama", quantized=8, per_part=7)
+    names = sorted(path.name for path in split.iterdir())
+    assert names == [f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    before = tensors_of(split)
+    assert before == tensors_of(whole)
+
+    plan = nz.plan(split, "model.layers[:]", edit="outgoing")
+    assert plan == nz.plan(whole, "model.layers[:]", edit="outgoing")
+    undo, _ = plan.apply(split), plan.apply(whole)
+    assert len(undo.edition.files) > 1
+    assert tensors_of(split) == tensors_of(whole) != before
+    assert Checkpoint(split).verify(plan, applied=True).ok
+    undo.restore()
+    assert tensors_of(split) == before
+    Checkpoint(split).write(plan, tmp_path / "copy")
+    assert tensors_of(tmp_path / "copy") == tensors_of(whole)
+
+    with pytest.raises(nz.NeutralizeError, match="got one of 3 parts; name the folder"):
+        nz.plan(split / names[0], "model.layers.0")
+    (split / names[1]).rename(tmp_path / "kept")
+    with pytest.raises(nz.NeutralizeError, match=r"expected the 3 parts of 'm' in .*; fetch those that are missing"):
+        nz.plan(split, "model.layers.0")
+    (tmp_path / "copy" / names[0]).rename(split / names[1])
+    with pytest.raises(nz.NeutralizeError, match=r"expected split.no 1 in .*, got 0; it is no part of the files"):
+        nz.plan(split, "model.layers.0")
+    (split / "other.gguf").write_bytes(b"")
+    with pytest.raises(nz.NeutralizeError, match="expected one checkpoint in"):
+        nz.plan(split, "model.layers.0")
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_parameters_have_the_dtype_of_most_elements(tmp_path, dtype):
     path = tmp_path / "m.gguf"
@@ -324,7 +367,7 @@ REFUSED = {
     "a part": (
         "llama",
         {"split.count": 3},
-        r"a whole model in .*, got one of 3 parts; merge them with llama-gguf-split",
+        r"a whole model in .*, got one of 3 parts; name the folder that holds all of them",
     ),
     "huge": ("llama", {"llama.embedding_length": 1 << 31}, r"at most 16777216 for 'hidden_size' in .*, got 2147483648"),
     "deep": ("llama", {"llama.block_count": 1 << 30}, r"at most 65536 for 'num_hidden_layers' in .*, got 1073741824"),

@@ -37,26 +37,27 @@ _PROBE_ELEMENTS = 1 << 26
 """How many elements a probe has at most where the converter wants the shape as it is."""
 
 
-def config_of(path: Path) -> dict[str, Any]:
+def config_of(layout: Layout) -> dict[str, Any]:
     """Return what transformers makes of a GGUF file's metadata, as a ``config.json`` has it.
 
     Args:
-        path: the file.
+        layout: the file, or the parts that it was split into.
 
     Raises:
         NeutralizeError: transformers is missing or does not know the architecture, or the file is one of several parts.
     """
+    path = layout.root / layout.files[0]
     header = read_header(path)
     parts = header.metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
+    if isinstance(parts, int) and parts > len(layout.files):
         raise NeutralizeError(
-            f"checkpoint: expected a whole model in {str(path)!r}, got one of {parts} parts; merge them with "
-            "llama-gguf-split --merge, or edit tensors by name"
+            f"checkpoint: expected a whole model in {str(path)!r}, got one of {parts} parts; name the folder that "
+            "holds all of them, and no other GGUF files"
         )
     _loader()
     if not _is_native(header.architecture):
         try:
-            return _config(header)
+            return _config(header, layout)
         except (ValueError, IndexError) as error:  # an architecture that it does not have, or none
             got = f"{header.architecture[:80]!r} ({' '.join(str(error).split())[:200]})"
     else:
@@ -76,7 +77,9 @@ def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str,
         dtype: of the result.
     """
     loader, header = _loader(), read_header(layout.root / layout.files[0])
-    processor = loader.TENSOR_PROCESSORS.get(header.architecture, loader.TensorProcessor)(config=_config(header))
+    processor = loader.TENSOR_PROCESSORS.get(header.architecture, loader.TensorProcessor)(
+        config=_config(header, layout)
+    )
     with _names_cached():
         mapping: dict[str, str] = loader.get_gguf_hf_weights_map(model, processor)
     state = model.state_dict()
@@ -281,7 +284,7 @@ def _is_native(architecture: str) -> bool:
     return bool(is_gguf_arch_supported(architecture))
 
 
-def _config(header: Gguf) -> dict[str, Any]:
+def _config(header: Gguf, layout: Layout) -> dict[str, Any]:
     """What transformers makes of the metadata.
 
     It is shown a file with the same keys and names of tensors, but without data and long lists: it would take minutes
@@ -289,7 +292,7 @@ def _config(header: Gguf) -> dict[str, Any]:
     """
     tensors = b"".join(
         struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1, 0, 0)  # one float32 at the start
-        for name in (name.encode() for name in header.tensors)
+        for name in (name.encode() for name in layout.tensors)
     )
     kept = [
         key
@@ -299,7 +302,7 @@ def _config(header: Gguf) -> dict[str, Any]:
     with header.path.open("rb") as file:
         data = file.read(max((end for _, end in header.spans.values()), default=0))
     metadata = b"".join(data[slice(*header.spans[key])] for key in kept)
-    counts = struct.pack("<IQQ", header.version, len(header.tensors), len(kept))
+    counts = struct.pack("<IQQ", header.version, len(layout.tensors), len(kept))
     with tempfile.TemporaryDirectory() as folder:
         shown = Path(folder) / header.path.name
         shown.write_bytes(MAGIC + counts + metadata + tensors + bytes(64))  # to the next multiple of 32, and a number
