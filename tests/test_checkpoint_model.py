@@ -284,13 +284,13 @@ def test_factories_that_make_no_model_of_the_checkpoint(factory, message, tmp_pa
 
 NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
 BAD_CONFIGS: list[tuple[str | bytes | dict[str, Any], str]] = [
-    ("", "expected JSON in"),
-    ("{", "expected JSON in"),
-    (b"\xff\xfe\x00", "expected JSON in"),
-    ("[1, 2]", "expected a JSON object in"),
+    ("", "expected JSON for"),
+    ("{", "expected JSON for"),
+    (b"\xff\xfe\x00", "expected JSON for"),
+    ("[1, 2]", "expected a JSON object for"),
     (NESTED, "expected"),
     ('{"a":' * 70 + "1" + "}" * 70, "expected at most 64 levels in"),
-    ('{"vocab_size": ' + "9" * 10_000 + "}", "expected JSON in"),
+    ('{"vocab_size": ' + "9" * 10_000 + "}", "expected JSON for"),
     (
         {"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}},
         "got 'mine' with code of its own, which is never run",

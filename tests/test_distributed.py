@@ -319,7 +319,7 @@ HOSTILE = {
         lambda folder: (folder / ".metadata").write_bytes(pickle.dumps({"a": 1})),
         "expected the metadata of torch.distributed.checkpoint",
     ),
-    "no file": (lambda folder: (folder / "__0_0.distcp").unlink(), "which is not there or leads elsewhere"),
+    "no file": (lambda folder: (folder / "__0_0.distcp").unlink(), "as its index says, got nothing"),
     "a file cut off": (lambda folder: os.truncate(folder / "__0_0.distcp", 1000), "expected bytes of its own for"),
     "a file outside": (set_info("a", relative_path="../dcp/__0_0.distcp"), "leads elsewhere"),
     "an absolute path": (set_info("a", relative_path="/etc/passwd"), "leads elsewhere"),

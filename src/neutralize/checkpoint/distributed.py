@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neutralize.checkpoint.layout import Elements, Layout, Listed, Stored
+from neutralize.checkpoint.locate import inside
 from neutralize.checkpoint.patch import Checksum
 from neutralize.checkpoint.pickled import MARK, Archive, dtype_of, is_size, read_archive, sizes_of
 from neutralize.checkpoint.unpickle import SIZE_LIMIT, Made, Named, Value, read_pickle
@@ -189,7 +190,7 @@ class _Reader:
         found: dict[str, list[tuple[_Box, Elements | Listed]]] = {name: [] for name in tensors}
         checksums: list[Checksum] = []
         for file, streams in itertools.groupby(sorted(boxes), key=lambda stream: stream.file):
-            path = self._inside(file)
+            path = inside(self.folder, file)
             with path.open("rb") as opened:
                 size, free = os.fstat(opened.fileno()).st_size, 0
                 for stream in streams:
@@ -214,14 +215,6 @@ class _Reader:
         if isinstance(found, Elements) and found.dtype != tensor.dtype:
             raise self._broken(f"{dtype_name(tensor.dtype)} in {archive.what}", found.encoding)
         return found
-
-    def _inside(self, file: str) -> Path:
-        """The path of a file that the metadata names."""
-        path = self.folder / Path(file).name
-        is_name = file == path.name and "\0" not in file
-        if not is_name or path.resolve().parent != self.folder.resolve() or not path.is_file():
-            raise self._broken("names of files in its folder", f"{file[:200]!r}, which is not there or leads elsewhere")
-        return path
 
 
 def _is_known(name: str) -> bool:

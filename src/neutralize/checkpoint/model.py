@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import re
 import threading
 from collections import Counter
@@ -23,15 +22,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from neutralize import ops
 from neutralize.apply import tensors_of
+from neutralize.checkpoint.bounded import read_json
 from neutralize.checkpoint.gguf import KIND
 from neutralize.checkpoint.layout import Elements, Layout
 from neutralize.checkpoint.naming import Names, Source
 from neutralize.checkpoint.provenance import Traced, traced
 from neutralize.checkpoint.region import Files, Region
 from neutralize.errors import NeutralizeError
-
-CONFIG_BYTES = 16 << 20
-"""The longest ``config.json`` that is read."""
 
 _DEPTH, _LARGEST, _DEEPEST = 64, 1 << 24, 1 << 16
 _FREE = re.compile(r"theta|base|length|seq|window|seed|param|scale|id$|ids$")
@@ -209,7 +206,7 @@ def _transformer(layout: Layout) -> tuple[Any, Any, torch.dtype]:
             content = config_of(layout)
     elif layout.config is not None:
         path = layout.config / "config.json"
-        content = _read_config(path)
+        content = read_json(path, "a config")
     else:
         raise NeutralizeError(
             "checkpoint: expected a config.json beside the weights, got none; name the model as "
@@ -241,31 +238,6 @@ def _transformers() -> Any:
             "checkpoint: expected transformers for a folder with config.json, got none; pip install 'neutralize[hf]'"
         ) from error
     return transformers
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The content of a config that anybody may have written."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(CONFIG_BYTES + 1)
-    except OSError as error:
-        raise NeutralizeError(
-            f"checkpoint: expected to read {path}, got {error.strerror}; check the path, or name the model as "
-            "'package.module:callable'"
-        ) from error
-    if len(data) > CONFIG_BYTES:
-        raise NeutralizeError(
-            f"checkpoint: expected at most {CONFIG_BYTES} bytes in {path}, got more; it is no config of a model"
-        )
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise NeutralizeError(f"checkpoint: expected JSON in {path}, got {error}; fetch it again") from error
-    if not isinstance(content, dict):
-        raise NeutralizeError(
-            f"checkpoint: expected a JSON object in {path}, got {type(content).__name__}; fetch it again"
-        )
-    return content
 
 
 def _check_config(content: dict[str, Any], path: Path) -> None:

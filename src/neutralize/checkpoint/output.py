@@ -14,7 +14,7 @@ from pathlib import Path
 
 from neutralize.checkpoint.journal import FOLDER, explained, sync_folder
 from neutralize.checkpoint.layout import Layout
-from neutralize.checkpoint.patch import Patch
+from neutralize.checkpoint.patch import Patch, written_bytes
 from neutralize.checkpoint.region import BUFFER_BYTES, Files, Reach
 from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
@@ -28,12 +28,16 @@ class Written:
 
     Attributes:
         path: the new folder or file.
+        files: those that the edit changes.
+        written_bytes: how many bytes it writes into them.
         copied_bytes: bytes of files that were copied or cloned.
         linked_files: how many files share their bytes with the old ones by a hard link.
         verified: how many untouched tensors were compared with the old ones by SHA-256.
     """
 
     path: Path
+    files: tuple[str, ...]
+    written_bytes: int
     copied_bytes: int
     linked_files: int
     verified: int
@@ -102,7 +106,7 @@ def write_to(
             sync_folder(path)
         _rename(root if source.is_dir() else root / source.name, output)
         sync_folder(output.parent)
-    return Written(output, copied, linked, verified)
+    return Written(output, tuple(sorted(touched)), written_bytes(patches), copied, linked, verified)
 
 
 def _files_of(folder: Path) -> Iterator[tuple[Path, str]]:

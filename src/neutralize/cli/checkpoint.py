@@ -127,6 +127,7 @@ def apply(
     Examples: neutralize apply ./llama --layers 'model.layers[20:25]' --in-place
     neutralize apply model.gguf --set 'blk.3.ffn_down.weight=0' --output edited.gguf
     """
+    from neutralize.checkpoint.patch import written_bytes
     from neutralize.checkpoint.setters import parse_setters
     from neutralize.errors import NeutralizeError
     from neutralize.plan import Plan
@@ -146,32 +147,28 @@ def apply(
             raise NeutralizeError(
                 f"apply: expected a plan with the digest {digest!r}, got {found}; plan again, or give its digest"
             )
-        patches = opened.patches(content)
-        touched = sorted({region.file for patch in patches for region in patch.regions})
-        nbytes = sum(region.nbytes for patch in patches for region in patch.regions)
-        summary: dict[str, Any] = {
-            "checkpoint": str(checkpoint),
-            "digest": found,
-            "bytes": nbytes,
-            "files": touched,
-        }
-        if not json:
-            if isinstance(content, Plan):
-                _print_plan(content, json=False)
-            else:
-                _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in content])
+        summary: dict[str, Any] = {"checkpoint": str(checkpoint), "digest": found}
         if dry_run:
-            summary["state"] = "untouched"
+            patches = opened.patches(content)
+            files = {region.file for patch in patches for region in patch.regions}
+            summary |= {"bytes": written_bytes(patches), "files": sorted(files), "state": "untouched"}
         elif output is not None:
             written = opened.write(content, output, link=link, verify=verify_copy, advance=advance)
-            summary |= {"state": "written", "output": str(written.path), "verified_tensors": written.verified}
+            summary |= {"bytes": written.written_bytes, "files": list(written.files), "state": "written"}
+            summary |= {"output": str(written.path), "verified_tensors": written.verified}
         else:
             undo = opened.apply(content, digest=found, about="; ".join(set_ or ()), advance=advance)
-            summary |= {"state": "edited", "edit": undo.edition.number, "undo": str(undo.edition.path)}
+            edition = undo.edition
+            summary |= {"bytes": edition.nbytes, "files": sorted(edition.files), "state": "edited"}
+            summary |= {"edit": edition.number, "undo": str(edition.path)}
         if json:
             print_json(summary)
+            return
+        if isinstance(content, Plan):
+            _print_plan(content, json=False)
         else:
-            print(_applied(summary))
+            _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in content])
+        print(_applied(summary))
 
 
 def restore(
