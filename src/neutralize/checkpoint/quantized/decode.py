@@ -133,16 +133,21 @@ class Spread:
                 continue
             first, last = span if axis.dim == 0 else (0, shape[axis.dim])
             if axis.order is not None:
-                cells = axis.cells(axis.order, data.shape[place], files)[first:last]
+                data = data.index_select(place, axis.cells(axis.order, data.shape[place], files)[first:last])
             elif axis.per > 1:
-                cells = torch.arange(first, last) // axis.per - (covering[0] if place == cut else 0)
-            else:
-                continue
-            data = data.index_select(place, cells)
+                begin = covering[0] if place == cut else 0
+                data = _repeated(data, axis.per, place, (first - begin * axis.per, last - begin * axis.per))
         held = [axis.dim for axis in self.axes if axis.dim is not None]
         data = data.reshape([size for size, axis in zip(data.shape, self.axes, strict=True) if axis.dim is not None])
         data = data.permute([held.index(dim) for dim in sorted(held)])
         return data.reshape([data.shape[sorted(held).index(dim)] if dim in held else 1 for dim in range(len(shape))])
+
+
+def _repeated(data: torch.Tensor, times: int, dim: int, span: Span) -> torch.Tensor:
+    """A range of what a tensor becomes if each index of a dimension is repeated."""
+    times = min(times, span[1])  # one cell may be for more than there is
+    repeated = data.unsqueeze(dim + 1).expand(*data.shape[: dim + 1], times, *data.shape[dim + 1 :])
+    return repeated.flatten(dim, dim + 1).narrow(dim, span[0], span[1] - span[0])
 
 
 @dataclass(frozen=True)
@@ -200,10 +205,10 @@ class LookedUp:
         first, last = span[0] * inner, span[1] * inner
         content = files.read(self.codes.regions[0].part(0, 1, first // 2, -(-last // 2))).view(-1, 1)
         codes = (content >> torch.tensor([4, 0], dtype=torch.uint8) & 0xF).view(-1)[first % 2 :][: last - first]
-        place = torch.arange(first, last) // self.block
-        scales = self._scales((first // self.block, -(-last // self.block)), files)
-        values = self.table.read(files)[codes.int()] * scales[place - first // self.block]
-        return values.view(span[1] - span[0], *shape[1:])
+        begin = first // self.block
+        scales = self._scales((begin, -(-last // self.block)), files)
+        scale = _repeated(scales, self.block, 0, (first - begin * self.block, last - begin * self.block))
+        return (self.table.read(files)[codes.int()] * scale).view(span[1] - span[0], *shape[1:])
 
     def _scales(self, span: Span, files: Files) -> torch.Tensor:
         scales = self.scales.read(files, span)

@@ -409,6 +409,8 @@ def _counted(codes: Spread, factor: Factor, points: tuple[Elements, ...], bits: 
 def _compressed_int8(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
     """Codes in int8: ``(code - zero) * scale``."""
     codes = source.part(anchor, (torch.int8,))
+    if len(codes.shape) < 2:
+        raise Unfit(f"the shape {list(codes.shape)} for {anchor!r}")
     scales = source.part(f"{weight}_scale", _FLOATS)
     fits = {axes for scheme in source.schemes("int") for axes in _scheme_axes(scheme, codes.shape, scales)}
     factor = Factor(_grid(scales, _only(fits, scales)))
