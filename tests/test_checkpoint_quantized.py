@@ -576,6 +576,34 @@ def test_reading_is_decoding_as_the_format_does_bit_for_bit(checkpoint):
             assert same(stored.read(files, span), got[slice(*span)]), span
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_gptq_wrap_and_those_of_its_second_version_are_stored_as_they_are(bits, tmp_path):
+    make, settings_, _ = gptq(bits, 32)
+    state = dict(make(values()))
+    zeros = torch.arange(4 * ROWS).view(4, ROWS) % 2**bits  # as they are stored: all there are
+    state["qzeros"] = pack_rows(zeros.T.contiguous(), bits).T.contiguous()
+    codes, index = unpack_rows(state["qweight"], bits), state["g_idx"].long()
+    for packing, points in ((None, (zeros + 1) % 2**bits), ("gptq", (zeros + 1) % 2**bits), ("gptq_v2", zeros)):
+        config = settings_ if packing is None else settings_ | {"checkpoint_format": packing}
+        layout = stored(tmp_path, {f"a.{n}": t for n, t in state.items()}, {"quantization_config": config})
+        wanted = ((codes - points[index]) * state["scales"].float()[index]).T
+        with Files(tmp_path) as files:
+            assert torch.equal(layout.tensors["a.weight"].read(files), wanted)
+
+
+def test_awq_without_zero_points_counts_from_the_middle(tmp_path):
+    state = {name: tensor for name, tensor in awq(values()).items() if name != "qzeros"}
+    converter = AutoAWQConverter(group_size=32, zero_point=False)
+    packed = converter.process({f"a.{name}": tensor.clone() for name, tensor in state.items()})
+    made = scheme("group", bits=4, group=32)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    wanted = compressor.decompress({name.removeprefix("a."): tensor for name, tensor in packed.items()}, made)["weight"]
+    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False}
+    layout = stored(tmp_path, {f"a.{name}": tensor for name, tensor in state.items()}, {"quantization_config": config})
+    with Files(tmp_path) as files:
+        assert torch.equal(layout.tensors["a.weight"].read(files).to(wanted.dtype), wanted)
+
+
 @every_case
 def test_zero_is_exact_and_touches_nothing_else(checkpoint):
     parts = checkpoint.layout.tensors[checkpoint.name].names
