@@ -131,7 +131,6 @@ def test_parts_that_files_hold_pass_and_others_fail(tmp_path):
 LATER = [  # aims that only the weights of before show
     ("model.layers[0].mlp", "damp", {"factor": 0.3}),
     ("model.layers[1].self_attn.heads[2]", "damp", {"factor": 0.5}),
-    ("model.layers[1].mlp", "constant", {"weight": 0.01}),
 ]
 
 
@@ -200,14 +199,7 @@ def test_memory_stays_small(tmp_path):
 
 # ---- quantized weights -----------------------------------------------------------------------------------------------
 
-FORMATS = [  # and below FP8, MXFP4 and NF4
-    "compressed-tensors int4 group asymmetric",
-    "compressed-tensors nvfp4",
-    "gptq 4 bit",
-    "awq",
-    "bitsandbytes nf4 nested",
-    "bitsandbytes int8",
-]
+FORMATS = ["compressed-tensors nvfp4", "gptq 4 bit", "awq", "bitsandbytes nf4 nested"]  # and below FP8, MXFP4 and NF4
 
 
 def quantized_llama(folder: Path, case: Case) -> nn.Module:
