@@ -205,9 +205,9 @@ REFUSED: list[tuple[dict[str, tuple[int, ...]], Loader, Edit, str]] = [
     (
         {"a": (8, 4)},
         lambda s: {"weight": s["a"].view(2, 2, 2, 4).transpose(1, 2).reshape(8, 4)},
-        rewrite((8, 4), scale=0.5),
-        "checkpoint: expected one constant for all of what is stored for 'weight <- 0.5 W', got elements in an order "
-        "of their own, in 'a'; edit the loaded model, or choose another strategy",
+        rewrite((8, 4), diagonal=1.0),
+        "checkpoint: expected the same for all of what is stored for 'weight <- D', got elements in an order of their "
+        "own, in 'a'; edit the loaded model, or choose another strategy",
     ),
     (
         {"a": (8, 4)},
@@ -292,7 +292,7 @@ def permuted(weight: Tensor) -> Tensor:
     return weight.view(2, 2, 2, 4).transpose(1, 2).reshape(8, 4)
 
 
-def test_a_constant_goes_through_a_permutation_and_beside_one(tmp_path):
+def test_what_is_the_same_for_all_goes_through_a_permutation_and_beside_one(tmp_path):
     def loader(s: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": torch.cat([permuted(s["q"]), s["v"]]), "other": s["u"].reshape(16), "flipped": s["w"].flip(0)}
 
@@ -301,6 +301,7 @@ def test_a_constant_goes_through_a_permutation_and_beside_one(tmp_path):
     assert_goes_through(layout, loader, rewrite((16, 4), fill=2.0, rows=(0, 9)))
     assert_goes_through(layout, loader, Rewrite("other", (16,), "float32", fill=3.0))
     assert_goes_through(layout, loader, Rewrite("flipped", (3, 3), "float32"))
+    assert_goes_through(layout, loader, Rewrite("flipped", (3, 3), "float32", scale=0.5))
     assert "order of their own" in refusal(
         lambda: retarget([rewrite((16, 4), rows=(7, 9))], names_of(layout, loader), layout)
     )

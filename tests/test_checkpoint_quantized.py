@@ -4,6 +4,7 @@ Each case is a checkpoint of one layer beside an untouched one, quantized by the
 a CPU. GPTQ has none that does: its decoder here is written from the published layout.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -564,6 +565,46 @@ def test_what_belongs_together_is_one_weight_and_its_parts_stay_listed(checkpoin
 
 
 @every_case
+def test_reading_is_decoding_as_the_format_does_bit_for_bit(checkpoint):
+    """Rounded once to what the decoder computes in; all rows, some of them, and those at the end."""
+    stored, wanted = checkpoint.layout.tensors[checkpoint.name], checkpoint.case.decode(checkpoint.state())
+    with Files(checkpoint.layout.root) as files:
+        got = stored.read(files)
+        assert same(got.to(wanted.dtype) + 0.0, wanted + 0.0)  # without the sign of zeros
+        rows = stored.shape[0]
+        for span in ((0, 1), (1, 2), (rows // 3, rows // 3 + 2), (rows - 1, rows)):
+            assert same(stored.read(files, span), got[slice(*span)]), span
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_gptq_wrap_and_those_of_its_second_version_are_stored_as_they_are(bits, tmp_path):
+    make, settings_, _ = gptq(bits, 32)
+    state = dict(make(values()))
+    zeros = torch.arange(4 * ROWS).view(4, ROWS) % 2**bits  # as they are stored: all there are
+    state["qzeros"] = pack_rows(zeros.T.contiguous(), bits).T.contiguous()
+    codes, index = unpack_rows(state["qweight"], bits), state["g_idx"].long()
+    for packing, points in ((None, (zeros + 1) % 2**bits), ("gptq", (zeros + 1) % 2**bits), ("gptq_v2", zeros)):
+        config = settings_ if packing is None else settings_ | {"checkpoint_format": packing}
+        layout = stored(tmp_path, {f"a.{n}": t for n, t in state.items()}, {"quantization_config": config})
+        wanted = ((codes - points[index]) * state["scales"].float()[index]).T
+        with Files(tmp_path) as files:
+            assert torch.equal(layout.tensors["a.weight"].read(files), wanted)
+
+
+def test_awq_without_zero_points_counts_from_the_middle(tmp_path):
+    state = {name: tensor for name, tensor in awq(values()).items() if name != "qzeros"}
+    converter = AutoAWQConverter(group_size=32, zero_point=False)
+    packed = converter.process({f"a.{name}": tensor.clone() for name, tensor in state.items()})
+    made = scheme("group", bits=4, group=32)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    wanted = compressor.decompress({name.removeprefix("a."): tensor for name, tensor in packed.items()}, made)["weight"]
+    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False}
+    layout = stored(tmp_path, {f"a.{name}": tensor for name, tensor in state.items()}, {"quantization_config": config})
+    with Files(tmp_path) as files:
+        assert torch.equal(layout.tensors["a.weight"].read(files).to(wanted.dtype), wanted)
+
+
+@every_case
 def test_zero_is_exact_and_touches_nothing_else(checkpoint):
     parts = checkpoint.layout.tensors[checkpoint.name].names
     others = {name: tensor for name, tensor in read(checkpoint.path).items() if name not in parts}
@@ -972,6 +1013,8 @@ def test_any_mixture_of_tensors_is_edited_or_refused(data, checkpoints):
         layout = Layout(checkpoint.path.parent, (checkpoint.path.name,), attached)
         for stored in attached.values():
             assert all(region.end <= size for region in stored.regions)
+            with contextlib.suppress(NeutralizeError):
+                assert tuple(stored.read(files).shape) == tuple(stored.shape)
             for scale in (0.0, 0.5):
                 rows, columns = stored.shape[0] if stored.shape else 1, math.prod(stored.shape[1:])
                 block = {"rows": (0, rows // 2)} if rows > 1 and columns and data.draw(st.booleans()) else {}

@@ -1,6 +1,8 @@
 """Verify on files against verify on the loaded model, with little in memory."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,18 @@ from networks import perturbed
 from safetensors.torch import save_file
 from stored import edited, located
 from test_checkpoint_model import GROUPED, bert, gemma2, gpt2, llama, loaded, mixtral, saved
+from test_checkpoint_quantized import FP8, Case, by_name, fp8, mxfp4, values
 from torch import nn
+from typer.testing import CliRunner
 
 import neutralize as nz
+from neutralize.checkpoint import Checkpoint
 from neutralize.checkpoint.model import meta_model
-from neutralize.checkpoint.streamed import verify
+from neutralize.checkpoint.region import Files
+from neutralize.checkpoint.streamed import _Weights, verify
+from neutralize.cli import app
+from neutralize.language import quiet_transformers
+from neutralize.progress import silent
 
 IDS = {"input_ids": torch.arange(20).reshape(2, 10) * 7 % 90 + 5}
 
@@ -26,6 +35,9 @@ CASES = [
     (gemma2, "model.layers[1]", "auto", {}),
     (gpt2, "transformer.h[1].mlp", "zero", {}),
     (bert, "bert.encoder.layer[1]", "auto", {}),
+    (llama, ["model.layers[1].self_attn.heads[2]", "model.layers[0].self_attn.heads[1:3]"], "damp", {"factor": 0.4}),
+    (gpt2, "transformer.h[1].attn.heads[-1]", "zero", {}),
+    (mixtral, "model.layers[1].mlp.experts[2]", "zero", {}),
 ]
 
 
@@ -98,16 +110,55 @@ def test_folds_are_made_in_memory(tmp_path):
     assert found.per_layer == wanted.per_layer
     assert found.measured.output_error == wanted.output_error
     message = refusal(lambda: verify(located(tmp_path), plan, x, factory=Chain, applied=True))
-    assert "got 'input' for 'layers.0'; restore them and verify before applying" in message
+    assert "got 'input' for 'layers.0', which only the weights of before show; verify before applying" in message
 
 
 def test_refusals(tmp_path):
     layout = located(saved(llama, tmp_path))
     model, _ = meta_model(layout)
-    heads = nz.plan(model, "model.layers[1].self_attn.heads[2]", "zero")
-    assert "expected whole modules to verify on files" in refusal(lambda: verify(layout, heads, IDS))
     plan = nz.plan(model, "model.layers[1]")
     assert "expected a model that runs on the inputs" in refusal(lambda: verify(layout, plan, {"nothing": 1}))
+
+
+def test_parts_that_files_hold_pass_and_others_fail(tmp_path):
+    checkpoint = Checkpoint(saved(llama, tmp_path))
+    plan = nz.plan(checkpoint, "model.layers[1].self_attn.heads[2]", "zero")
+    assert not checkpoint.verify(plan, IDS, applied=True).ok
+    plan.apply(checkpoint)
+    assert checkpoint.verify(plan, IDS, applied=True).ok
+
+
+LATER = [  # aims that only the weights of before show
+    ("model.layers[0].mlp", "damp", {"factor": 0.3}),
+    ("model.layers[1].self_attn.heads[2]", "damp", {"factor": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("layers", "strategy", "options"), LATER)
+def test_the_undo_of_a_plan_in_place_tells_what_the_network_was(layers, strategy, options, tmp_path):
+    checkpoint = Checkpoint(saved(llama, tmp_path))
+    plan = nz.plan(checkpoint, layers, strategy, **options)
+    wanted = checkpoint.verify(plan, IDS)
+    assert "which only the weights of before show" in refusal(lambda: checkpoint.verify(plan, IDS, applied=True))
+    undo = plan.apply(checkpoint)
+    nz.plan(checkpoint, "model.layers[1]").apply(checkpoint).restore()
+    found = checkpoint.verify(plan, IDS, applied=True)
+    assert found.ok
+    assert str(found.measured) == str(wanted.measured)
+    twice = nz.plan(checkpoint, layers, "damp", factor=0.25).apply(checkpoint)  # over the same bytes
+    assert "which only the weights of before show" in refusal(lambda: checkpoint.verify(plan, IDS, applied=True))
+    twice.restore()
+    undo.restore()
+    assert "which only the weights of before show" in refusal(lambda: checkpoint.verify(plan, IDS, applied=True))
+
+
+def test_folds_in_place_are_measured_against_their_undo(tmp_path):
+    located_chain(tmp_path / "chain")
+    plan = nz.plan(Chain().eval(), "layers.0", example_inputs=torch.randn(5, 8))
+    checkpoint = Checkpoint(tmp_path / "chain", factory="test_checkpoint_streamed:Chain")
+    wanted = checkpoint.verify(plan)
+    plan.apply(checkpoint)
+    assert str(checkpoint.verify(plan, applied=True).measured) == str(wanted.measured)
 
 
 def test_the_first_layer_tells_inputs_where_a_model_brings_none(tmp_path):
@@ -144,3 +195,111 @@ def test_memory_stays_small(tmp_path):
     assert found.read_bytes > 1.9 * total
     assert found.peak_bytes <= 2 * 4096 * 512 * 4
     assert max(seen) - seen[0] < total / 2
+
+
+# ---- quantized weights -----------------------------------------------------------------------------------------------
+
+FORMATS = ["compressed-tensors nvfp4", "gptq 4 bit", "awq", "bitsandbytes nf4 nested"]  # and below FP8, MXFP4 and NF4
+
+
+def quantized_llama(folder: Path, case: Case) -> nn.Module:
+    """Save a Llama whose matrices are quantized, and return it with what the format's own decoder makes of them."""
+    dtype = case.decode(case.tensors(values())).dtype
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 128) | {"num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**(GROUPED | sizes), dtype=dtype)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            state = {part: tensor.contiguous() for part, tensor in case.tensors(parameter.float()).items()}
+            tensors |= {name.removesuffix("weight") + part: tensor for part, tensor in state.items()}
+            parameter.copy_(case.decode(state))
+        else:
+            tensors[name] = parameter
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    content = config.to_dict() | {"quantization_config": dict(case.settings), "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(content))
+    return model
+
+
+def loaders_logits(folder: Path) -> torch.Tensor:
+    """What transformers makes of a quantized checkpoint, on a machine without a GPU: it decodes the weights."""
+    with quiet_transformers(), torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(**IDS).logits
+
+
+def streamed_logits(folder: Path) -> torch.Tensor:
+    checkpoint = Checkpoint(folder)
+    model, names = meta_model(checkpoint.layout, buffers=True)
+    with (
+        Files(folder) as files,
+        torch.no_grad(),
+        _Weights(checkpoint.layout, names, files, files, [], silent).placed_in(model),
+    ):
+        return model(**IDS).logits
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantized_model_is_run_as_its_format_decodes_it_and_proven(name, tmp_path):
+    decoded = quantized_llama(tmp_path, by_name[name])
+    checkpoint = Checkpoint(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(streamed_logits(tmp_path), decoded(**IDS).logits)
+    plan = nz.plan(checkpoint, "model.layers[1]", edit="outgoing")
+    assert checkpoint.verify(plan, IDS).measured.exact
+    undo = plan.apply(checkpoint)
+    assert checkpoint.verify(plan, IDS, applied=True).ok
+    region = undo.edition.kept[0].region
+    with (tmp_path / region.file).open("r+b") as file:
+        file.seek(region.offset)
+        file.write(b"\x3c" * 8)
+    assert not checkpoint.verify(plan, IDS, applied=True).ok
+
+
+def test_what_is_not_known_of_a_format_is_not_guessed(tmp_path):
+    quantized_llama(tmp_path, by_name["gptq 4 bit"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refusal(lambda: streamed_logits(tmp_path))
+    assert "a weight that can be decoded for 'model.layers.0.self_attn.q_proj.weight' (GPTQ 4 bit" in message
+    assert "got the checkpoint_format 'marlin', not 'gptq' or 'gptq_v2'; verify the loaded model" in message
+
+
+def test_verify_of_a_quantized_checkpoint_exits_with_1_after_a_wrong_byte(tmp_path):
+    quantized_llama(tmp_path, by_name["bitsandbytes nf4"])
+    verify_ = ["verify", str(tmp_path), "--layers", "model.layers[1]", "--option", "edit=outgoing", "--quiet"]
+    plan = nz.plan(str(tmp_path), "model.layers[1]", edit="outgoing")
+    assert CliRunner().invoke(app, verify_).exit_code == 0
+    region = plan.apply(str(tmp_path)).edition.kept[-1].region
+    assert CliRunner().invoke(app, [*verify_, "--applied"]).exit_code == 0
+    with (tmp_path / region.file).open("r+b") as file:
+        file.seek(region.offset + 3)
+        file.write(b"\x3c")
+    assert CliRunner().invoke(app, [*verify_, "--applied"]).exit_code == 1
+
+
+def test_fp8_is_read_as_transformers_loads_it(tmp_path):
+    case = replace(by_name["fp8 blocks"], tensors=lambda w: fp8(w, torch.float8_e4m3fn, (64, 64)))
+    quantized_llama(tmp_path, replace(case, settings=FP8 | {"activation_scheme": "dynamic"}))
+    assert torch.equal(streamed_logits(tmp_path), loaders_logits(tmp_path))
+
+
+def test_experts_of_gpt_oss_are_read_as_transformers_loads_them(tmp_path):
+    config = transformers.GptOssConfig(
+        **(GROUPED | {"hidden_size": 64, "head_dim": 16, "num_local_experts": 4}), dtype="bfloat16"
+    )
+    torch.manual_seed(0)
+    tensors = {}
+    for name, parameter in transformers.GptOssForCausalLM(config).state_dict().items():
+        is_quantized = name.endswith(("gate_up_proj", "down_proj"))
+        made = mxfp4(parameter) if is_quantized else {"": parameter.to(torch.bfloat16)}
+        tensors |= {name + part: tensor.contiguous() for part, tensor in made.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quantization_config": {"quant_method": "mxfp4"}, "architectures": ["GptOssForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | settings))
+    assert torch.equal(streamed_logits(tmp_path), loaders_logits(tmp_path))
+    plan = nz.plan(tmp_path, "model.layers[0].mlp", "zero")
+    assert Checkpoint(tmp_path).verify(plan, IDS).measured.exact

@@ -210,6 +210,29 @@ def test_zero_bytes_decode_to_zeros_and_nothing_else_changes(quantized, kind, pa
     assert quantized.read_bytes()[region.end :] == whole[region.end :]
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_reading_is_what_the_dequantizer_makes_of_the_blocks_bit_for_bit(quantized, kind):
+    stored = read_gguf(quantized).tensors["w"]
+    with Files(quantized.parent) as files:
+        if TYPES[kind].name in ("Q8_K", "Q1_0"):  # which the package has no dequantizer for
+            with pytest.raises(
+                nz.NeutralizeError, match=f"a type that the package gguf decodes, got {stored.encoding}"
+            ):
+                stored.read(files)
+            return
+        wanted = decoded(kind, stored_bytes(quantized, kind))
+        assert stored.read(files).numpy().tobytes() == wanted.tobytes()
+        assert stored.read(files, (2, 5)).numpy().tobytes() == wanted[2:5].tobytes()
+
+
+def test_elements_of_a_quantized_vector_are_read(tmp_path):
+    data = random_blocks(2, 1, 4).reshape(-1)
+    write(tmp_path / "m.gguf", {"v": (2, data)})
+    stored = read_gguf(tmp_path / "m.gguf").tensors["v"]
+    with Files(tmp_path) as files:
+        assert np.array_equal(stored.read(files, (30, 70)).numpy(), decoded(2, data)[30:70])
+
+
 @pytest.mark.parametrize("kind", [kind for kind, block in TYPES.items() if block.scale != "e4m3"], indirect=True)
 @pytest.mark.parametrize("part", ["all", "both"])
 def test_a_factor_multiplies_the_scales(quantized, kind, part):

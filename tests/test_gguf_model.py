@@ -9,15 +9,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from stored import edited
+from test_gguf import random_blocks
 from torch import nn
+from typer.testing import CliRunner
 
 import neutralize as nz
 from neutralize.checkpoint import Checkpoint
 from neutralize.checkpoint.gguf import read_header
+from neutralize.checkpoint.model import meta_model
 from neutralize.checkpoint.naming import placed
 from neutralize.checkpoint.region import Files
+from neutralize.checkpoint.streamed import _Weights
+from neutralize.cli import app
 from neutralize.demo.subject import weights_file
 from neutralize.language import quiet_transformers
+from neutralize.plan import Rewrite
+from neutralize.progress import silent
 
 V, H, F, HEADS, KV, EXPERTS = 96, 64, 96, 4, 2, 4
 TOKENS = 5000  # more than what is shown to transformers
@@ -91,10 +99,12 @@ MODELS = {
 }
 
 
-def write(path: Path, architecture: str, dtype: type = np.float32, quantized: int | None = None) -> None:
+def write(
+    path: Path, architecture: str, dtype: type = np.float32, quantized: int | None = None, per_part: int = 0
+) -> None:
     """A small model with random weights; matrices in a dtype or a quantized type, vectors in float32."""
     metadata, block, outside, _ = MODELS[architecture]
-    writer, random = gguf.GGUFWriter(path, architecture), np.random.default_rng(0)
+    writer, random = gguf.GGUFWriter(path, architecture, split_max_tensors=per_part), np.random.default_rng(0)
     for key, value in metadata.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
     if "vocab_size" not in metadata:
@@ -155,15 +165,12 @@ def test_sources_tell_where_the_loader_takes_each_element_from(tmp_path, archite
                 content = checkpoint.layout.tensors[source.stored].read(files)
                 content = content[tuple(slice(*span) for span in source.box)]
                 assert not source.is_computed
+                part = parameter[tuple(slice(*span) for span in source.place())]
+                assert torch.equal(placed(content, source) + source.offset, part)
                 if source.is_shuffled:
-                    assert torch.equal(
-                        content.flatten().sort().values + source.offset, parameter.flatten().sort().values
-                    )
                     assert not torch.equal(content.flatten(), parameter.flatten())
                     seen.add("shuffled")
                 else:
-                    part = parameter[tuple(slice(*span) for span in source.place())]
-                    assert torch.equal(placed(content, source) + source.offset, part)
                     seen |= {"offset"} if source.offset else set()
                     seen |= {"transposed"} if source.order == (1, 0) else set()
                     seen |= {"part"} if part.shape != parameter.shape else set()
@@ -217,6 +224,119 @@ def test_a_block_of_a_quantized_model_is_off_or_damped(tmp_path):
     assert path.read_bytes() == before
 
 
+# A Llama with a type for each tensor; those of 256 elements to a block have no quantizer, and get random blocks.
+MIXED = dict(
+    zip(MODELS["llama"][1], [None, "Q4_K", "Q6_K", "IQ4_XS", "Q5_K", None, "IQ2_XS", "Q3_K", "Q2_K"], strict=True)
+)
+
+
+def write_mixed(path: Path) -> None:
+    writer, wide = gguf.GGUFWriter(path, "llama"), 256
+    metadata = MODELS["llama"][0] | {"embedding_length": wide, "feed_forward_length": wide, "rope.dimension_count": 64}
+    for key, value in metadata.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
+    random = np.random.default_rng(0)
+    for name, kind in {f"blk.{number}.{name}": kind for number in range(2) for name, kind in MIXED.items()}.items():
+        if kind is None:
+            writer.add_tensor(name, random.normal(1, 0.1, wide).astype(np.float32))
+        else:
+            kind = gguf.GGMLQuantizationType[kind]
+            rows = wide // 2 if name.endswith(("attn_k.weight", "attn_v.weight")) else wide
+            writer.add_tensor(name, random_blocks(kind, rows, 1, seed=len(name)), raw_dtype=kind)
+    writer.add_tensor("token_embd.weight", random.normal(size=(V, wide)).astype(np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(wide, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_of_many_types_is_run_from_its_file_and_proven(tmp_path):
+    path, tokens = tmp_path / "m.gguf", torch.arange(1, 25).view(2, 12)
+    write_mixed(path)
+    checkpoint = Checkpoint(path)
+    model, names = meta_model(checkpoint.layout, buffers=True)
+    with Files(tmp_path) as files, torch.no_grad():
+        weights = _Weights(checkpoint.layout, names, files, files, [], silent)
+        with weights.placed_in(model):
+            got = model(tokens, use_cache=False).logits
+    assert got.isfinite().all()
+    assert got.std() > 0.1
+    assert torch.equal(got, logits(loaded(path)))
+
+    block = ["--layers", "model.layers.1", "--option", "edit=outgoing", "--quiet"]
+
+    def run(*options: str) -> int:
+        return CliRunner().invoke(app, [options[0], str(path), *block, *options[1:]]).exit_code
+
+    assert run("verify") == 0
+    assert run("verify", "--applied") == 1
+    assert run("apply", "--in-place") == 0
+    assert run("verify", "--applied") == 0
+    region = checkpoint.layout.tensors["blk.1.ffn_down.weight"].regions[0]
+    with path.open("r+b") as file:
+        file.seek(region.offset)
+        file.write(b"\x3c" * 84)  # one block of Q2_K
+    assert run("verify", "--applied") == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_what_is_permuted_is_damped_as_a_whole(tmp_path, architecture):
+    path = tmp_path / "m.gguf"
+    write(path, architecture)
+    checkpoint, original = Checkpoint(path), dict(loaded(path).named_parameters())
+    permuted = [name for name, sources in checkpoint.names.items() if any(source.is_shuffled for source in sources)]
+    assert len(permuted) >= 4
+    for name in permuted:
+        shape = tuple(original[name].shape)
+        edited(checkpoint.layout, [Rewrite(name, shape, "float32", scale=0.5)], checkpoint.names)
+        with pytest.raises(nz.NeutralizeError, match="the same for all of what is stored"):
+            edited(checkpoint.layout, [Rewrite(name, shape, "float32", rows=(0, 3))], checkpoint.names)
+    for name, parameter in loaded(path).named_parameters():
+        assert torch.equal(parameter, original[name] * (0.5 if name in permuted else 1))
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    """The tensors of all files of a folder, as the package reads them."""
+    readers = [gguf.GGUFReader(path) for path in sorted(folder.glob("*.gguf"))]
+    return {tensor.name: tensor.data.tobytes() for reader in readers for tensor in reader.tensors}
+
+
+def test_a_file_in_parts_is_one_checkpoint(tmp_path):
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    whole.mkdir()
+    split.mkdir()
+    write(whole / "m.gguf", "llama", quantized=8)
+    write(split / "m.gguf", "llama", quantized=8, per_part=7)
+    names = sorted(path.name for path in split.iterdir())
+    assert names == [f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    before = tensors_of(split)
+    assert before == tensors_of(whole)
+
+    plan = nz.plan(split, "model.layers[:]", edit="outgoing")
+    assert plan == nz.plan(whole, "model.layers[:]", edit="outgoing")
+    undo, _ = plan.apply(split), plan.apply(whole)
+    assert len(undo.edition.files) > 1
+    assert tensors_of(split) == tensors_of(whole) != before
+    assert Checkpoint(split).verify(plan, applied=True).ok
+    undo.restore()
+    assert tensors_of(split) == before
+    Checkpoint(split).write(plan, tmp_path / "copy")
+    assert tensors_of(tmp_path / "copy") == tensors_of(whole)
+
+    with pytest.raises(nz.NeutralizeError, match="got one of 3 parts; name the folder"):
+        nz.plan(split / names[0], "model.layers.0")
+    (split / names[1]).rename(tmp_path / "kept")
+    with pytest.raises(nz.NeutralizeError, match=r"expected the 3 parts of 'm' in .*; fetch those that are missing"):
+        nz.plan(split, "model.layers.0")
+    (tmp_path / "copy" / names[0]).rename(split / names[1])
+    with pytest.raises(nz.NeutralizeError, match=r"expected split.no 1 in .*, got 0; it is no part of the files"):
+        nz.plan(split, "model.layers.0")
+    (split / "other.gguf").write_bytes(b"")
+    with pytest.raises(nz.NeutralizeError, match="expected one checkpoint in"):
+        nz.plan(split, "model.layers.0")
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_parameters_have_the_dtype_of_most_elements(tmp_path, dtype):
     path = tmp_path / "m.gguf"
@@ -247,7 +367,7 @@ REFUSED = {
     "a part": (
         "llama",
         {"split.count": 3},
-        r"a whole model in .*, got one of 3 parts; merge them with llama-gguf-split",
+        r"a whole model in .*, got one of 3 parts; name the folder that holds all of them",
     ),
     "huge": ("llama", {"llama.embedding_length": 1 << 31}, r"at most 16777216 for 'hidden_size' in .*, got 2147483648"),
     "deep": ("llama", {"llama.block_count": 1 << 30}, r"at most 65536 for 'num_hidden_layers' in .*, got 1073741824"),

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 from checkpoints import digests, save
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from neutralize import ops
 from neutralize.checkpoint import Checkpoint, region
 from neutralize.checkpoint.journal import Journal
 from neutralize.checkpoint.setters import parse_setters
+from neutralize.cli import app
 from neutralize.errors import NeutralizeError
 
 SETTERS = ("a.weight=0", "b.weight[3:50,10:200]*=0.5", "conv.weight=identity", "*.bias=0.25")
@@ -118,6 +121,99 @@ def test_a_file_that_something_else_changed_is_not_overwritten(tmp_path: Path) -
         checkpoint.restore()
     checkpoint.restore(force=True)
     assert torch.equal(load_file(path)["a.weight"], save(tmp_path / "again")["a.weight"])
+
+
+def poke(folder: Path, tensor: str) -> None:
+    """Another program writes a byte into a tensor."""
+    region = Checkpoint(folder).layout.tensors[tensor].regions[0]
+    with (folder / region.file).open("r+b") as file:
+        file.seek(region.offset + 1)
+        file.write(b"x")
+
+
+def test_status_reads_what_edits_wrote_and_sees_what_something_else_did(tmp_path: Path) -> None:
+    save(tmp_path, shards=3)
+    assert Checkpoint(tmp_path).check().state == "intact"
+    edit(tmp_path, "a.weight*=0.5", "b.bias=0")
+    edit(tmp_path, "a.weight[0:4]=0")  # over some of the same bytes
+    edit(tmp_path, "norm.weight=1")
+    told: list[float] = []
+    found = Checkpoint(tmp_path).check(told.append)
+    assert (found.state, found.undone, found.changed) == ("edited", (), ())
+    assert sum(told) <= sum(edition.nbytes for edition in found.edits)
+    poke(tmp_path, "a.bias")
+    assert Checkpoint(tmp_path).check().state == "edited"  # where no edit has written
+    poke(tmp_path, "b.bias")
+    found = Checkpoint(tmp_path).check()
+    assert (found.state, found.undone, found.changed) == ("changed", (), (1,))
+    assert Checkpoint(tmp_path).status.state == "edited"  # what the journal alone says
+
+    def status(*options: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["status", str(tmp_path), *options])
+        return result.exit_code, result.output
+
+    code, told_user = status()
+    assert code == 1
+    assert "changed" in told_user
+    assert told_user.count("CHANGED: something else has written there since") == 1
+    assert '"changed": [1]' in status("--json")[1].replace("\n", "")
+    assert status("--quick")[0] == 0
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_of_a_file_that_was_fetched_again_the_edit_is_forgotten(tmp_path: Path, stacked: bool) -> None:
+    save(tmp_path)
+    path, before = tmp_path / "model.safetensors", digests(tmp_path)
+    original = path.read_bytes()
+    edit(tmp_path)
+    fetched = tmp_path / "fetched"
+    fetched.write_bytes(original)
+    fetched.rename(path)
+    found = Checkpoint(tmp_path).check()
+    assert (found.state, found.undone) == ("changed", (1,))
+    assert "NOT THERE" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    if stacked:
+        edit(tmp_path, "b.weight=0")
+        Checkpoint(tmp_path).restore()
+    Checkpoint(tmp_path).restore()  # without force: nothing of anybody's is lost
+    assert digests(tmp_path) == before
+
+
+def test_in_a_file_that_was_replaced_by_another_nothing_is_put_back(tmp_path: Path) -> None:
+    save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    edit(tmp_path, "a.weight=0")
+    other = save(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "model.safetensors", path)
+    assert Checkpoint(tmp_path).check().changed == (1,)
+    with pytest.raises(NeutralizeError, match="something else has written there; --force"):
+        Checkpoint(tmp_path).restore()
+    edit(tmp_path, "b.weight=0")  # what is there now is edited, and put back
+    Checkpoint(tmp_path).restore()
+    assert same(load_file(path), other)
+    Checkpoint(tmp_path).restore(force=True)  # only the bytes of the edit, as asked for
+    assert same(load_file(path), other | {"a.weight": save(tmp_path / "again")["a.weight"]})
+
+
+@pytest.mark.parametrize("becomes", ["another header", "nothing", "a part"])
+def test_old_bytes_are_forced_into_no_file_that_they_do_not_fit(tmp_path: Path, becomes: str) -> None:
+    save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    checkpoint = edit(tmp_path, "a.weight=0")
+    if becomes == "another header":
+        save_file({"other": torch.ones(200_000)}, path)
+    elif becomes == "nothing":
+        path.unlink()
+    else:
+        os.truncate(path, checkpoint.layout.tensors["a.weight"].regions[0].offset + 100)
+    content = path.read_bytes() if path.exists() else b""
+    assert checkpoint.check().changed == (1,)
+    with pytest.raises(NeutralizeError, match=r"^restore: expected|^checkpoint: expected a file that can be written"):
+        checkpoint.restore(force=True)
+    assert (path.read_bytes() if path.exists() else b"") == content
+    if becomes == "another header":
+        with pytest.raises(NeutralizeError, match=r"whose tensors lie elsewhere; remove '.*000001.undo' to forget"):
+            checkpoint.restore(force=True)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neutralize.checkpoint.patch import Affine
-from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
+from neutralize.checkpoint.region import BUFFER_BYTES, Files, Reach, Region
 
 LIMIT = 1 << 16
 
@@ -58,3 +58,21 @@ def test_a_column_of_a_large_matrix_takes_no_more_memory_than_a_chunk(
         for _ in Affine(Region("f", 0, rows, 2, stride), torch.bfloat16, scale=scale).run(files):
             pass
     assert 0 < max(made) <= BUFFER_BYTES
+
+
+def test_reach_is_what_a_comparison_with_each_region_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> list[Region]:
+        numbers = torch.randint(1, 60, (count, 4), generator=generator).tolist()
+        return [Region("fg"[one % 2], 3 * offset, rows % 4, width, width + 5) for offset, rows, width, one in numbers]
+
+    for count in (0, 1, 3, 10):
+        regions = [region for region in some(count) if region.nbytes]
+        reach = Reach(regions)
+        for other in some(200):
+            if other.nbytes:
+                meets = [
+                    one.file == other.file and one.offset < other.end and other.offset < one.end for one in regions
+                ]
+                assert reach.meets(other) == any(meets)

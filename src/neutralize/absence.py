@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neutralize.errors import NeutralizeError
 from neutralize.parts import owner_of, part_of
 from neutralize.plan import LayerPlan, Plan, Rewrite
+from neutralize.unread import Unread
 
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"))
 
@@ -48,7 +49,8 @@ def without_parts(model: nn.Module, plan: Plan) -> Iterator[None]:
         if not masks:
             yield
             return
-        watch = _Features({model.get_parameter(name): mask for name, mask in masks.items()})
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        watch = _Features({parameters[name]: mask for name, mask in masks.items()})
         with watch:
             yield
     if not watch.seen:
@@ -72,15 +74,16 @@ class _Features(TorchDispatchMode):
 
     def __init__(self, masks: Mapping[torch.Tensor, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._masks = {_place(weight): mask for weight, mask in masks.items()}
+        self._masks = dict(masks)
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name.removeprefix("aten::") in _PRODUCTS:
+            args = tuple(part.read() if isinstance(part, Unread) else part for part in args)
             tensors = [part for part in args if isinstance(part, torch.Tensor)]
             factors = tensors[:2] if func._schema.name == "aten::linear" else tensors[-2:]
             for weight in factors:
-                mask = self._masks.get(_place(weight))
+                mask = self._of(weight)
                 if mask is None:
                     continue
                 data = next(part for part in factors if part is not weight)
@@ -89,6 +92,14 @@ class _Features(TorchDispatchMode):
                     masked = data * mask.to(data)
                     args = tuple(masked if part is data else part for part in args)
         return func(*args, **(kwargs or {}))
+
+    def _of(self, factor: torch.Tensor) -> torch.Tensor | None:
+        """The mask for what a factor of a product is multiplied with, if it is one of the weights."""
+        for weight, mask in self._masks.items():
+            held = weight.held() if isinstance(weight, Unread) else weight
+            if held is not None and _place(held) == _place(factor):
+                return mask
+        return None
 
 
 def _channel_hook(entry: LayerPlan, edits: list[Rewrite]) -> Any:
@@ -114,15 +125,30 @@ def _channel_hook(entry: LayerPlan, edits: list[Rewrite]) -> Any:
 def _zeroed(owner: nn.Module, edits: list[Rewrite]) -> Iterator[None]:
     """All of an expert's weights zero: every parameter of the module with a slice per expert."""
     count = edits[0].extent[0]
-    fused = [parameter for parameter in owner.parameters() if parameter.dim() >= 2 and parameter.shape[0] == count]
-    before = [parameter.detach().clone() for parameter in fused]
+    fused = [
+        (module._parameters, name, parameter)
+        for module in owner.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() >= 2 and parameter.shape[0] == count
+    ]
+    in_memory = [parameter for _, _, parameter in fused if not isinstance(parameter, Unread)]
+    before = [parameter.detach().clone() for parameter in in_memory]
+
+    def zero(weight: torch.Tensor) -> None:
+        for edit in edits:
+            weight[slice(*(edit.rows or (None,)))] = 0
+
     try:
         with torch.no_grad():
-            for parameter in fused:
-                for edit in edits:
-                    parameter[slice(*(edit.rows or (None,)))] = 0
+            for parameters, name, parameter in fused:
+                if isinstance(parameter, Unread):
+                    parameters[name] = parameter.changed(zero)  # type: ignore[assignment]
+                else:
+                    zero(parameter)
         yield
     finally:
+        for parameters, name, parameter in fused:
+            parameters[name] = parameter
         with torch.no_grad():
-            for parameter, old in zip(fused, before, strict=True):
+            for parameter, old in zip(in_memory, before, strict=True):
                 parameter.copy_(old)

@@ -109,6 +109,18 @@ class Blocks:
         """Its bytes."""
         return (self.region,)
 
+    def read(self, files: Files, span: tuple[int, int] | None = None) -> torch.Tensor:
+        """See ``Stored``: what the dequantizer of the package ``gguf`` makes of it, float32."""
+        first, last = span or (0, self.shape[0])
+        inner = math.prod(self.shape[1:])
+        begin, end = first * inner, last * inner
+        if begin % self.type.size or end % self.type.size:  # rows of a vector are its elements
+            return self.read(files)[first:last]
+        nbytes = self.type.nbytes
+        place = self.region.part(0, 1, begin // self.type.size * nbytes, end // self.type.size * nbytes)
+        values = _dequantized(files.read(place).view(-1, nbytes), self.type)
+        return values.view(last - first, *self.shape[1:])
+
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """See ``Stored``: zeros and multiples of whole blocks, nothing else."""
         if tuple(edit.shape) != self.shape:
@@ -167,6 +179,26 @@ class Blocks:
         if last - first == 1:
             return Region.run(self.region.file, offset, width)
         return Region(self.region.file, offset, last - first, width, stride)
+
+
+def _dequantized(blocks: torch.Tensor, kind: BlockType) -> torch.Tensor:
+    """The values of blocks (blocks, bytes), float32."""
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError as error:
+        raise NeutralizeError(
+            f"checkpoint: expected the package gguf to decode {kind.name}, got none; pip install 'neutralize[hf]'"
+        ) from error
+    import numpy as np
+
+    try:
+        with np.errstate(all="ignore"):
+            values = quants.dequantize(blocks.numpy(), GGMLQuantizationType[kind.name])
+    except (KeyError, NotImplementedError) as error:
+        raise NeutralizeError(
+            f"checkpoint: expected a type that the package gguf decodes, got {kind.name}; take a file in another type"
+        ) from error
+    return torch.from_numpy(values)
 
 
 def _kind(edit: Edit) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,9 @@ from neutralize.checkpoint.bounded import TEXT_LIMIT
 from neutralize.checkpoint.layout import Elements, Layout, Stored
 from neutralize.checkpoint.region import Region
 from neutralize.errors import NeutralizeError
+
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+"""The names of parts that a file was split into."""
 
 MAGIC, MARK = b"GGUF", b"NTRL"
 """The file's first bytes, and those put over them while it is edited, so that no reader takes it."""
@@ -82,7 +86,34 @@ def read_gguf(path: Path) -> Layout:
     Raises:
         NeutralizeError: it cannot be read, or is no whole and consistent GGUF file.
     """
-    return Layout(path.parent, (path.name,), read_header(path).tensors, {path.name: (0, MARK)}, KIND)
+    return _layout(read_header(path))
+
+
+def read_parts(paths: Sequence[Path]) -> list[Layout]:
+    """Return the layouts of the parts that a file was split into; the first one says what there is to say.
+
+    Args:
+        paths: all of them, in order.
+
+    Raises:
+        NeutralizeError: one cannot be read, or they do not belong together.
+    """
+    headers = [read_header(path) for path in paths]
+    tensors = sum(len(header.tensors) for header in headers)
+    for number, header in enumerate(headers):
+        wanted = {"split.no": number, "split.count": len(paths), "split.tensors.count": tensors}
+        for key, value in wanted.items():
+            if header.metadata.get(key) != value:
+                raise NeutralizeError(
+                    f"checkpoint: expected {key} {value} in {str(header.path)!r}, got {header.metadata.get(key)!r}; it "
+                    "is no part of the files beside it: fetch them again"
+                )
+    return [_layout(header) for header in headers]
+
+
+def _layout(header: Gguf) -> Layout:
+    name = header.path.name
+    return Layout(header.path.parent, (name,), header.tensors, {name: (0, MARK)}, KIND)
 
 
 def read_header(path: Path) -> Gguf:

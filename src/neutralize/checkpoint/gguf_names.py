@@ -37,26 +37,27 @@ _PROBE_ELEMENTS = 1 << 26
 """How many elements a probe has at most where the converter wants the shape as it is."""
 
 
-def config_of(path: Path) -> dict[str, Any]:
+def config_of(layout: Layout) -> dict[str, Any]:
     """Return what transformers makes of a GGUF file's metadata, as a ``config.json`` has it.
 
     Args:
-        path: the file.
+        layout: the file, or the parts that it was split into.
 
     Raises:
         NeutralizeError: transformers is missing or does not know the architecture, or the file is one of several parts.
     """
+    path = layout.root / layout.files[0]
     header = read_header(path)
     parts = header.metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
+    if isinstance(parts, int) and parts > len(layout.files):
         raise NeutralizeError(
-            f"checkpoint: expected a whole model in {str(path)!r}, got one of {parts} parts; merge them with "
-            "llama-gguf-split --merge, or edit tensors by name"
+            f"checkpoint: expected a whole model in {str(path)!r}, got one of {parts} parts; name the folder that "
+            "holds all of them, and no other GGUF files"
         )
     _loader()
     if not _is_native(header.architecture):
         try:
-            return _config(header)
+            return _config(header, layout)
         except (ValueError, IndexError) as error:  # an architecture that it does not have, or none
             got = f"{header.architecture[:80]!r} ({' '.join(str(error).split())[:200]})"
     else:
@@ -76,7 +77,9 @@ def converted(model: nn.Module, layout: Layout, dtype: torch.dtype) -> dict[str,
         dtype: of the result.
     """
     loader, header = _loader(), read_header(layout.root / layout.files[0])
-    processor = loader.TENSOR_PROCESSORS.get(header.architecture, loader.TensorProcessor)(config=_config(header))
+    processor = loader.TENSOR_PROCESSORS.get(header.architecture, loader.TensorProcessor)(
+        config=_config(header, layout)
+    )
     with _names_cached():
         mapping: dict[str, str] = loader.get_gguf_hf_weights_map(model, processor)
     state = model.state_dict()
@@ -106,18 +109,22 @@ class _Placed:
         probe: shape of the array.
         result: shape of the result.
         begin: of the box of the result that its elements fill.
+        extent: of that box.
         order: for each dimension of the result that of the array, or ``None`` for one of size 1.
         offset: what is added.
         is_shuffled: the elements lie in another order.
+        rows: of whole rows in another order, which of them is the first in the result, the second and so on.
         is_computed: something else is done to them.
     """
 
     probe: tuple[int, ...]
     result: tuple[int, ...]
     begin: tuple[int, ...] = ()
+    extent: tuple[int, ...] = ()
     order: tuple[int | None, ...] = ()
     offset: float = 0.0
     is_shuffled: bool = False
+    rows: tuple[int, ...] = ()
     is_computed: bool = False
 
     def sizes(self, shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,7 +144,14 @@ class _Placed:
             return replace(whole, order=(), origin=(), is_computed=True)
         grown = self._grown(shape)
         origin = tuple(first * real // probed for first, (probed, real) in zip(self.begin, grown, strict=True))
-        return replace(whole, order=self.order, origin=origin, offset=self.offset, is_shuffled=self.is_shuffled)
+        return replace(
+            whole,
+            order=self.order,
+            origin=origin,
+            offset=self.offset,
+            is_shuffled=self.is_shuffled,
+            rows=self.rows,
+        )
 
     @property
     def is_scattered(self) -> bool:
@@ -163,47 +177,79 @@ def _placed(convert: Callable[[Any], dict[str, Any]], shape: tuple[int, ...]) ->
 
 
 def _probed(convert: Callable[[Any], dict[str, Any]], shape: tuple[int, ...]) -> dict[str, _Placed]:
+    """The same, from what becomes of zeros, of ones, and of each element's place along each dimension."""
     import numpy as np
 
-    with np.errstate(all="ignore"):
-        zeros, ones = (convert(np.full(shape, value)) for value in (0.0, 1.0))
-        count = math.prod(shape)
-        numbered = convert(np.arange(1.0, count + 1).reshape(shape))
-        return {
-            name: _compared(shape, *(torch.from_numpy(np.array(made[name])) for made in (zeros, ones, numbered)))
-            for name in numbered
-        }
+    def made(values: Any) -> dict[str, torch.Tensor]:
+        with np.errstate(all="ignore"):
+            result = convert(np.broadcast_to(values, shape).astype(np.float32))
+        return {name: torch.from_numpy(np.array(array, np.float32)) for name, array in result.items()}
+
+    filled = {
+        name: _filled(shape, zeros, ones) for (name, zeros), ones in zip(made(0).items(), made(1).values(), strict=True)
+    }
+    ranges = (np.arange(size).reshape(-1, *(1,) * (len(shape) - dim - 1)) for dim, size in enumerate(shape))
+    places = [made(values) for values in ranges]
+    return {
+        name: found if found.is_computed else _ordered(found, [place[name] for place in places])
+        for name, found in filled.items()
+    }
 
 
-def _compared(shape: tuple[int, ...], zeros: torch.Tensor, ones: torch.Tensor, numbered: torch.Tensor) -> _Placed:
-    """What was done to an array of a shape, from the results for zeros, for ones, and for 1, 2, 3 and so on."""
-    result = tuple(numbered.shape)
+def _filled(shape: tuple[int, ...], zeros: torch.Tensor, ones: torch.Tensor) -> _Placed:
+    """Which box of the result an array of a shape fills, and what is added, from the results for zeros and ones."""
+    result = tuple(zeros.shape)
     computed = _Placed(shape, result, is_computed=True)
-    inside = ones - zeros == 1
-    places = inside.nonzero()
-    numel = math.prod(shape)
-    if len(places) != numel or not numel or not bool(((ones == zeros) | inside).all()):
+    numel, inside = math.prod(shape), ones - zeros == 1
+    if not numel or int(inside.sum()) != numel or not bool(((ones == zeros) | inside).all()):
         return computed
-    begin, end = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
-    box = tuple(slice(*ends) for ends in zip(begin, end, strict=True))
-    base = zeros[box]
-    if base.numel() != numel or not bool((base == base.flatten()[0]).all()):
-        return computed
+    along = [inside.movedim(dim, 0).reshape(size, -1).any(1).nonzero() for dim, size in enumerate(result)]
+    begin = tuple(int(held.min()) for held in along)
+    base = zeros[tuple(slice(first, int(held.max()) + 1) for first, held in zip(begin, along, strict=True))]
     offset = float(base.flatten()[0])
-    numbers = (numbered[box] - offset).round()
-    if not torch.equal(numbers.flatten().sort().values, torch.arange(1.0, numel + 1, dtype=numbers.dtype)):
+    if base.numel() != numel or not bool((base == offset).all()):
         return computed
-    own = torch.arange(1.0, numel + 1, dtype=numbers.dtype).view(shape)
-    for order in _orders(shape, tuple(numbers.shape)):
-        kept = [dim for dim in order if dim is not None]
-        gone = [dim for dim in range(len(shape)) if dim not in kept]
-        if torch.equal(own.permute(*kept, *gone).reshape(numbers.shape), numbers):
-            return _Placed(shape, result, tuple(begin), order, offset)
-    if tuple(numbers.shape) == shape:
-        return _Placed(shape, result, tuple(begin), tuple(range(len(shape))), offset, is_shuffled=True)
-    if tuple(numbers.shape) == result:
-        return _Placed(shape, result, tuple(begin), (None,) * len(result), offset, is_shuffled=True)
-    return computed
+    return _Placed(shape, result, begin, extent=tuple(base.shape), offset=offset)
+
+
+def _ordered(found: _Placed, places: list[torch.Tensor]) -> _Placed:
+    """In which order the elements lie in the box, from what becomes of the place of each along each dimension."""
+    shape, extent = found.probe, found.extent
+    box = tuple(slice(first, first + size) for first, size in zip(found.begin, extent, strict=True))
+    places = [(place[box] - found.offset).round() for place in places]
+
+    def runs(dim: int, along: int) -> bool:
+        """Whether a dimension of the array runs along one of the box."""
+        return bool((places[dim] == torch.arange(shape[dim]).view(-1, *(1,) * (len(extent) - along - 1))).all())
+
+    for order in _orders(shape, extent):
+        if all(runs(dim, order.index(dim)) for dim in range(len(shape)) if dim in order):
+            return replace(found, order=order)
+    if extent == shape:
+        rows = places[0].reshape(shape[0], -1)[:, 0]
+        is_moved = bool((places[0] == rows.view(-1, *(1,) * (len(shape) - 1))).all())
+        is_all = torch.equal(rows.sort().values, torch.arange(shape[0], dtype=rows.dtype))
+        if is_moved and is_all and all(runs(dim, dim) for dim in range(1, len(shape))):
+            moved = tuple(map(int, rows.tolist()))
+            return replace(found, order=tuple(range(len(shape))), is_shuffled=True, rows=moved)
+    is_whole = extent == found.result
+    if not _is_each_once(places, shape) or not (extent == shape or is_whole):
+        return _Placed(shape, found.result, is_computed=True)
+    return replace(
+        found, order=tuple(range(len(shape))) if extent == shape else (None,) * len(extent), is_shuffled=True
+    )
+
+
+def _is_each_once(places: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
+    """Whether every element of an array is at one of the places."""
+    flat = torch.zeros_like(places[0], dtype=torch.int64)
+    for place, size in zip(places, shape, strict=True):
+        if not bool(((place >= 0) & (place < size)).all()):
+            return False
+        flat = flat * size + place.long()
+    seen = torch.zeros(math.prod(shape), dtype=torch.bool)
+    seen[flat.flatten()] = True
+    return bool(seen.all())
 
 
 def _orders(shape: tuple[int, ...], box: tuple[int, ...]) -> Iterator[tuple[int | None, ...]]:
@@ -238,7 +284,7 @@ def _is_native(architecture: str) -> bool:
     return bool(is_gguf_arch_supported(architecture))
 
 
-def _config(header: Gguf) -> dict[str, Any]:
+def _config(header: Gguf, layout: Layout) -> dict[str, Any]:
     """What transformers makes of the metadata.
 
     It is shown a file with the same keys and names of tensors, but without data and long lists: it would take minutes
@@ -246,7 +292,7 @@ def _config(header: Gguf) -> dict[str, Any]:
     """
     tensors = b"".join(
         struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1, 0, 0)  # one float32 at the start
-        for name in (name.encode() for name in header.tensors)
+        for name in (name.encode() for name in layout.tensors)
     )
     kept = [
         key
@@ -256,7 +302,7 @@ def _config(header: Gguf) -> dict[str, Any]:
     with header.path.open("rb") as file:
         data = file.read(max((end for _, end in header.spans.values()), default=0))
     metadata = b"".join(data[slice(*header.spans[key])] for key in kept)
-    counts = struct.pack("<IQQ", header.version, len(header.tensors), len(kept))
+    counts = struct.pack("<IQQ", header.version, len(layout.tensors), len(kept))
     with tempfile.TemporaryDirectory() as folder:
         shown = Path(folder) / header.path.name
         shown.write_bytes(MAGIC + counts + metadata + tensors + bytes(64))  # to the next multiple of 32, and a number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +33,20 @@ class Status:
 
     Attributes:
         path: the checkpoint.
-        state: ``intact`` (no edit can be undone), ``edited`` (every edit is whole), ``interrupted`` (an edit was cut
-            off: the files are half-written until ``restore``) or ``busy`` (a process is editing it now).
+        state: ``intact`` (no edit can be undone), ``edited`` (every edit is whole), ``changed`` (something else has
+            written where an edit did; only ``check`` finds out), ``interrupted`` (an edit was cut off: the files are
+            half-written until ``restore``) or ``busy`` (a process is editing it now).
         edits: those that can be undone, earliest first.
+        undone: numbers of edits whose old bytes are back although nobody has restored them: the file was replaced.
+        changed: numbers of edits where other bytes are than those that they wrote.
         leftovers: files that a killed run has left and nothing depends on; ``restore`` removes them.
     """
 
     path: Path
     state: str
     edits: tuple[Edition, ...]
+    undone: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
     leftovers: tuple[Path, ...] = ()
 
 
@@ -109,7 +114,22 @@ class Checkpoint:
             return Status(self.path, "busy", ())
         edits = tuple(edition for edition in self.journal.editions() if self._touches(edition))
         state = "intact" if not edits else "edited" if all(edit.is_done for edit in edits) else "interrupted"
-        return Status(self.path, state, edits, tuple(self.journal.leftovers()))
+        return Status(self.path, state, edits, leftovers=tuple(self.journal.leftovers()))
+
+    def check(self, advance: Advance = silent) -> Status:
+        """Return the state that journal and files tell: every byte that an edit wrote is read and compared.
+
+        Args:
+            advance: told the bytes as they are read; what it costs depends on the edits, not on the checkpoint.
+        """
+        told = self.status
+        if told.state != "edited":
+            return told
+        found = {edition.number: self.journal.found(edition, advance) for edition in told.edits}
+        undone, changed = (
+            tuple(n for n, state in found.items() if state == wanted) for wanted in ("undone", "changed")
+        )
+        return replace(told, state="changed" if undone or changed else "edited", undone=undone, changed=changed)
 
     def patches(self, edits: Plan | Sequence[Edit]) -> list[Patch]:
         """What a plan (edits of parameters) or edits of stored tensors do to the files.
@@ -128,10 +148,23 @@ class Checkpoint:
     def verify(
         self, plan: Plan, inputs: Inputs | None = None, *, applied: bool = False, advance: Advance = silent
     ) -> StreamedVerification:
-        """Measure a plan on the files, a few tensors in memory at a time; see ``checkpoint.streamed.verify``."""
+        """Measure a plan on the files, a few tensors in memory at a time; see ``checkpoint.streamed.verify``.
+
+        Of a plan that was ``applied`` in place the undo tells what was there before, and every byte has to be as the
+        edit left it.
+        """
         from neutralize.checkpoint.streamed import verify
 
-        return verify(self.layout, plan, inputs, factory=self._factory, applied=applied, advance=advance)
+        before = self._edition_of(plan) if applied else None
+        return verify(self.layout, plan, inputs, factory=self._factory, applied=applied, before=before, advance=advance)
+
+    def _edition_of(self, plan: Plan) -> Edition | None:
+        """The last edit that brought a plan into the files, if no later one has written over its bytes."""
+        editions = self.journal.editions()
+        for place, edition in reversed(list(enumerate(editions))):
+            if edition.digest == plan.digest and edition.is_done:
+                return None if any(edition.is_under(later) for later in editions[place + 1 :]) else edition
+        return None
 
     def _check_fits(self, plan: Plan) -> None:
         """Check that a plan was made for parameters like those of this checkpoint's model.
@@ -237,7 +270,8 @@ class Checkpoint:
 
         Args:
             everything: undo all edits, the last one first.
-            force: also where something else has written into the same bytes since.
+            force: also where something else has written into the same bytes since; not into a file that was replaced
+                by one with another header, where they belong nowhere.
             advance: told bytes as they are put back.
 
         Returns:

@@ -28,7 +28,7 @@ import torch
 
 from neutralize.checkpoint.bounded import TEXT_LIMIT, parse_json
 from neutralize.checkpoint.patch import Patch
-from neutralize.checkpoint.region import Files, Region, memory
+from neutralize.checkpoint.region import Files, Reach, Region, memory
 from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
 
@@ -107,6 +107,11 @@ class Edition:
     def nbytes(self) -> int:
         """How many bytes it keeps."""
         return sum(entry.region.nbytes for entry in self.kept)
+
+    def is_under(self, later: Edition) -> bool:
+        """Whether a later edit may have written over its bytes."""
+        reach = Reach(entry.region for entry in later.kept)
+        return any(reach.meets(entry.region) for entry in self.kept)
 
 
 class Journal:
@@ -273,20 +278,49 @@ class Journal:
             part.unlink()
         return cut_off
 
+    def found(self, edition: Edition, advance: Advance = silent) -> str:
+        """Say what is now where a finished edit wrote, as far as no later edit has written there too.
+
+        Args:
+            edition: the edit.
+            advance: told the bytes as they are read: those of the edit, whatever the size of the checkpoint.
+
+        Returns:
+            ``edited`` (what it wrote), ``undone`` (what was there before: somebody has put the old file back),
+            or ``changed`` (something else, or no longer there).
+        """
+        later = [other for other in self.editions() if other.number > edition.number]
+        reach = Reach(entry.region for other in later for entry in other.kept)
+        seen = {
+            digest if digest in ("edited", "undone") else "changed"
+            for entry, digest in self._digests(edition, advance)
+            if not reach.meets(entry.region)
+        }
+        return seen.pop() if len(seen) == 1 else "changed" if seen else "edited"
+
     def check_unchanged(self, edition: Edition) -> None:
-        """Check that what a finished edit wrote is still there.
+        """Check that putting the old bytes back destroys nothing: what a finished edit wrote, or they, are there.
 
         Raises:
             NeutralizeError: something else was written since.
         """
-        with explained("restore"), Files(self.root) as files:
-            for entry, digest in zip(edition.kept, edition.written, strict=True):
-                if files.digest(entry.region) != digest:
-                    raise NeutralizeError(
-                        f"restore: expected {entry.region.file!r} as edit {edition.number} left it, got other bytes at "
-                        f"{entry.region.offset}: something else has written there; --force puts the old bytes back "
-                        "all the same"
-                    )
+        for entry, digest in self._digests(edition, silent):
+            if digest not in ("edited", "undone"):
+                raise NeutralizeError(
+                    f"restore: expected {entry.region.file!r} as edit {edition.number} left it, got other bytes at "
+                    f"{entry.region.offset}: something else has written there; --force puts the old bytes back "
+                    "all the same"
+                )
+
+    def _digests(self, edition: Edition, advance: Advance) -> Iterator[tuple[Kept, str]]:
+        """For each region of a finished edit whether it is as the edit left it, as it was before, or else."""
+        with Files(self.root) as files:
+            for entry, written in zip(edition.kept, edition.written, strict=True):
+                try:
+                    digest = files.digest(entry.region, advance)
+                except (OSError, NeutralizeError):  # it is not there any more, or shorter
+                    digest = "gone"
+                yield entry, "edited" if digest == written else "undone" if digest == entry.digest else digest
 
     def _done(self, number: int) -> Path:
         return self.folder / f"{number:06d}.done"
@@ -361,6 +395,16 @@ class Journal:
 
     def _restore(self, files: Files, edition: Edition, advance: Advance) -> None:
         """Put the old bytes back: first the edit counts as cut off, at the end as never made."""
+        for mark in edition.marks:
+            if _bytes(files, Region.run(mark.file, mark.offset, len(mark.held) // 2)).hex() not in (
+                mark.held,
+                mark.mark,
+            ):
+                raise NeutralizeError(
+                    f"restore: expected the head of {mark.file!r} as edit {edition.number} found it, got another: the "
+                    f"file was replaced by one whose tensors lie elsewhere; remove {str(edition.path)!r} to forget the "
+                    "edit"
+                )
         with Files(self.folder) as undo:
             for entry in edition.kept:
                 if entry.region.end > files.size(entry.region.file):

@@ -42,6 +42,18 @@ class Stored(Protocol):
         """All of its bytes."""
         ...
 
+    def read(self, files: Files, span: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return it, or some of its rows, as it is when it is loaded.
+
+        Args:
+            files: where it lies.
+            span: half-open range of its first dimension; a caller who takes few at a time bounds the memory.
+
+        Raises:
+            NeutralizeError: its elements do not lie row by row, or it is not known what its bytes stand for.
+        """
+        ...
+
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """What an edit of this tensor does to the files.
 
@@ -69,6 +81,17 @@ class Piece:
     region: Region
     shape: tuple[int, ...]
     origin: tuple[int, ...]
+
+    def read(self, dtype: torch.dtype, files: Files, first: int = 0, last: int = 1, dim: int = 0) -> torch.Tensor:
+        """Return a range of one dimension of the box; of a box without dimensions its one element."""
+        shape = self.shape or (1,)
+        inner = math.prod(shape[dim + 1 :]) * dtype.itemsize
+        run = self.region
+        part = Region(
+            run.file, run.offset + first * inner, math.prod(shape[:dim]), (last - first) * inner, shape[dim] * inner
+        )
+        content = files.read(part).view(-1).view(dtype)
+        return content.view((*shape[:dim], last - first, *shape[dim + 1 :]) if self.shape else ())
 
 
 @dataclass(frozen=True)
@@ -104,12 +127,21 @@ class Elements:
         """The runs of its pieces."""
         return tuple(piece.region for piece in self.pieces)
 
-    def read(self, files: Files) -> torch.Tensor:
-        """Return the tensor; it is held in memory whole."""
-        out = torch.empty(self.shape, dtype=self.dtype)
+    def read(self, files: Files, span: tuple[int, int] | None = None, dim: int = 0) -> torch.Tensor:
+        """See ``Stored``; the range may be one of any dimension."""
+        if not self.shape:
+            return self.pieces[0].read(self.dtype, files)
+        first, last = span or (0, self.shape[dim])
+        if len(self.pieces) == 1:
+            return self.pieces[0].read(self.dtype, files, first, last, dim)
+        out = torch.empty((*self.shape[:dim], last - first, *self.shape[dim + 1 :]), dtype=self.dtype)
         for piece in self.pieces:
-            box = tuple(slice(first, first + size) for first, size in zip(piece.origin, piece.shape, strict=True))
-            out[box] = files.read(piece.region).view(-1).view(self.dtype).view(piece.shape)
+            start, end = piece.origin[dim], piece.origin[dim] + piece.shape[dim]
+            begin, stop = max(first, start), min(last, end)
+            if begin < stop:
+                box = [slice(at, at + size) for at, size in zip(piece.origin, piece.shape, strict=True)]
+                box[dim] = slice(begin - first, stop - first)
+                out[tuple(box)] = piece.read(self.dtype, files, begin - start, stop - start, dim)
         return out
 
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
@@ -228,9 +260,16 @@ class Listed:
     shape: tuple[int, ...] = ()
     regions: tuple[Region, ...] = ()
 
+    def read(self, files: Files, span: tuple[int, int] | None = None) -> torch.Tensor:
+        """Refuse."""
+        raise self._refusal()
+
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """Refuse."""
-        raise NeutralizeError(
+        raise self._refusal()
+
+    def _refusal(self) -> NeutralizeError:
+        return NeutralizeError(
             f"checkpoint: expected elements row by row for {self.name!r}, got {self.encoding}; {self.remedy}"
         )
 

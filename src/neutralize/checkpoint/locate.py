@@ -88,6 +88,9 @@ def _folder(folder: Path) -> Layout:
         single = _one_of(folder, [name for name in names if name.endswith(suffix)], "")
         if single is not None:
             return _file(inside(folder, single))
+    parts = [name for name in names if name.endswith(".gguf")]
+    if len(parts) > 1:
+        return _split(folder, parts)
     for suffix in (".gguf", ".pt", ".pth"):
         single = _one_of(folder, [name for name in names if name.endswith(suffix)], "")
         if single is not None:
@@ -96,6 +99,23 @@ def _folder(folder: Path) -> Layout:
         f"checkpoint: expected safetensors, torch or GGUF files in {str(folder)!r}, got a folder without any; check "
         "the path"
     )
+
+
+def _split(folder: Path, names: list[str]) -> Layout:
+    """The parts of a GGUF file that was split, as one layout."""
+    from neutralize.checkpoint.gguf import PART, read_parts
+
+    found = [PART.fullmatch(name) for name in names]
+    sets = {(part[1], int(part[3])) for part in found if part is not None}
+    if None in found or len(sets) != 1:
+        _one_of(folder, names, "")  # several checkpoints: it refuses
+    ((stem, count),) = sets
+    if [int(part[2]) for part in found if part is not None] != list(range(1, count + 1)):
+        raise NeutralizeError(
+            f"checkpoint: expected the {count} parts of {stem!r} in {str(folder)!r}, got {', '.join(names[:8])}; fetch "
+            "those that are missing"
+        )
+    return join(folder, read_parts([inside(folder, name) for name in names]))
 
 
 def _one_of(folder: Path, names: list[str], ending: str) -> str | None:

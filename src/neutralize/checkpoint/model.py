@@ -198,12 +198,12 @@ def _stored_dtypes(layout: Layout) -> Counter[torch.dtype]:
 def _transformer(layout: Layout) -> tuple[Any, Any, torch.dtype]:
     """Class, config and dtype of the model of transformers that a folder's config names."""
     transformers = _transformers()
-    if layout.kind == KIND:
+    if layout.kind.startswith(KIND):
         from neutralize.checkpoint.gguf_names import config_of
 
         path = layout.root / layout.files[0]
         with _refused(f"reading the metadata of {path}"), _quiet():
-            content = config_of(path)
+            content = config_of(layout)
     elif layout.config is not None:
         path = layout.config / "config.json"
         content = read_json(path, "a config")
@@ -320,7 +320,7 @@ def _load_dtype(config: Any, layout: Layout) -> torch.dtype:
 
 def _state(kind: Any, build: Callable[[], nn.Module], dtype: torch.dtype, layout: Layout) -> dict[str, Traced]:
     """What transformers is to load: tensors that know where they come from."""
-    if layout.kind == KIND:
+    if layout.kind.startswith(KIND):
         from neutralize.checkpoint.gguf_names import converted
 
         with _refused(f"reading the tensors of the GGUF file as those of a {kind.__name__}"), _quiet():

@@ -39,9 +39,11 @@ class Source:
             has size 1 in the box.
         origin: place of the box's first element in the parameter.
         offset: what the loader adds: 1 for the norms of Gemma in GGUF files is -1 here, which stores 1 + w.
-        is_shuffled: the elements lie in an order of their own (rows permuted for rotary embeddings): only constants can
-            be written through it. What is permuted is where the box would lie without that; with an ``order`` of
-            nothing but ``None``, the whole parameter.
+        is_shuffled: the elements lie in an order of their own (rows permuted for rotary embeddings): what is written
+            through it is the same for all of them. What is permuted is where the box would lie without that; with an
+            ``order`` of nothing but ``None``, the whole parameter.
+        rows: where whole rows of the box are permuted and that is known, which of them is the first in the parameter,
+            the second and so on; else empty.
         is_computed: the parameter is computed from this tensor in some other way: it cannot be written.
     """
 
@@ -51,6 +53,7 @@ class Source:
     origin: tuple[int, ...]
     offset: float = 0.0
     is_shuffled: bool = False
+    rows: tuple[int, ...] = ()
     is_computed: bool = False
 
     @property
@@ -182,9 +185,9 @@ def _rewrites(edit: Rewrite, source: Source, stored: Stored) -> Iterator[Rewrite
         if common is None:
             continue
         if source.is_shuffled:
-            if edit.scale or edit.diagonal or common != place:
+            if edit.diagonal or common != place:
                 raise _refusal(
-                    edit, "one constant for all of what is stored", "elements in an order of their own", [source]
+                    edit, "the same for all of what is stored", "elements in an order of their own", [source]
                 )
             target = source.box
         else:
@@ -364,8 +367,9 @@ def restored(part: torch.Tensor, source: Source) -> torch.Tensor:
 
 
 def placed(content: torch.Tensor, source: Source) -> torch.Tensor:
-    """The reverse of ``restored``: the content of a source's box with the dimensions of the parameter, a view."""
+    """The reverse of ``restored``: the content of a source's box as it lies in the parameter."""
     kept = [dim for dim in source.order if dim is not None]
+    content = content[list(source.rows)] if source.rows else content
     content = content.permute([*kept, *(dim for dim in range(content.dim()) if dim not in kept)])
     return content.reshape(source.extent)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from neutralize.checkpoint.journal import FOLDER, explained, sync_folder, take
 from neutralize.checkpoint.layout import Layout
-from neutralize.checkpoint.patch import Patch
-from neutralize.checkpoint.region import BUFFER_BYTES, Files, Region
+from neutralize.checkpoint.patch import Patch, written_bytes
+from neutralize.checkpoint.region import BUFFER_BYTES, Files, Reach
 from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
 
@@ -28,12 +28,16 @@ class Written:
 
     Attributes:
         path: the new folder or file.
+        files: those that the edit changes.
+        written_bytes: how many bytes it writes into them.
         copied_bytes: bytes of files that were copied or cloned.
         linked_files: how many files share their bytes with the old ones by a hard link.
         verified: how many untouched tensors were compared with the old ones by SHA-256.
     """
 
     path: Path
+    files: tuple[str, ...]
+    written_bytes: int
     copied_bytes: int
     linked_files: int
     verified: int
@@ -106,7 +110,7 @@ def write_to(
             sync_folder(path)
         _rename(root if source.is_dir() else root / source.name, output)
         sync_folder(output.parent)
-    return Written(output, copied, linked, verified)
+    return Written(output, tuple(sorted(touched)), written_bytes(patches), copied, linked, verified)
 
 
 def _files_of(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -181,12 +185,8 @@ def _cloned(old: int, new: int) -> bool:
 
 def _verify(layout: Layout, root: Path, patches: Sequence[Patch], advance: Advance) -> int:
     """Compare every tensor that no patch writes with the old one."""
-    written = [region for patch in patches for region in patch.regions]
-    untouched = [
-        stored.name
-        for stored in layout.tensors.values()
-        if not any(_overlap(one, other) for one in stored.regions for other in written)
-    ]
+    written = Reach(region for patch in patches for region in patch.regions)
+    untouched = [stored.name for stored in layout.tensors.values() if not any(map(written.meets, stored.regions))]
     with Files(layout.root) as old, Files(root) as new:
         for name in untouched:
             for region in layout.tensors[name].regions:
@@ -196,10 +196,6 @@ def _verify(layout: Layout, root: Path, patches: Sequence[Patch], advance: Advan
                         "trusted: check it"
                     )
     return len(untouched)
-
-
-def _overlap(one: Region, other: Region) -> bool:
-    return one.file == other.file and one.offset < other.end and other.offset < one.end
 
 
 def partial(output: Path) -> Path:

@@ -206,3 +206,8 @@ class Checksum:
         for place in self.places:
             files.write(place, stored)
             yield place.nbytes
+
+
+def written_bytes(patches: Sequence[Patch]) -> int:
+    """How many bytes the patches may write together."""
+    return sum(region.nbytes for patch in patches for region in patch.regions)

@@ -87,7 +87,7 @@ def shuffled(tensors: Sequence[Traced], result: torch.Tensor) -> list[Source]:
         shape = tuple(last - first for first, last in source.box)
         is_alone = len(tensors[0].sources) == 1 and shape == tuple(result.shape)
         order = tuple(range(result.dim())) if is_alone else (None,) * result.dim()
-        found.append(replace(source, order=order, origin=(0,) * result.dim(), is_shuffled=True))
+        found.append(replace(source, order=order, origin=(0,) * result.dim(), is_shuffled=True, rows=()))
     return found
 
 

@@ -5,13 +5,14 @@ Everything that is done to a checkpoint is done to regions: what an edit writes,
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import errno
 import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,32 @@ class Region:
         if begin == 0 and end == self.width and self.is_run:  # rows that follow each other are one run
             return Region.run(self.file, offset, (last - first) * self.width)
         return Region(self.file, offset, last - first, end - begin, self.stride)
+
+
+class Reach:
+    """What regions reach over: for each file all bytes from the first to the last of each, those between rows too."""
+
+    def __init__(self, regions: Iterable[Region]) -> None:
+        """Join what meets.
+
+        Args:
+            regions: in any order.
+        """
+        self._starts: dict[str, list[int]] = {}
+        self._ends: dict[str, list[int]] = {}
+        for file, offset, end in sorted((region.file, region.offset, region.end) for region in regions):
+            starts, ends = self._starts.setdefault(file, []), self._ends.setdefault(file, [])
+            if ends and offset <= ends[-1]:
+                ends[-1] = max(ends[-1], end)
+            elif offset < end:
+                starts.append(offset)
+                ends.append(end)
+
+    def meets(self, region: Region) -> bool:
+        """Whether they reach over a byte that a region reaches over."""
+        place = bisect.bisect_right(self._ends.get(region.file, []), region.offset)
+        starts = self._starts.get(region.file, [])
+        return place < len(starts) and starts[place] < region.end
 
 
 @dataclass(frozen=True)

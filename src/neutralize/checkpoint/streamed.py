@@ -7,26 +7,30 @@ memory at a time.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from neutralize.checkpoint.layout import Elements, Layout, Stored
+from neutralize.checkpoint.journal import Edition
+from neutralize.checkpoint.layout import Layout, Stored
 from neutralize.checkpoint.model import meta_model
 from neutralize.checkpoint.naming import Names, Source, placed, retarget
 from neutralize.checkpoint.region import Files, Region
 from neutralize.dataflow import Inputs, as_call, guessed_inputs, own_inputs
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, Plan
+from neutralize.plan import Edit, Plan, dtype_name
 from neutralize.progress import Advance, silent
+from neutralize.unread import Unread
 from neutralize.verify import Verification, compared
+
+_DECODED = 1 << 20
+"""How many elements are decoded at a time; some formats take 32 bytes of memory for each meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,20 @@ def verify(
     *,
     factory: str | Callable[..., nn.Module] | None = None,
     applied: bool = False,
+    before: Edition | None = None,
     advance: Advance = silent,
 ) -> StreamedVerification:
     """Measure how far a plan for a checkpoint is from its aim, with two tensors of it in memory at a time.
 
     Args:
         layout: the checkpoint; it is only read.
-        plan: a plan for its model, of whole modules.
+        plan: a plan for its model.
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for the model; by default those
             that the model brings itself, or random ones of the shape that its first layer tells.
         factory: see ``meta_model``.
         applied: the files already hold the plan. Otherwise its edits are made in memory, on what is read.
+        before: with ``applied``, the edit that brought it there: its undo tells what the network was before. Without it
+            only what shows by itself can be measured: layers that hand on their input, or nothing.
         advance: told how many bytes of weights were read; in all it is about twice the size of the model.
 
     Returns:
@@ -88,7 +95,8 @@ def verify(
         NeutralizeError: the plan does not fit, a parameter cannot be read, the model does not run, or ``applied`` is
             asked of a plan whose aim the edited files no longer show.
     """
-    _check(plan, applied)
+    if applied and before is None:
+        _check_seen(plan)
     model, names = meta_model(layout, factory, buffers=True)
     given = _inputs_for(model) if inputs is None else inputs
     if given is None:
@@ -97,8 +105,8 @@ def verify(
         )
     args, kwargs = as_call(given)
     edits = [] if applied else retarget(plan.edits, names, layout)
-    with Files(layout.root) as files:
-        weights = _Weights(layout, names, files, edits, advance)
+    with Files(layout.root) as files, Files(layout.root) if before is None else _Before(layout.root, before) as old:
+        weights = _Weights(layout, names, old, files, edits, advance)
         with weights.placed_in(model):
             try:
                 found = compared(model, plan, (args, kwargs), lambda: weights.edited(model), differentiate=False)
@@ -125,28 +133,26 @@ def _inputs_for(model: nn.Module) -> Inputs | None:
     return torch.randn(guess.shape, generator=torch.Generator().manual_seed(0)).to(guess.dtype)
 
 
-def _check(plan: Plan, applied: bool) -> None:
-    from neutralize.parts import part_of
-
+def _check_seen(plan: Plan) -> None:
+    """Check that files which hold a plan show by themselves whether they do."""
     for entry in plan.layers:
-        if part_of(entry.layer) is not None:
-            raise NeutralizeError(
-                f"checkpoint: expected whole modules to verify on files, got {entry.layer!r}; verify the loaded model"
-            )
         # A factor, or a scale that the next layer undoes, shows only against the weights of before.
         is_seen = entry.target == "input" and entry.epsilon is None and entry.sides not in ("around", "within")
-        if applied and not is_seen and entry.target != "null":
+        if not is_seen and entry.target != "null":
             raise NeutralizeError(
-                f"checkpoint: expected a plan whose layers hand on their input or nothing, to verify it on files that "
-                f"hold it, got {entry.target!r} for {entry.layer!r}; restore them and verify before applying"
+                f"checkpoint: expected a plan whose layers hand on their input or nothing, or that was applied in "
+                f"place and can be undone, got {entry.target!r} for {entry.layer!r}, which only the weights of before "
+                "show; verify before applying"
             )
 
 
 class _Weights:
     """Reads parameters from a checkpoint, keeps the last few, and counts."""
 
-    def __init__(self, layout: Layout, names: Names, files: Files, edits: Sequence[Edit], advance: Advance) -> None:
-        self._layout, self._names, self._files, self._advance = layout, names, files, advance
+    def __init__(
+        self, layout: Layout, names: Names, before: Files, after: Files, edits: Sequence[Edit], advance: Advance
+    ) -> None:
+        self._layout, self._names, self._before, self._after, self._advance = layout, names, before, after, advance
         self._groups = _connected(edits)
         self._edited = False
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -165,7 +171,7 @@ class _Weights:
         try:
             for parameters, name, tensor in held:
                 full = f"{owners[id(parameters)]}.{name}".lstrip(".")
-                parameters[name] = _Unread(tensor.shape, tensor.dtype, self._reader(full, tensor))  # type: ignore[assignment]
+                parameters[name] = self._unread(full, tensor)  # type: ignore[assignment]
             self._read_buffers(model)
             yield
         finally:
@@ -177,7 +183,7 @@ class _Weights:
 
     @contextmanager
     def edited(self, model: nn.Module) -> Iterator[None]:
-        """Read what the edits make of the files."""
+        """Read what the files are after the plan, and what the edits make of it."""
         self._kept.clear()
         self._edited = True
         try:
@@ -194,7 +200,8 @@ class _Weights:
                 if buffer is not None and full in self._names:
                     module._buffers[name] = self._read(full, buffer.shape, buffer.dtype)
 
-    def _reader(self, name: str, like: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _unread(self, name: str, like: torch.Tensor) -> Unread:
+        """What stands for a parameter."""
         shape, dtype = like.shape, like.dtype
 
         def read() -> torch.Tensor:
@@ -204,7 +211,7 @@ class _Weights:
             self._kept.move_to_end(name)
             return self._kept[name]
 
-        return read
+        return Unread(shape, dtype, read, lambda: self._kept.get(name))
 
     def _make_room(self, needed: int) -> None:
         """Let the oldest weights go, until what stays has the size of one tensor."""
@@ -222,16 +229,14 @@ class _Weights:
             )
         out = None
         for source in sources:  # the copies of a tied weight are equal
-            if source.is_shuffled or source.is_computed:
+            if source.is_computed or (source.is_shuffled and not source.rows):
                 raise NeutralizeError(
                     f"checkpoint: expected {name!r} to lie in the checkpoint element by element, got one that the "
                     f"loader rearranges from {source.stored!r}; verify the loaded model"
                 )
-            content = placed(self._content(source), source)
-            if source.offset:
-                content = content.float() + source.offset
+            content = placed(self._content(source, dtype), source)
             if content.shape == shape:
-                out = content.to(dtype)
+                out = content.contiguous()  # products of a transposed matrix may be summed in another order
                 break
             out = torch.empty(shape, dtype=dtype) if out is None else out
             out[tuple(slice(*extent) for extent in source.place())] = content
@@ -240,19 +245,19 @@ class _Weights:
         self._advance(out.nbytes)
         return out
 
-    def _content(self, source: Source) -> torch.Tensor:
-        """What a source's box holds, with the dimensions of the stored tensor."""
+    def _content(self, source: Source, dtype: torch.dtype) -> torch.Tensor:
+        """What the loader makes of a source's box, with the dimensions of the stored tensor."""
         stored = self._layout.tensors[source.stored]
         group = self._groups.get(source.stored) if self._edited else None
         if group is None:
-            return _box(stored, source, self._files)
+            return _box(stored, source, dtype, self._after if self._edited else self._before)
         tensors = dict.fromkeys(name for edit in group for name in edit.parameters)
         regions = [region for name in tensors for region in self._layout.tensors[name].regions]
         with _Held(self._layout.root, regions) as held:
             for patch in self._layout.patches(group, held):
                 for _ in patch.run(held):
                     pass
-            return _box(stored, source, held)
+            return _box(stored, source, dtype, held)
 
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -270,23 +275,26 @@ def _connected(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
     return groups
 
 
-def _box(stored: Stored, source: Source, files: Files) -> torch.Tensor:
-    """The box of a stored tensor; of plain elements in one run only the rows that it reaches over are read."""
-    inside = tuple(slice(*extent) for extent in source.box)
-    if isinstance(stored, Elements) and len(stored.pieces) == 1 and stored.shape and stored.shape[0]:
-        first, last = source.box[0]
-        row = stored.regions[0].nbytes // stored.shape[0]
-        content = files.read(stored.regions[0].part(0, 1, first * row, last * row)).view(-1).view(stored.dtype)
-        within = (slice(None), *inside[1:])
-        return content.view(last - first, *stored.shape[1:])[within]
-    read = getattr(stored, "read", None)
-    if read is None:
-        raise NeutralizeError(
-            f"checkpoint: expected plain elements for {stored.name!r}, for the model runs with them, got "
-            f"{stored.encoding}; verify the loaded model"
-        )
-    whole: torch.Tensor = read(files)
-    return whole[inside]
+def _box(stored: Stored, source: Source, dtype: torch.dtype, files: Files) -> torch.Tensor:
+    """What the loader makes of the box of a stored tensor; what is decoded or converted is so a few rows at a time."""
+    inside = (slice(None), *(slice(*extent) for extent in source.box[1:]))
+
+    def rows(span: tuple[int, int] | None) -> torch.Tensor:
+        content = stored.read(files, span)
+        content = content[inside] if stored.shape else content
+        return (content.float() + source.offset if source.offset else content).to(dtype)
+
+    if not stored.shape or (stored.encoding == dtype_name(dtype) and not source.offset):
+        return rows(source.box[0] if stored.shape else None)
+    first, last = source.box[0]
+    at_once = max(1, _DECODED // max(1, math.prod(stored.shape[1:])))
+    if last - first <= at_once:
+        return rows((first, last))
+    out = torch.empty([end - begin for begin, end in source.box], dtype=dtype)
+    for begin in range(first, last, at_once):
+        end = min(begin + at_once, last)
+        out[begin - first : end - first] = rows((begin, end))
+    return out
 
 
 class _Held(Files):
@@ -325,33 +333,31 @@ class _Held(Files):
         return False
 
 
-class _Unread(torch.Tensor):
-    """A tensor on the CPU whose elements are read each time an op takes it."""
+class _Before(Files):
+    """Files as they were before an edit: what it wrote over is read from its undo."""
 
-    read: Callable[[], torch.Tensor]
+    def __init__(self, root: Path, edition: Edition) -> None:
+        super().__init__(root)
+        self._edition = edition
+        self._undo = Files(edition.path.parent)
 
-    @staticmethod
-    def __new__(cls: type[_Unread], shape: torch.Size, dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> _Unread:
-        """Make one of a shape and a dtype."""
-        made: _Unread = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
-        made.read = read
-        return made
+    def __exit__(self, *error: object) -> None:
+        self._undo.__exit__()
+        super().__exit__(*error)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Read what is asked for, and run the op."""
-        kwargs = kwargs or {}
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return _Unread(args[0].shape, args[0].dtype, args[0].read)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, _Unread) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise NeutralizeError(
-                    f"checkpoint: expected a model that only reads its parameters, got {func} on one; verify the "
-                    "loaded model"
-                )
-        args, kwargs = pytree.tree_map_only(_Unread, lambda tensor: tensor.read(), (args, kwargs))
-        return func(*args, **kwargs)
+    def _read_into(self, file: str, offset: int, out: torch.Tensor) -> None:
+        super()._read_into(file, offset, out)
+        end = offset + out.numel()
+        for entry in self._edition.kept:
+            region = entry.region
+            if region.file != file or region.offset >= end or region.end <= offset:
+                continue
+            first = max(0, (offset - region.offset) // region.stride)
+            last = min(region.rows, -(-(end - region.offset) // region.stride))
+            for row in range(first, last):
+                start = region.offset + row * region.stride
+                begin, stop = max(start, offset), min(start + region.width, end)
+                if begin < stop:
+                    place = entry.place + row * region.width + begin - start
+                    held = self._undo.read(Region.run(self._edition.path.name, place, stop - begin))
+                    out[begin - offset : stop - offset] = held.view(-1)

@@ -16,7 +16,8 @@ from neutralize.cli.printing import print_json, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from neutralize.checkpoint import Checkpoint
+    from neutralize.checkpoint import Checkpoint, Status
+    from neutralize.checkpoint.journal import Edition
     from neutralize.plan import Plan
     from neutralize.progress import Advance
 
@@ -127,6 +128,7 @@ def apply(
     Examples: neutralize apply ./llama --layers 'model.layers[20:25]' --in-place
     neutralize apply model.gguf --set 'blk.3.ffn_down.weight=0' --output edited.gguf
     """
+    from neutralize.checkpoint.patch import written_bytes
     from neutralize.checkpoint.setters import parse_setters
     from neutralize.errors import NeutralizeError
     from neutralize.plan import Plan
@@ -147,32 +149,28 @@ def apply(
             raise NeutralizeError(
                 f"apply: expected a plan with the digest {digest!r}, got {found}; plan again, or give its digest"
             )
-        patches = opened.patches(content)
-        touched = sorted({region.file for patch in patches for region in patch.regions})
-        nbytes = sum(region.nbytes for patch in patches for region in patch.regions)
-        summary: dict[str, Any] = {
-            "checkpoint": str(checkpoint),
-            "digest": found,
-            "bytes": nbytes,
-            "files": touched,
-        }
-        if not json:
-            if isinstance(content, Plan):
-                _print_plan(content, json=False)
-            else:
-                _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in content])
+        summary: dict[str, Any] = {"checkpoint": str(checkpoint), "digest": found}
         if dry_run:
-            summary["state"] = "untouched"
+            patches = opened.patches(content)
+            files = {region.file for patch in patches for region in patch.regions}
+            summary |= {"bytes": written_bytes(patches), "files": sorted(files), "state": "untouched"}
         elif output is not None:
             written = opened.write(content, output, link=link, verify=verify_copy, advance=advance)
-            summary |= {"state": "written", "output": str(written.path), "verified_tensors": written.verified}
+            summary |= {"bytes": written.written_bytes, "files": list(written.files), "state": "written"}
+            summary |= {"output": str(written.path), "verified_tensors": written.verified}
         else:
             undo = opened.apply(content, digest=found, about="; ".join(set_ or ()), advance=advance)
-            summary |= {"state": "edited", "edit": undo.edition.number, "undo": str(undo.edition.path)}
+            edition = undo.edition
+            summary |= {"bytes": edition.nbytes, "files": sorted(edition.files), "state": "edited"}
+            summary |= {"edit": edition.number, "undo": str(edition.path)}
         if json:
             print_json(summary)
+            return
+        if isinstance(content, Plan):
+            _print_plan(content, json=False)
         else:
-            print(_applied(summary))
+            _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in content])
+        print(_applied(summary))
 
 
 def restore(
@@ -210,26 +208,41 @@ def restore(
         print(f"{checkpoint}: {state}{f', {left} edit(s) left' if left else ''}")
 
 
-def status(checkpoint: _Path, json: _Json = False) -> None:
-    """Say whether a checkpoint is intact, edited, interrupted or busy, and list the edits that can be undone.
+def status(
+    checkpoint: _Path,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what the journal says; read no weights.")] = False,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Say whether a checkpoint is intact, edited, changed, interrupted or busy, and list the edits that can be undone.
 
-    Exit status: 0, or 1 if an edit was cut off or is going on: the files are then not to be read.
+    The bytes of every edit are compared with what it wrote. Exit status: 0, or 1 if something else has written there
+    since, or an edit was cut off or is going on: the files are then not what the edits made of them.
     """
-    with _refusals():
-        found = _opened(checkpoint).status
+    with _refusals(), _bar(quiet=quiet or json) as advance:
+        opened = _opened(checkpoint)
+        found = opened.status if quick else opened.check(advance)
         if json:
-            leftovers = [str(path) for path in found.leftovers]
-            print_json(
-                {"state": found.state, "edits": [_edition(entry) for entry in found.edits], "leftovers": leftovers}
-            )
+            told = {"undone": found.undone, "changed": found.changed, "leftovers": [*map(str, found.leftovers)]}
+            print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits], **told})
         else:
             print(f"{checkpoint}: {found.state}")
             for entry in found.edits:
-                print(f"  {_described(entry)}{'' if entry.is_done else ' - CUT OFF: run neutralize restore'}")
+                print(f"  {_described(entry)}{_remark(entry, found)}")
             for path in found.leftovers:
                 print(f"  {path}: left by a run that was killed; neutralize restore removes it")
-        if found.state in ("interrupted", "busy"):
+        if found.state in ("changed", "interrupted", "busy"):
             raise typer.Exit(1)
+
+
+def _remark(entry: Edition, found: Status) -> str:
+    if not entry.is_done:
+        return " - CUT OFF: run neutralize restore"
+    if entry.number in found.undone:
+        return " - NOT THERE: the old bytes are back, as if the file had been replaced; restore forgets the edit"
+    if entry.number in found.changed:
+        return " - CHANGED: something else has written there since; restore refuses, but for --force"
+    return ""
 
 
 def verify(

@@ -15,8 +15,10 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from neutralize.checkpoint.layout import Elements, Stored
+from neutralize.checkpoint.quantized.decode import AWQ_ORDER, Fp4, LookedUp, Packed, Scaled, Spread, Undecoded
 from neutralize.checkpoint.quantized.weight import (
     Axis,
+    Decoder,
     Exponents,
     Factor,
     Grid,
@@ -36,6 +38,10 @@ _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STATE_BYTES = 1 << 16
 _MOST_DIMS = 4
+_TRANSPOSED = (Axis(1), Axis(0))
+_PER_127TH = 7.874015718698502e-3
+"""A 127th, with the digits that bitsandbytes has."""
+
 _MOST_SHOWN = 6
 _Axes: TypeAlias = tuple[Axis, ...]
 _Fit = TypeVar("_Fit")
@@ -234,9 +240,13 @@ def _gptq(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
     zeros = source.part(f"{stem}qzeros", (torch.int32,), scales.shape[0], -(-columns * bits // 32))
     index = source.part(order[0].name, (torch.int32,)) if order else None
     axes = (Axis(1, group, index, source.settings.get("desc_act") is True), Axis(0))
-    return _by_scales(
-        weight, (columns, rows), f"GPTQ {bits} bit, groups of {group}", (codes, zeros, scales, *order), scales, axes
-    )
+    packing = source.settings.get("checkpoint_format", "gptq")
+    points = Spread(Packed(zeros, bits, 1, columns, carry=int(packing == "gptq")), axes)  # the first version stores -1
+    decoder: Decoder = Scaled(Spread(Packed(codes, bits, 0, rows), _TRANSPOSED), (Factor(_grid(scales, axes)),), points)
+    if packing not in ("gptq", "gptq_v2"):
+        decoder = Undecoded(f"the checkpoint_format {packing!r}, not 'gptq' or 'gptq_v2'")
+    encoding, parts = f"GPTQ {bits} bit, groups of {group}", (codes, zeros, scales, *order)
+    return _by_scales(weight, (columns, rows), encoding, parts, scales, axes, decoder)
 
 
 def _awq(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
@@ -254,15 +264,25 @@ def _awq(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
     if settings.get("zero_point", True) or zeros:
         zeros = (source.part(f"{stem}qzeros", (torch.int32,), scales.shape[0], packed),)
     axes = (Axis(1, group), Axis(0))
-    return _by_scales(weight, (rows, columns), f"AWQ 4 bit, groups of {group}", (codes, *zeros, scales), scales, axes)
+    points = Spread(Packed(zeros[0], bits, 1, rows, AWQ_ORDER), axes) if zeros else None
+    numbers = Packed(codes, bits, 1, rows, AWQ_ORDER, bias=0 if zeros else 1 << (bits - 1))
+    decoder = Scaled(Spread(numbers, _TRANSPOSED), (Factor(_grid(scales, axes)),), points)
+    encoding, parts = f"AWQ 4 bit, groups of {group}", (codes, *zeros, scales)
+    return _by_scales(weight, (rows, columns), encoding, parts, scales, axes, decoder)
 
 
 def _by_scales(
-    weight: str, shape: tuple[int, ...], encoding: str, parts: tuple[Elements, ...], scales: Elements, axes: _Axes
+    weight: str,
+    shape: tuple[int, ...],
+    encoding: str,
+    parts: tuple[Elements, ...],
+    scales: Elements,
+    axes: _Axes,
+    decoder: Decoder,
 ) -> Quantized:
     """A weight that is zero where its scales are, and nowhere else for sure: its codes have zero points."""
     grid = _grid(scales, axes)
-    return Quantized(weight, shape, encoding, parts, (Zero(grid),), (Factor(grid),))
+    return Quantized(weight, shape, encoding, parts, (Zero(grid),), (Factor(grid),), decoder)
 
 
 def _bitsandbytes_int8(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
@@ -275,8 +295,10 @@ def _bitsandbytes_int8(source: _Checkpoint, anchor: str, weight: str) -> Quantiz
     if order and source.number(order[0].name, torch.uint8):
         raise Unfit(f"tiles of a GPU, by {order[0].name!r}, not rows")
     factor = Factor(_grid(scales, (Axis(0),)))
-    zeros = (Zero(factor.grid), Zero(_grid(codes, (Axis(0), Axis(1))), beside=(factor,)))
-    return Quantized(weight, (rows, columns), "bitsandbytes int8", (codes, scales, *order), zeros, (factor,))
+    axes = (Axis(0), Axis(1))
+    zeros = (Zero(factor.grid), Zero(_grid(codes, axes), beside=(factor,)))
+    decoder = Scaled(Spread(codes, axes), (factor,), factor=_PER_127TH)
+    return Quantized(weight, (rows, columns), "bitsandbytes int8", (codes, scales, *order), zeros, (factor,), decoder)
 
 
 def _bitsandbytes_4bit(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
@@ -296,29 +318,30 @@ def _bitsandbytes_4bit(source: _Checkpoint, anchor: str, weight: str) -> Quantiz
     if codes.regions[0].nbytes != -(-numel // (2 * codes.dtype.itemsize)) * codes.dtype.itemsize:
         raise Unfit(f"{codes.regions[0].nbytes} bytes for {numel} codes of 4 bit in {weight!r}")
     blocks = -(-numel // block)
-    parts = [codes, source.part(anchor, (torch.uint8,)), source.part(f"{weight}.quant_map", (torch.float32,), 16)]
+    text, table = source.part(anchor, (torch.uint8,)), source.part(f"{weight}.quant_map", (torch.float32,), 16)
+    parts = [codes, text, table]
     if "nested_offset" not in state:
         scales = source.part(f"{weight}.absmax", (torch.float32,), blocks)
         single = _flat(scales, size, block, 4)
         factor: Multiplier = Factor(single)
         zeros = [Zero(single)]
         parts.append(scales)
+        decoder = LookedUp(codes, table, scales, block)
     else:
         offset, inner = state["nested_offset"], state.get("nested_blocksize")
         if type(offset) is not float or not math.isfinite(offset) or type(inner) is not int or inner < 1:
             raise Unfit(f"no finite nested_offset and nested_blocksize in {anchor!r}")
         scales = source.part(f"{weight}.nested_absmax", (torch.float32,), -(-blocks // inner))
-        factor = Nested(Factor(_grid(scales, (Axis(0),))), parts[1])
+        factor = Nested(Factor(_grid(scales, (Axis(0),))), text)
         zeros = []
-        parts += [
-            source.part(f"{weight}.absmax", (torch.uint8,), blocks),
-            source.part(f"{weight}.nested_quant_map", (torch.float32,), 256),
-            scales,
-        ]
+        places = source.part(f"{weight}.absmax", (torch.uint8,), blocks)
+        values = source.part(f"{weight}.nested_quant_map", (torch.float32,), 256)
+        parts += [places, values, scales]
+        decoder = LookedUp(codes, table, places, block, (values, scales, text))
     zero_code = {"nf4": 0x77, "fp4": 0x00}[kind]  # quant_map[7] = 0 twice, and quant_map[0] = 0
     zeros.append(Zero(_flat(codes, size, 2, 1), zero_code, (factor,)))
     encoding = f"bitsandbytes {kind}, blocks of {block}" + (", nested" if "nested_offset" in state else "")
-    return Quantized(weight, size, encoding, tuple(parts), tuple(zeros), (factor,))
+    return Quantized(weight, size, encoding, tuple(parts), tuple(zeros), (factor,), decoder)
 
 
 def _compressed(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
@@ -362,13 +385,32 @@ def _compressed_packed(source: _Checkpoint, packed: Elements, weight: str) -> Qu
         byte = sum(1 << (first + bits - 1) for first in range(0, 8, bits))
         codes = Grid(packed, (*packed.shape[:-1], packed.shape[-1] * 4), 1, _rows(shape, 8 // bits))
         zeros.append(Zero(codes, byte, (factor,)))
+    numbers = Packed(packed, bits, len(shape) - 1, shape[-1], bias=1 << (bits - 1))
+    decoder = _counted(Spread(numbers, _rows(shape, 1)), factor, points, bits, shape)
     parts = (packed, shape_of, scales, *order, *points)
-    return Quantized(weight, shape, f"compressed-tensors int{bits}, packed", parts, tuple(zeros), (factor,))
+    return Quantized(weight, shape, f"compressed-tensors int{bits}, packed", parts, tuple(zeros), (factor,), decoder)
+
+
+def _counted(codes: Spread, factor: Factor, points: tuple[Elements, ...], bits: int, shape: tuple[int, ...]) -> Decoder:
+    """What integers of compressed-tensors stand for, that are counted from zero points if there are some."""
+    if not points:
+        return Scaled(codes, (factor,))
+    (point,), scales = points, factor.grid.tensor
+    if point.dtype == torch.int8 and point.shape == scales.shape:
+        return Scaled(codes, (factor,), Spread(point, factor.grid.axes))
+    dim = len(shape) - 2
+    packed = (*shape[:dim], -(-shape[dim] * bits // 32), *scales.shape[dim + 1 :])
+    if point.dtype == torch.int32 and point.shape == packed and len(point.pieces) == 1:
+        numbers = Packed(point, bits, dim, shape[dim], bias=1 << (bits - 1))
+        return Scaled(codes, (factor,), Spread(numbers, factor.grid.axes))
+    return Undecoded(f"{list(point.shape)} of {point.encoding} for {point.name!r}")
 
 
 def _compressed_int8(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
     """Codes in int8: ``(code - zero) * scale``."""
     codes = source.part(anchor, (torch.int8,))
+    if len(codes.shape) < 2:
+        raise Unfit(f"the shape {list(codes.shape)} for {anchor!r}")
     scales = source.part(f"{weight}_scale", _FLOATS)
     fits = {axes for scheme in source.schemes("int") for axes in _scheme_axes(scheme, codes.shape, scales)}
     factor = Factor(_grid(scales, _only(fits, scales)))
@@ -376,8 +418,9 @@ def _compressed_int8(source: _Checkpoint, anchor: str, weight: str) -> Quantized
     zeros = [Zero(factor.grid)]
     if not points:
         zeros.append(Zero(_grid(codes, _rows(codes.shape, 1)), beside=(factor,)))
+    decoder = _counted(Spread(codes, _rows(codes.shape, 1)), factor, points, 8, codes.shape)
     parts = (codes, scales, *points)
-    return Quantized(weight, codes.shape, "compressed-tensors int8", parts, tuple(zeros), (factor,))
+    return Quantized(weight, codes.shape, "compressed-tensors int8", parts, tuple(zeros), (factor,), decoder)
 
 
 def _fp8(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
@@ -399,11 +442,13 @@ def _fp8(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
         axes = _only(_scale_axes(codes.shape, scales.shape, _sizes(source.settings, "weight_block_size")), scales)
     grid = _grid(scales, axes)
     is_power = source.settings.get("scale_fmt") == "ue8m0"
-    factor: Multiplier = Exponents(grid) if scales.dtype in _E8M0 else Factor(grid, is_power=is_power)
-    zero = Zero(_grid(codes, _rows(codes.shape, 1)), beside=(factor,))
+    factor = Exponents(grid) if scales.dtype in _E8M0 else Factor(grid, is_power=is_power)
+    rows = _rows(codes.shape, 1)
+    zero = Zero(_grid(codes, rows), beside=(factor,))
     blocks = " x ".join(str(axis.per) for axis in axes if axis.dim is not None and axis.per > 1)
     encoding = f"FP8 {codes.encoding.removeprefix('float8_')}" + (f", blocks of {blocks}" if blocks else "")
-    return Quantized(weight, codes.shape, encoding, (codes, scales), (zero,), (factor,))
+    decoder = Scaled(Spread(codes, rows), (factor,))
+    return Quantized(weight, codes.shape, encoding, (codes, scales), (zero,), (factor,), decoder)
 
 
 def _modelopt_nvfp4(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
@@ -427,7 +472,8 @@ def _nvfp4(
     whole = Factor(_grid(shared, (Axis(),) * len(shared.shape)), is_divisor)
     local = Factor(_grid(scales, _rows(shape, 16)))
     zeros = (Zero(local.grid, beside=(whole,)), Zero(_grid(packed, _rows(shape, 2)), beside=(whole, local)))
-    return Quantized(weight, shape, "NVFP4", (packed, scales, shared), zeros, (whole, local))
+    decoder = Scaled(Spread(Fp4(packed), _rows(shape, 1)), (local, whole))
+    return Quantized(weight, shape, "NVFP4", (packed, scales, shared), zeros, (whole, local), decoder)
 
 
 def _mxfp4_experts(source: _Checkpoint, anchor: str, weight: str) -> Quantized:
@@ -447,7 +493,8 @@ def _mx(
     """A weight whose scales have no zero: its codes are made zero."""
     sizes = (*codes.shape[: len(axes) - 1], math.prod(codes.shape[len(axes) - 1 :]))
     zero = Zero(Grid(codes, sizes, 1, axes), beside=(exponents,))
-    return Quantized(weight, shape, encoding, (codes, exponents.grid.tensor), (zero,), (exponents,))
+    decoder = Scaled(Spread(Fp4(codes), tuple(Axis(axis.dim) for axis in axes)), (exponents,))
+    return Quantized(weight, shape, encoding, (codes, exponents.grid.tensor), (zero,), (exponents,), decoder)
 
 
 _MODELOPT = ("modelopt", "modelopt_fp4")

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -67,12 +67,21 @@ class Axis:
         """Return the range of cells that hold a range of indices, and maybe more."""
         return wanted[0] // self.per, -(-wanted[1] // self.per)
 
-    def _scattered(self, order: Elements, wanted: Span, size: int, cells: int, files: Files) -> list[Span]:
+    def cells(self, order: Elements, cells: int, files: Files) -> torch.Tensor:
+        """Return the cell of each index, int64.
+
+        Raises:
+            Unfit: there are no such cells.
+        """
         cell = order.read(files).long()
-        if not self.is_ordered and not torch.equal(cell, torch.arange(size) // self.per):
-            raise Unfit(f"{order.name!r} scatters the columns, and the configuration says that it does not")
         if int(cell.min()) < 0 or int(cell.max()) >= cells:
             raise Unfit(f"{order.name!r} names groups that do not exist")
+        return cell
+
+    def _scattered(self, order: Elements, wanted: Span, size: int, cells: int, files: Files) -> list[Span]:
+        cell = self.cells(order, cells, files)
+        if not self.is_ordered and not torch.equal(cell, torch.arange(size) // self.per):
+            raise Unfit(f"{order.name!r} scatters the columns, and the configuration says that it does not")
         inside = torch.zeros(cells, dtype=torch.bool)
         inside[cell[slice(*wanted)]] = True
         outside = torch.zeros(cells, dtype=torch.bool)
@@ -308,6 +317,18 @@ class Zero:
         return [Pattern(region, bytes([self.byte])) for region in regions]
 
 
+class Decoder(Protocol):
+    """What a weight's codes and scales stand for."""
+
+    def rows(self, span: Span, shape: tuple[int, ...], files: Files) -> torch.Tensor:
+        """Return some rows of a weight of a shape, float32.
+
+        Raises:
+            Unfit: that is not known.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A weight of several stored tensors.
@@ -319,6 +340,7 @@ class Quantized:
         parts: all that is stored of it.
         zeros: what makes it zero, the cheapest first.
         factors: what multiplies it, the most exact first.
+        decoder: what it stands for.
     """
 
     name: str
@@ -327,6 +349,7 @@ class Quantized:
     parts: tuple[Elements, ...]
     zeros: tuple[Zero, ...]
     factors: tuple[Multiplier, ...]
+    decoder: Decoder
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -337,6 +360,16 @@ class Quantized:
     def regions(self) -> tuple[Region, ...]:
         """Those of its parts."""
         return tuple(region for part in self.parts for region in part.regions)
+
+    def read(self, files: Files, span: Span | None = None) -> torch.Tensor:
+        """See ``Stored``: what the format's own decoder makes of it, float32."""
+        try:
+            return self.decoder.rows((0, self.shape[0]) if span is None else span, self.shape, files)
+        except Unfit as reason:
+            raise NeutralizeError(
+                f"checkpoint: expected a weight that can be decoded for {self.name!r} ({self.encoding}), got {reason}; "
+                "verify the loaded model"
+            ) from None
 
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """See ``Stored``: zero, or a multiple of what it was, of the whole weight or of a block of it."""
@@ -404,9 +437,16 @@ class Unknown:
         """The bytes of what is stored."""
         return self.elements.regions
 
+    def read(self, files: Files, span: Span | None = None) -> torch.Tensor:
+        """Refuse."""
+        raise self._refusal()
+
     def patches(self, edit: Edit, layout: Layout, files: Files) -> Sequence[Patch]:
         """Refuse."""
-        raise NeutralizeError(
+        raise self._refusal()
+
+    def _refusal(self) -> NeutralizeError:
+        return NeutralizeError(
             f"checkpoint: expected a known quantization format for {self.name!r} ({self.elements.encoding}), got "
             f"{self.reason}; dequantize the checkpoint first"
         )
