@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from neutralize import ops, reference
 from neutralize.distributed.folds import own_pairs, own_sums, total
 from neutralize.distributed.part import Block, Held, Part, Shard, Window, own_tensors, parts_of, whole_shape
-from neutralize.distributed.team import TIMEOUT, Team, TeamError, resharded, team_of
+from neutralize.distributed.team import Team, TeamError, resharded, team_of
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
-from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
+from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
 from neutralize.undo import Saved, Undo, overwrite_
 
@@ -422,7 +422,7 @@ def _write(
             added = reference.compute_dtype(bias.tensor.dtype)
             shifted = bias.pick(sums[edit]).to(bias.local.device, added).mul_(edit.shift).add_(bias.local.to(added))
             overwrite_(bias.local, shifted)
-    _rewrite(rewrites + [(edit, parts[edit.parameter]) for edit in folds if edit in sums])
+    rewrite_parts_(rewrites + [(edit, parts[edit.parameter]) for edit in folds if edit in sums])
     pairs = [(edit, *pair) for edit in folds if edit not in sums for pair in own_pairs(edit, *_of(edit, parts)) or ()]
     if pairs:
         ops.rescale_fold_(
@@ -439,7 +439,7 @@ def _write(
             overwrite_(part.local, copies[other])
 
 
-def _rewrite(edits: list[tuple[Rewrite | Fold, Part]]) -> None:
+def rewrite_parts_(edits: list[tuple[Rewrite | Fold, Part]]) -> None:
     """Rewrite blocks; of folds, whose biases are done, the weight is left to scale."""
     found = [(edit, placed, placed.window(part.local)) for edit, part in edits for placed in part.block(edit)]
     if found:

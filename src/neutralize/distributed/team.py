@@ -18,6 +18,7 @@ from torch import nn
 
 from neutralize.distributed.part import is_dtensor
 from neutralize.errors import NeutralizeError
+from neutralize.plan import TIMEOUT
 
 
 class TeamError(NeutralizeError):
@@ -25,9 +26,6 @@ class TeamError(NeutralizeError):
 
 
 Message = TypeVar("Message")
-
-TIMEOUT = 60.0
-"""Seconds that a process waits for the others."""
 
 _TALKING: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], float], Any]] = weakref.WeakKeyDictionary()
 """Per default group the groups that teams talk over: gloo ones, which keep to a timeout and need no GPU."""
