@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from neutralize import ops, reference
 from neutralize.distributed.folds import own_pairs, own_sums, total
 from neutralize.distributed.part import Block, Held, Part, Shard, Window, own_tensors, parts_of, whole_shape
-from neutralize.distributed.team import Team, TeamError, resharded, team_of
+from neutralize.distributed.team import Team, TeamError, team_of
+from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
@@ -138,7 +139,7 @@ def apply_plan(
         saved = [entry for edit, name in _first_writes(plan.edits) for entry in _save(parts[name], edit, name)]
         undo = Undo(saved, plan.digest, module)
         own = _intent(plan, parts, aliases)
-        intents = [own] if team is None else _agreed(team.exchange("apply", own, None))
+        intents = [own] if team is None else _agreed(team.exchange("apply", "its begin", own))
         try:
             copies = {edit: _copied(edit, parts, intents) for edit in plan.edits if isinstance(edit, Copy)}
             lacking = frozenset().union(*(intent.lacking for intent in intents))
@@ -153,7 +154,7 @@ def apply_plan(
                         entry.tensor.requires_grad_(False)
                         entry.tensor.grad = None  # an optimizer steps whatever has a gradient, frozen or not
             if team is not None:
-                team.exchange("apply", None, None)  # all have written
+                team.exchange("apply", "its end", None)  # all have written
         except BaseException:
             undo.restore()
             raise
@@ -206,7 +207,8 @@ def _summed(
 ) -> dict[Fold, torch.Tensor]:
     """The row sums of folds over the elements of all processes, (out,) in float64."""
     folds = [edit for number in numbers if isinstance(edit := plan.edits[number], Fold)]
-    answers = team.exchange("apply", [own_sums(edit, parts[edit.parameter]) for edit in folds], None)
+    own = [own_sums(edit, parts[edit.parameter]) for edit in folds]
+    answers = team.exchange("apply", f"the sums for edit {numbers[0]}", own)
     return {
         edit: total([sums[place] for sums in answers], [intent.held[edit.parameter] for intent in intents], edit)
         for place, edit in enumerate(folds)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, own_inputs, placed_inputs, trace
+from neutralize.distributed.wrapped import as_whole
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, part_of
 from neutralize.plan import Assign, Copy, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
@@ -380,7 +381,8 @@ def plan(
         if checkpoint is not None:
             model = checkpoint.model
     module = unwrap(model)
-    return drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
+    with as_whole(module):
+        return drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
 
 
 def drafted(request: Request, chosen: Strategy) -> Plan:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 
@@ -109,6 +110,9 @@ class Undo:
         Raises:
             NeutralizeError: a tensor was replaced, or its dtype or shape changed; nothing was put back.
         """
+        model = self._model()
+        if model is not None:
+            resharded(model)
         self._check()
         for entry in self._saved:  # in any order: all were taken before the first write
             overwrite_(entry.block(entry.tensor.detach()), entry.values)

@@ -7,7 +7,7 @@ once more when all are done. A process that fails, dies or comes too late is so 
 from __future__ import annotations
 
 import datetime
-import weakref
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -27,12 +27,12 @@ class TeamError(NeutralizeError):
 
 Message = TypeVar("Message")
 
-_TALKING: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], float], Any]] = weakref.WeakKeyDictionary()
-"""Per default group the groups that teams talk over: gloo ones, which keep to a timeout and need no GPU."""
+_COUNTS: dict[tuple[int, ...], int] = {}
+"""How many times each set of ranks has exchanged messages; never reset, for a store may outlive a process group."""
 
 
 class Team:
-    """Processes that act together.
+    """Processes that act together. They talk over the store through which the process group came together.
 
     Attributes:
         ranks: their ranks in the default group, in order.
@@ -44,41 +44,52 @@ class Team:
         self.ranks = tuple(sorted(ranks))
         self.timeout = timeout
 
-    @property
-    def place(self) -> int:
-        """The number of this process among the members, from 0."""
-        return self.ranks.index(dist.get_rank())
-
-    def exchange(self, op: str, message: Message, problem: str | None) -> list[Message]:
+    def exchange(self, op: str, stage: str, message: Message, problem: str | None = None) -> list[Message]:
         """Hand a message to all members and return theirs, in the order of their ranks.
 
         Args:
             op: what is going on, for the error.
+            stage: how far it has come; all members must be at the same.
             message: anything that pickles, small.
             problem: why this process cannot go on, or ``None``.
 
         Raises:
-            TeamError: a member has a problem, or did not answer in time; every member gets the error.
+            TeamError: a member has a problem, is elsewhere, or did not answer in time; every member gets the error.
         """
-        answers: list[Any] = [None] * len(self.ranks)
+        number = _COUNTS[self.ranks] = _COUNTS.get(self.ranks, 0) + 1
+        store = _store(f"neutralize/{'.'.join(map(str, self.ranks))}")
+        rank = dist.get_rank()
+        waited = datetime.timedelta(seconds=self.timeout)
+        keys = [f"{number}/{member}" for member in self.ranks]
         try:
-            dist.all_gather_object(answers, (message, problem), group=self._group())
-        except (RuntimeError, ValueError) as error:  # gloo and the store raise RuntimeErrors of several kinds
-            self._forget()
+            store.set(f"{number}/{rank}", pickle.dumps((stage, message, problem)))
+            store.wait(keys, waited)
+            if store.check([f"{number}/given up"]):
+                raise RuntimeError("another process has given up waiting")
+            answers = [pickle.loads(answer) for answer in store.multi_get(keys)]
+            store.delete_key(f"{number - 1}/{rank}")  # all have read it, or they would not have answered
+        except RuntimeError as error:  # a timeout, or the store is gone with the process that holds it
+            with suppress(RuntimeError):
+                store.set(f"{number}/given up", b"")
             raise TeamError(
                 f"{op}: expected an answer of all {len(self.ranks)} processes within {self.timeout:g} s, got none of "
-                f"some ({str(error).splitlines()[0][:200]}); nothing was left written here: look at the other "
-                "processes"
+                f"some ({str(error).strip().splitlines()[0][:120]}); nothing was written: look at the other processes"
             ) from error
-        problems = [(rank, said) for rank, (_, said) in zip(self.ranks, answers, strict=True) if said is not None]
+        problems = {member: said for member, (_, _, said) in zip(self.ranks, answers, strict=True) if said is not None}
+        texts = set(problems.values())
+        if len(texts) == 1:
+            where = "" if len(problems) == len(self.ranks) else f" [rank {', '.join(map(str, problems))}]"
+            raise TeamError(f"{texts.pop()}{where}")
         if problems:
-            texts = {said for _, said in problems}
-            if len(texts) == 1:
-                where = "all processes" if len(problems) == len(self.ranks) else f"rank {_listed(problems)}"
-                raise TeamError(f"{texts.pop()} [on {where}]")
-            listing = "".join(f"\n  - rank {rank}: {said}" for rank, said in problems)
-            raise TeamError(f"{op}: expected every process to be able to, got problems:{listing}")
-        return [said for said, _ in answers]
+            listing = "".join(f"\n  - rank {member}: {said}" for member, said in problems.items())
+            raise TeamError(f"{op}: expected every process to be able to, got {len(problems)} problems:{listing}")
+        stages = {said for said, _, _ in answers}
+        if len(stages) > 1:
+            raise TeamError(
+                f"{op}: expected all processes at the same point, got {' and '.join(sorted(stages))}; make the same "
+                "calls in the same order in each"
+            )
+        return [said for _, said, _ in answers]
 
     @contextmanager
     def telling(self, op: str) -> Iterator[None]:
@@ -89,28 +100,15 @@ class Team:
             raise
         except BaseException as error:
             with suppress(TeamError):
-                self.exchange(op, None, str(error) or type(error).__name__)
+                self.exchange(op, "", None, str(error) or type(error).__name__)
             raise
 
-    def _group(self) -> Any:
-        known = _TALKING.setdefault(dist.group.WORLD, {})
-        key = (self.ranks, self.timeout)
-        if key not in known:
-            known[key] = dist.new_group(
-                list(self.ranks),
-                timeout=datetime.timedelta(seconds=self.timeout),
-                backend="gloo",
-                use_local_synchronization=True,
-            )
-        return known[key]
 
-    def _forget(self) -> None:
-        """Do not use the group again: messages of a failed exchange may still be under way in it."""
-        _TALKING.get(dist.group.WORLD, {}).pop((self.ranks, self.timeout), None)
+def _store(prefix: str) -> Any:
+    """The store of the default process group, for keys of our own."""
+    from torch.distributed import distributed_c10d
 
-
-def _listed(problems: list[tuple[int, str]]) -> str:
-    return ", ".join(str(rank) for rank, _ in problems)
+    return distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
 
 
 def team_of(
@@ -139,14 +137,3 @@ def team_of(
             if is_dtensor(tensor):
                 ranks.update(tensor.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
     return Team(ranks, timeout) if len(ranks) > 1 else None
-
-
-def resharded(model: nn.Module) -> None:
-    """Let FSDP2 put its shards in place, where it keeps whole parameters between a forward pass and the next."""
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
