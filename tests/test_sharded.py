@@ -8,12 +8,14 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from edits import Every, every_edit, made_live, same_bits
 from networks import GatedBlock, perturbed
 from ranks import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -205,6 +207,7 @@ STRATEGIES = {
     "incoming": ("layers[1]", "auto", {"edit": "incoming"}),
     "zero": ("layers[1].down", "zero", {}),
     "damp": ("layers[1]", "damp", {"factor": 0.25}),
+    "a head": ("layers[1].heads[2]", "auto", {}),
 }
 
 
@@ -256,6 +259,125 @@ def test_a_sharded_model_is_planned_for_written_and_restored(four, wrap, strateg
             "restored": True,
         }
         assert answer["off"] or not exact
+
+
+def experts_off():
+    """One expert of a mixture in fused 3-D parameters, sharded along any of its dimensions."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    whole = perturbed(MixtralForCausalLM(config))
+    plan = nz.plan(whole, "model.layers[1].mlp.experts[1]")
+    expected = copy.deepcopy(whole)
+    plan.apply(expected)
+    found = []
+    for dim in range(3):
+        model = copy.deepcopy(whole)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p, dim=dim: Shard(min(dim, p.dim() - 1)))
+        undo = plan.apply(model)
+        same = same_bits(whole_of(model), dict(expected.state_dict()))
+        undo.restore()
+        found.append((same, same_bits(whole_of(model), dict(whole.state_dict()))))
+    return found
+
+
+def test_an_expert_of_a_fused_mixture_is_off_on_any_sharding(two):
+    assert two.run(experts_off) == [[(True, True)] * 3] * 2
+
+
+def saved_and_loaded(folder):
+    """The undo in a file per process; the edited model saved sharded, and loaded sharded otherwise."""
+    rank = dist.get_rank()
+    model = as_fsdp(stack())
+    before = whole_of(model)
+    plan = nz.plan(model, "layers[1]", edit="outgoing", example_inputs=torch.ones(1, 3, 16))
+    plan.apply(model).save(folder / f"undo-{rank}.pt")
+    after = whole_of(model)
+    checkpoint.save(model.state_dict(), checkpoint_id=folder / "saved")
+    other = stack()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in other.layers:
+        parallelize_module(layer, mesh, {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()})
+    state = other.state_dict()
+    checkpoint.load(state, checkpoint_id=folder / "saved")
+    carried = same_bits(whole_of(other), after)
+    nz.Undo.load(folder / f"undo-{rank}.pt", model).restore()
+    text = failure(lambda: nz.Undo.load(folder / f"undo-{rank}.pt", other))
+    return carried, same_bits(whole_of(model), before), text
+
+
+def test_an_edited_model_is_saved_loaded_and_restored_by_each_process(two, tmp_path):
+    for carried, restored, text in two.run(saved_and_loaded, tmp_path):
+        assert carried
+        assert restored
+        assert "sharded as it was" in text
+
+
+class Embedded(nn.Module):
+    """The first stage of a pipeline: its parameters have the names that they have in the whole model."""
+
+    def __init__(self, whole, layers):
+        super().__init__()
+        self.embed = whole.embed
+        self.layers = nn.ModuleDict({str(number): whole.layers[number] for number in layers})
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+class Headed(nn.Module):
+    """The last stage."""
+
+    def __init__(self, whole, layers):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(number): whole.layers[number] for number in layers})
+        self.head = whole.head
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.head(x)
+
+
+def pipelined(layers):
+    """Two stages in two processes, run by torch's own schedule."""
+    rank = dist.get_rank()
+    whole = stack()
+    x = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1))
+    plan = nz.plan(whole, layers, example_inputs=x)
+    expected = copy.deepcopy(whole)
+    plan.apply(expected)
+    module = Embedded(whole, [0]) if rank == 0 else Headed(whole, [1, 2])
+    stage = PipelineStage(module, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2)
+    undo = plan.apply(module, partial=True)
+    with torch.no_grad():
+        out = schedule.step(*([x] if rank == 0 else []))
+        same = rank == 0 or torch.allclose(out, expected(x), rtol=0, atol=1e-6)
+    wrong = failure(lambda: plan.apply(nn.Identity() if rank == 0 else module, partial=True))
+    undo.restore()
+    names = dict(stack().named_parameters())
+    return same, all(torch.equal(p, names[name]) for name, p in module.named_parameters()), wrong
+
+
+def test_stages_of_a_pipeline_write_what_they_hold(two):
+    for same, restored, wrong in two.run(pipelined, ["layers[0]", "layers[2]"]):
+        assert same
+        assert restored
+        assert "expected stages that hold all parameters of the plan, got none with 'layers.0.entry.weight'" in wrong
 
 
 # ---- failures: all processes raise, and none has written -------------------------------------------------------------

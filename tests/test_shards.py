@@ -96,22 +96,21 @@ def test_the_sums_of_the_parts_are_the_sums_of_the_whole(data):
     columns = tuple(ends) if groups == 1 and data.draw(st.booleans()) else None
     edit = Fold("w", "b", shape, "float32", 0.5, 1.0, transposed, columns, groups)
     whole = torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(1)).float()  # exact in any order
-    held, sums = [], []
+    sums = []
     for runs, local in held_by_all(whole, data.draw(cuts(shape))):
         part = part_with(local, shape, runs)
         for _ in range(data.draw(st.integers(1, 2))):  # replicas
-            held.append(part.held)
-            sums.append(own_sums(edit, part))
+            sums.append((part.held, own_sums(edit, part)))
     bias = torch.zeros(edit.bias_numel)
     for rows, own in edit.pairs(whole, bias):
         own += rows.flatten(1).sum(1)
-    assert torch.equal(total(sums, held, edit).float(), bias)
+    assert torch.equal(total(sums, edit).float(), bias)
 
 
 def test_parts_that_do_not_cover_the_weight_are_refused():
     edit = Fold("w", "b", (4, 4), "float32", 0.5, 1.0)
     part = part_with(torch.ones(2, 4), (4, 4), (((0, 2),), ((0, 4),)))
-    text = refusal(lambda: total([own_sums(edit, part)] * 2, [part.held] * 2, edit))
+    text = refusal(lambda: total([(part.held, own_sums(edit, part))] * 2, edit))
     assert "cover 'w' once, got 8 elements of 16" in text
 
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from neutralize import ops, reference
 from neutralize.distributed.folds import own_pairs, own_sums, total
-from neutralize.distributed.part import Block, Held, Part, Shard, Window, own_tensors, parts_of, whole_shape
+from neutralize.distributed.part import Block, Held, Part, Shard, Window, names_in, own_tensors, parts_of, whole_shape
 from neutralize.distributed.team import Team, TeamError, team_of
 from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
@@ -79,6 +79,7 @@ class _Intent:
 
     Attributes:
         digest: of the plan.
+        here: the edits that it writes, or writes a part of.
         begins: the edits that begin a batch.
         lacking: the folds whose sums need elements that other processes hold.
         held: which elements it holds of what is folded or copied, by name.
@@ -86,6 +87,7 @@ class _Intent:
     """
 
     digest: str
+    here: frozenset[int]
     begins: frozenset[int]
     lacking: frozenset[int]
     held: dict[str, Held]
@@ -98,6 +100,7 @@ def apply_plan(
     *,
     freeze: bool = False,
     shards: Mapping[str, Shard] | None = None,
+    partial: bool = False,
     group: Any = None,
     timeout: float = TIMEOUT,
 ) -> Undo:
@@ -109,8 +112,10 @@ def apply_plan(
         freeze: set ``requires_grad`` of the written parameters to false and drop their gradients, so that optimizers
             pass them over.
         shards: which parts of parameters this process holds in plain tensors, by name or by a glob with one ``*``.
+        partial: the model is one of the stages that the processes of the group have: edits of parameters that it lacks
+            are left to them.
         group: the process group whose members hold the model together; by default that of the DTensors' meshes, of
-            ``DistributedDataParallel``, or with ``shards`` all processes.
+            ``DistributedDataParallel``, or with ``shards`` or ``partial`` all processes.
         timeout: seconds to wait for the other processes.
 
     Returns:
@@ -124,30 +129,33 @@ def apply_plan(
     resharded(module)
     held, refused = offloaded(module)
     named = tensors_of(module) | held
-    team = team_of(model, named.values(), group, timeout, described=bool(shards))
+    team = team_of(model, named.values(), group, timeout, together=bool(shards) or partial)
     with nullcontext() if team is None else team.telling("apply"):
-        parts, problems = parts_of(plan, named, shards or {}, refused)
+        parts, problems = parts_of(plan, named, shards or {}, refused, partial=partial)
+        here = frozenset(number for number, edit in enumerate(plan.edits) if {*names_in(edit)} <= parts.keys())
+        edits = [plan.edits[number] for number in sorted(here)]
         aliases = aliases_of(own_tensors(named, parts))
-        problems += _problems(plan, parts, aliases) + _parted(plan, held, aliases)
-        problems += [*_unshared(plan, parts, team), *(_merged(plan, parts) if freeze else ())]
+        problems += [*_divided(plan, parts, partial=partial), *_problems(edits, plan.tied, parts, aliases)]
+        problems += [*_parted(plan, held, aliases), *(_alone(edits, parts) if team is None else ())]
+        problems += _merged(edits, parts) if freeze else ()
         if problems:
             problems = list(dict.fromkeys(problems))
             listing = "".join(f"\n  - {problem}" for problem in problems)
             raise NeutralizeError(
                 f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}"
             )
-        saved = [entry for edit, name in _first_writes(plan.edits) for entry in _save(parts[name], edit, name)]
+        saved = [entry for edit, name in _first_writes(edits) for entry in _save(parts[name], edit, name)]
         undo = Undo(saved, plan.digest, module)
-        own = _intent(plan, parts, aliases)
-        intents = [own] if team is None else _agreed(team.exchange("apply", "its begin", own))
+        own = _intent(plan, here, parts, aliases)
+        intents = _agreed(plan, [own] if team is None else team.exchange("apply", "its begin", own))
         try:
-            copies = {edit: _copied(edit, parts, intents) for edit in plan.edits if isinstance(edit, Copy)}
+            copies = {edit: _copied(edit, parts, intents) for edit in edits if isinstance(edit, Copy)}
             lacking = frozenset().union(*(intent.lacking for intent in intents))
-            for batch in _batches(plan.edits, frozenset().union(*(intent.begins for intent in intents))):
+            for batch in _batches(len(plan.edits), frozenset().union(*(intent.begins for intent in intents))):
                 sums = {}
                 if team is not None and lacking & set(batch):
                     sums = _summed(plan, sorted(lacking & set(batch)), parts, intents, team)
-                _write([plan.edits[number] for number in batch], parts, copies, sums)
+                _write([plan.edits[number] for number in batch if number in here], parts, copies, sums)
             if freeze:
                 for entry in saved:
                     if entry.tensor.requires_grad and entry.tensor.is_leaf:
@@ -162,11 +170,12 @@ def apply_plan(
     return undo
 
 
-def _intent(plan: Plan, parts: dict[str, Part], aliases: dict[str, tuple[str, ...]]) -> _Intent:
-    folds = {number: edit for number, edit in enumerate(plan.edits) if isinstance(edit, Fold)}
-    copied = {edit.source for edit in plan.edits if isinstance(edit, Copy)}
+def _intent(plan: Plan, here: frozenset[int], parts: dict[str, Part], aliases: dict[str, tuple[str, ...]]) -> _Intent:
+    folds = {number: edit for number in here if isinstance(edit := plan.edits[number], Fold)}
+    copied = {edit.source for number in here if isinstance(edit := plan.edits[number], Copy)}
     return _Intent(
         plan.digest,
+        here,
         _beginnings(plan.edits, aliases),
         frozenset(number for number, edit in folds.items() if own_pairs(edit, *_of(edit, parts)) is None),
         {name: parts[name].held for name in (*copied, *(edit.parameter for edit in folds.values()))},
@@ -174,13 +183,21 @@ def _intent(plan: Plan, parts: dict[str, Part], aliases: dict[str, tuple[str, ..
     )
 
 
-def _agreed(intents: list[_Intent]) -> list[_Intent]:
+def _agreed(plan: Plan, intents: list[_Intent]) -> list[_Intent]:
+    """The intents, if they are of one plan, and of all of it: what this finds every process finds."""
     digests = {intent.digest for intent in intents}
     if len(digests) > 1:
         raise TeamError(
             f"apply: expected the same plan in all {len(intents)} processes, got {len(digests)} different ones "
             f"({', '.join(sorted(digest[:12] for digest in digests))}); make it once and hand it on, or plan from the "
             "same model everywhere"
+        )
+    missing = set(range(len(plan.edits))).difference(*(intent.here for intent in intents))
+    if missing:
+        names = dict.fromkeys(name for number in sorted(missing) for name in plan.edits[number].parameters)
+        raise TeamError(
+            f"apply: expected stages that hold all parameters of the plan, got none with "
+            f"{', '.join(map(repr, list(names)[:8]))}; plan for this model, or name the group of all its stages"
         )
     return intents
 
@@ -195,10 +212,15 @@ def _copied(edit: Copy, parts: dict[str, Part], intents: list[_Intent]) -> torch
     if source.is_whole or source.held == target.held:
         values = edit.values(source.local)
         return target.pick(values) if source.is_whole else values
-    whole = torch.empty(edit.shape, dtype=source.tensor.dtype)
+    whole = torch.full(edit.shape, torch.nan, dtype=source.tensor.dtype)
     for intent in intents:
         if edit.source in intent.pieces:
             replace(source, runs=intent.held[edit.source]).put(whole, intent.pieces[edit.source])
+    if whole.isnan().any():  # its own were looked for before
+        raise NeutralizeError(
+            f"apply: expected parts that cover {edit.source!r}, got others; name the group of the processes that hold "
+            "the model"
+        )
     return target.pick(edit.values(whole))
 
 
@@ -207,23 +229,30 @@ def _summed(
 ) -> dict[Fold, torch.Tensor]:
     """The row sums of folds over the elements of all processes, (out,) in float64."""
     folds = [edit for number in numbers if isinstance(edit := plan.edits[number], Fold)]
-    own = [own_sums(edit, parts[edit.parameter]) for edit in folds]
+    own = [own_sums(edit, parts[edit.parameter]) if {*edit.parameters} <= parts.keys() else None for edit in folds]
     answers = team.exchange("apply", f"the sums for edit {numbers[0]}", own)
     return {
-        edit: total([sums[place] for sums in answers], [intent.held[edit.parameter] for intent in intents], edit)
+        edit: total(
+            [
+                (intent.held[edit.parameter], part)
+                for intent, sums in zip(intents, answers, strict=True)
+                if (part := sums[place]) is not None
+            ],
+            edit,
+        )
         for place, edit in enumerate(folds)
     }
 
 
-def _problems(plan: Plan, parts: dict[str, Part], aliases: dict[str, tuple[str, ...]]) -> list[str]:
-    accepted = [set(group) for group in plan.tied]
+def _problems(
+    edits: list[Edit], tied: tuple[tuple[str, ...], ...], parts: dict[str, Part], aliases: dict[str, tuple[str, ...]]
+) -> list[str]:
+    accepted = [set(group) for group in tied]
     problems: list[str] = []
-    for edit in plan.edits:
+    for edit in edits:
         for name in edit.parameters:
-            if name not in parts:
-                continue  # said already
             problems.extend(_tensor_problems(edit, name, parts[name]))
-            if isinstance(edit, Copy) and edit.source in parts:
+            if isinstance(edit, Copy):
                 problems.extend(_source_problems(edit, parts[edit.source]))
             foreign = set(aliases[name]) - {name}
             if foreign and not any({name, *foreign} <= group for group in accepted):
@@ -232,17 +261,16 @@ def _problems(plan: Plan, parts: dict[str, Part], aliases: dict[str, tuple[str, 
                     f"expected {name!r} to be no other layer's, got a tensor that is also {others}; untie them first "
                     "(clone the parameter), or select both layers"
                 )
-    complete = all(name in parts for edit in plan.edits for name in edit.parameters)
-    return problems or (list(_overflows(plan, parts)) if complete else [])
+    return problems or list(_overflows(edits, parts))
 
 
-def _overflows(plan: Plan, parts: dict[str, Part]) -> Iterator[str]:
+def _overflows(edits: list[Edit], parts: dict[str, Part]) -> Iterator[str]:
     """Weights that a rescale would take out of a format of a small range: the plan may be of other weights, or of none.
 
     What the plan sets itself and then rescales is checked when it is made.
     """
     written: set[str] = set()
-    for edit in plan.edits:
+    for edit in edits:
         weight = parts[edit.parameter]
         limit = torch.finfo(weight.tensor.dtype).max
         rescales = isinstance(edit, Fold) or (isinstance(edit, Rewrite) and abs(edit.scale) > 1)
@@ -280,17 +308,25 @@ def _parted(plan: Plan, held: dict[str, torch.Tensor], aliases: dict[str, tuple[
     ]
 
 
-def _unshared(plan: Plan, parts: dict[str, Part], team: Team | None) -> Iterator[str]:
+def _divided(plan: Plan, parts: dict[str, Part], *, partial: bool) -> Iterator[str]:
+    """Edits of which a stage holds one parameter and lacks another."""
+    for edit in plan.edits if partial else ():
+        lacking = [name for name in names_in(edit) if name not in parts]
+        if 0 < len(lacking) < len(names_in(edit)):
+            yield (
+                f"expected all parameters of '{edit.describe()}' in one stage, got one without {lacking[0]!r}; cut the "
+                "stages elsewhere"
+            )
+
+
+def _alone(edits: list[Edit], parts: dict[str, Part]) -> Iterator[str]:
     """Edits that need elements of other processes, where there are none to ask."""
-    for edit in plan.edits if team is None else ():
-        names = {*edit.parameters, *([edit.source] if isinstance(edit, Copy) else [])}
-        if not names <= parts.keys() or isinstance(edit, Rewrite | Assign):
-            continue
+    for edit in edits:
+        lacks = False
         if isinstance(edit, Fold):
             lacks = own_pairs(edit, *_of(edit, parts)) is None
-        else:
-            source = parts[edit.source]
-            lacks = not source.is_whole and source.held != parts[edit.parameter].held
+        elif isinstance(edit, Copy):
+            lacks = not parts[edit.source].is_whole and parts[edit.source].held != parts[edit.parameter].held
         if lacks:
             yield (
                 f"expected the other parts for '{edit.describe()}', got a process on its own; start the processes "
@@ -298,10 +334,10 @@ def _unshared(plan: Plan, parts: dict[str, Part], team: Team | None) -> Iterator
             )
 
 
-def _merged(plan: Plan, parts: dict[str, Part]) -> Iterator[str]:
+def _merged(edits: list[Edit], parts: dict[str, Part]) -> Iterator[str]:
     """Parameters that cannot be frozen alone."""
-    for name in plan.parameters:
-        if name in parts and parts[name].inside != Window():
+    for name in (name for edit in edits for name in edit.parameters):
+        if parts[name].inside != Window():
             yield f"expected a tensor of its own for {name!r} to freeze, got a part of another; leave freeze out"
 
 
@@ -402,14 +438,14 @@ def _beginnings(edits: tuple[Edit, ...], aliases: dict[str, tuple[str, ...]]) ->
         if number == 0 or type(edit) is not type(edits[number - 1]) or touched & set(edit.parameters):
             begins.add(number)
             touched = set()
-        touched.update(alias for name in edit.parameters for alias in aliases[name])
+        touched.update(alias for name in edit.parameters for alias in aliases.get(name, (name,)))
     return frozenset(begins)
 
 
-def _batches(edits: tuple[Edit, ...], begins: frozenset[int]) -> Iterator[list[int]]:
+def _batches(count: int, begins: frozenset[int]) -> Iterator[list[int]]:
     """The numbers of edits that are written together, each batch by one call of an op."""
     starts = sorted(begins)
-    for first, last in zip(starts, [*starts[1:], len(edits)], strict=False):
+    for first, last in zip(starts, [*starts[1:], count], strict=False):
         yield list(range(first, last))
 
 

@@ -533,6 +533,7 @@ class Plan:
         *,
         freeze: bool = False,
         shards: Mapping[str, Shard] | None = None,
+        partial: bool = False,
         group: Any = None,
         timeout: float = TIMEOUT,
     ) -> Undo: ...
@@ -546,16 +547,18 @@ class Plan:
         *,
         freeze: bool = False,
         shards: Mapping[str, Shard] | None = None,
+        partial: bool = False,
         group: Any = None,
         timeout: float = TIMEOUT,
     ) -> Undo | FileUndo:
         """Write the edits into ``model``, after everything was checked.
 
-        Where several processes hold the model (parameters that are DTensors, a model in ``DistributedDataParallel``,
-        or ``shards``), all of them call this. None writes before all have the same plan and are able to; if one fails
-        or does not answer, all raise, and what was written is put back. Rewrites and assignments give the bits of the
-        whole model, on any sharding, and so do folds whose inputs are not sharded; a sum over sharded inputs is taken
-        in float64, each process's own first and these in the order of the ranks, and rounded once.
+        Where several processes hold the model (its parameters are DTensors, it is in ``DistributedDataParallel``, or
+        ``shards`` or ``partial`` are given), all of them call this. None writes before all have the same plan and are
+        able to; if one fails or does not answer, all raise, and what was written is put back. Rewrites and assignments
+        give the bits of the whole model, on any sharding, and so do folds whose inputs are not sharded; a sum over
+        sharded inputs is taken in float64, each process's own first and these in the order of the ranks, and rounded
+        once.
 
         Args:
             model: the model planned for, or one with the same parameters (names, shapes, dtypes); or a checkpoint, or
@@ -563,8 +566,10 @@ class Plan:
             freeze: of a model: also set ``requires_grad`` of what is written to false; ``restore`` puts that back too.
             shards: of a model: which parts of parameters this process holds in plain tensors, as inference engines
                 keep them; by name of the parameter, or by a glob with one ``*``.
+            partial: of a model: it is one stage of a pipeline; edits of parameters that it lacks are left to the other
+                stages, and it is an error if no stage has them.
             group: of a model: the process group whose members hold it together, if it is not to be taken from its
-                DTensors; with ``shards``, all processes by default.
+                DTensors; with ``shards`` or ``partial`` all processes by default.
             timeout: seconds to wait for the other processes.
 
         Returns:
@@ -581,7 +586,7 @@ class Plan:
                 return checkpoint.apply(self)
         from neutralize.apply import apply_plan
 
-        return apply_plan(self, model, freeze=freeze, shards=shards, group=group, timeout=timeout)
+        return apply_plan(self, model, freeze=freeze, shards=shards, partial=partial, group=group, timeout=timeout)
 
     @contextmanager
     def applied(

@@ -76,26 +76,26 @@ def _located(runs: Runs) -> list[tuple[Run, Run]]:
     return out
 
 
-def total(sums: Sequence[torch.Tensor], held: Sequence[Held], edit: Fold) -> torch.Tensor:
+def total(sums: Sequence[tuple[Held, torch.Tensor]], edit: Fold) -> torch.Tensor:
     """Add the sums of all processes in the order of their ranks; what several hold is counted once.
 
     Args:
-        sums: (out,) float64, one per process.
-        held: what each of them holds of the weight.
+        sums: for each process which elements of the weight it holds, and their sums (out,) in float64.
         edit: the fold.
 
     Raises:
         NeutralizeError: the parts do not cover the weight once.
     """
-    added, covered, seen = torch.zeros_like(sums[0]), 0, set()
-    for own, part in zip(sums, held, strict=True):
-        if part not in seen:
-            seen.add(part)
-            added += own
-            covered += math.prod(sum(size for _, size in dim) for dim in part)
+    distinct: dict[Held, torch.Tensor] = {}
+    for held, part in sums:
+        distinct.setdefault(held, part)
+    covered = sum(math.prod(sum(size for _, size in dim) for dim in held) for held in distinct)
     if covered != math.prod(edit.shape):
         raise NeutralizeError(
             f"apply: expected parts that cover {edit.parameter!r} once, got {covered} elements of "
             f"{math.prod(edit.shape)} in parts that differ; name the group of the processes that hold the model"
         )
+    added = torch.zeros(edit.bias_numel, dtype=torch.float64)
+    for part in distinct.values():
+        added += part
     return added

@@ -260,8 +260,18 @@ def whole_shape(edit: Edit, name: str) -> tuple[int, ...]:
     return (edit.bias_numel,) if isinstance(edit, Fold) and name == edit.bias else edit.shape
 
 
+def names_in(edit: Edit) -> tuple[str, ...]:
+    """The parameters that an edit writes, and the one that it copies."""
+    return (*edit.parameters, edit.source) if isinstance(edit, Copy) else edit.parameters
+
+
 def parts_of(
-    plan: Plan, named: Mapping[str, torch.Tensor], shards: Mapping[str, Shard], refused: Mapping[str, str]
+    plan: Plan,
+    named: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard],
+    refused: Mapping[str, str],
+    *,
+    partial: bool = False,
 ) -> tuple[dict[str, Part], list[str]]:
     """Find the parts that this process holds of the parameters that a plan writes or copies.
 
@@ -270,18 +280,19 @@ def parts_of(
         named: the process's own tensors.
         shards: which parts are held in plain tensors, by name of the parameter or by a glob with one ``*``.
         refused: names that cannot be written, with the reasons.
+        partial: the tensors are those of one stage: a parameter without a tensor is another stage's.
 
     Returns:
-        The parts by name, and for each name without one the reason.
+        The parts by name, and for each other name of this process's the reason why there is none.
     """
     parts: dict[str, Part] = {}
     problems: dict[str, str] = {}
     for edit in plan.edits:
-        for name in (*edit.parameters, *([edit.source] if isinstance(edit, Copy) else [])):
-            if name in parts or name in problems:
-                continue
+        for name in names_in(edit):
             shard, where = _described(shards, name)
             tensor = named.get(where)
+            if name in parts or name in problems or (partial and tensor is None):
+                continue
             if name in refused:
                 problems[name] = refused[name]
             elif tensor is None and shard is None:

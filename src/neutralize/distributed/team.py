@@ -112,7 +112,7 @@ def _store(prefix: str) -> Any:
 
 
 def team_of(
-    model: object, tensors: Iterable[torch.Tensor], group: Any, timeout: float, *, described: bool = False
+    model: object, tensors: Iterable[torch.Tensor], group: Any, timeout: float, *, together: bool = False
 ) -> Team | None:
     """Return the processes that hold a model together; ``None`` if this one is alone.
 
@@ -121,7 +121,7 @@ def team_of(
         tensors: of the model.
         group: a process group that the caller names, or ``None``: that of the DTensors' meshes.
         timeout: in seconds.
-        described: whether the caller describes shards, of all processes if there is no ``group``.
+        together: whether the caller says that processes hold it together: all of them if there is no ``group``.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -129,7 +129,7 @@ def team_of(
         ranks = set(dist.get_process_group_ranks(group))
     elif isinstance(model, nn.parallel.DistributedDataParallel):
         ranks = set(dist.get_process_group_ranks(model.process_group))
-    elif described:
+    elif together:
         ranks = set(range(dist.get_world_size()))
     else:
         ranks = set()
