@@ -222,6 +222,17 @@ def test_what_needs_other_processes_is_refused_in_one_alone():
     assert "expected the other parts" in text
 
 
+def test_a_tensor_of_another_name_that_is_tied_to_a_third_is_refused():
+    tied = nn.Parameter(torch.ones(4, 2))
+    model = nn.ModuleDict({"embed": Bag(w=tied), "head": Bag(w=tied), "other": Bag(w=nn.Parameter(torch.ones(4, 2)))})
+    plan = plan_of(Rewrite("a.w", (4, 2), "float32"))
+    text = refusal(lambda: plan.apply(model, shards={"a.*": nz.Shard(0, 0, 1, "embed.*")}))
+    assert "got a tensor that is also 'head.w'" in text
+    plan.apply(model, shards={"a.*": nz.Shard(0, 0, 1, "other.*")})
+    assert not model["other"].w.any()
+    assert tied.all()
+
+
 @pytest.mark.parametrize("numbers", [(-1, 0, 1), (0, 2, 2), (0, 0, 0), (0, -1, 2)])
 def test_a_shard_counts_from_zero(numbers):
     assert "expected dim and start of 0 or more" in refusal(lambda: nz.Shard(*numbers))

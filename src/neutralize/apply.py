@@ -134,7 +134,7 @@ def apply_plan(
         parts, problems = parts_of(plan, named, shards or {}, refused, partial=partial)
         here = frozenset(number for number, edit in enumerate(plan.edits) if {*names_in(edit)} <= parts.keys())
         edits = [plan.edits[number] for number in sorted(here)]
-        aliases = aliases_of(own_tensors(named, parts))
+        aliases = aliases_of(own_tensors(named, parts, shards or {}))
         problems += [*_divided(plan, parts, partial=partial), *_problems(edits, plan.tied, parts, aliases)]
         problems += [*_parted(plan, held, aliases), *(_alone(edits, parts) if team is None else ())]
         problems += _merged(edits, parts) if freeze else ()

@@ -312,10 +312,12 @@ def parts_of(
     return parts, list(problems.values())
 
 
-def own_tensors(named: Mapping[str, torch.Tensor], parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
-    """The plain tensors that a process holds, by name: parameters that lie in a merged one stand for that one."""
-    within = {id(part.tensor) for part in parts.values() if part.inside != Window()}
-    others = {name: plain(tensor) for name, tensor in named.items() if name not in parts and id(tensor) not in within}
+def own_tensors(
+    named: Mapping[str, torch.Tensor], parts: Mapping[str, Part], shards: Mapping[str, Shard]
+) -> dict[str, torch.Tensor]:
+    """The plain tensors that a process holds, by name: for a tensor with another name stand the parameters in it."""
+    holders = {_described(shards, name)[1] for name in parts}
+    others = {name: plain(tensor) for name, tensor in named.items() if name not in holders | parts.keys()}
     return others | {name: part.local for name, part in parts.items()}
 
 
