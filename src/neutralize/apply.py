@@ -229,12 +229,15 @@ def _summed(
 ) -> dict[Fold, torch.Tensor]:
     """The row sums of folds over the elements of all processes, (out,) in float64."""
     folds = [edit for number in numbers if isinstance(edit := plan.edits[number], Fold)]
-    own = [own_sums(edit, parts[edit.parameter]) if {*edit.parameters} <= parts.keys() else None for edit in folds]
+    own = [
+        own_sums(edit, parts[edit.parameter]).to_sparse() if {*edit.parameters} <= parts.keys() else None
+        for edit in folds  # of the outputs that are not held here there is nothing to send
+    ]
     answers = team.exchange("apply", f"the sums for edit {numbers[0]}", own)
     return {
         edit: total(
             [
-                (intent.held[edit.parameter], part)
+                (intent.held[edit.parameter], part.to_dense())
                 for intent, sums in zip(intents, answers, strict=True)
                 if (part := sums[place]) is not None
             ],
