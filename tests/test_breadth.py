@@ -111,3 +111,38 @@ def test_the_judge_calls_a_false_claim_wrong(monkeypatch):
     (row,) = judge.judge(built())
     assert row["verdict"] == "WRONG"
     assert row["error"] > 1e-4
+
+
+class Narrowing(nn.Module):
+    """Blocks of which none keeps the shape of what it takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = self.part(8, 6), self.part(6, 4), nn.Linear(4, 2)
+
+    def part(self, entering, leaving):
+        return nn.Sequential(nn.Linear(entering, leaving), nn.ReLU())
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+def test_a_model_without_a_stack_is_judged_by_a_lone_block():
+    model = Net()
+    model.blocks = nn.Sequential(Residual())
+    model.forward = lambda x: model.head(model.blocks[0](x))
+    lone = build.Built(build.perturbed(model, 0.1), {"x": torch.randn(4, 8)}, "Net")
+    (row,) = judge.judge_lone(lone)
+    assert (row["block"], row["verdict"], row["has_skip"]) == ("blocks.0", "exact", True)
+    (row,) = judge.judge_lone(build.Built(build.perturbed(Narrowing(), 0.1), {"x": torch.randn(4, 8)}, "Narrowing"))
+    assert (row["verdict"], row["has_skip"], row["inputs"]) == ("refused", False, 0)
+    assert "from 6 to 4 features" in row["reason"]
+
+
+def test_slim_networks_have_a_part_of_their_channels():
+    with build.slim():
+        conv, depthwise, norm = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64), nn.BatchNorm2d(64)
+        head = nn.Linear(64, 10)
+    assert (conv.weight.shape, depthwise.weight.shape) == ((32, 3, 3, 3), (32, 1, 3, 3))
+    assert (norm.weight.shape, head.weight.shape) == ((32,), (5, 32))
+    assert nn.Conv2d(4, 8, 1).weight.shape == (8, 4, 1, 1)

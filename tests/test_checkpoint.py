@@ -126,6 +126,10 @@ def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> N
         plan.digest
         == json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", "--dry-run", "--json"))["digest"]
     )
+    printed = run("plan", llama, "--layers", "model.layers[1]", "--json")
+    assert nz.Plan.from_json(printed) == plan
+    assert json.loads(printed)["planning_s"] > 0
+    assert "planned in" in run("plan", llama, "--layers", "model.layers[1]")
     assert digests(llama) == before
     assert run("status", llama).endswith("intact\n")
     assert "expected a plan with the digest 'abc'" in run(

@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -279,6 +282,26 @@ def test_the_search_stays_within_its_budget(stack):
     assert nz.influence(stack, "layers[:]", evaluate=squared, budget=min(sizes[0] - 1, -1)).steps == ()
 
 
+@pytest.mark.parametrize("budget", [0.0, 0.35, 1.0, 2.05, 9.0])
+def test_where_losses_add_up_the_search_finds_what_trying_every_set_finds(stack, budget):
+    """A greedy search is the best there is where each layer costs something of its own."""
+    costs = dict(zip(LAYERS, (0.5, 0.25, 1.25, 0.125), strict=True))
+    written = {name: nz.plan(stack, name, example_inputs=torch.zeros(1, 8)).parameters for name in LAYERS}
+    intact = {name: parameter.detach().clone() for name, parameter in stack.named_parameters()}
+
+    def evaluate(model):
+        now = dict(model.named_parameters())
+        return 1.0 + sum(
+            costs[name] for name in LAYERS if not torch.equal(now[written[name][0]], intact[written[name][0]])
+        )
+
+    sweep = nz.influence(stack, "layers[:]", evaluate=evaluate, budget=budget)
+    sets = [each for size in range(DEPTH + 1) for each in itertools.combinations(LAYERS, size)]
+    within = [each for each in sets if sum(costs[name] for name in each) <= budget]
+    best = max(within, key=lambda each: (len(each), -sum(costs[name] for name in each)))
+    assert set(sweep.chosen) == set(best)
+
+
 def test_the_search_can_be_narrowed_to_the_best(stack):
     sweep = nz.influence(stack, "layers[:]", evaluate=squared, k=3, among=2)
     assert set(sweep.chosen) == {entry.layer for entry in sweep.ranked[:2]}
@@ -401,6 +424,52 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(stack, tmp_path):
     again = Counted()
     assert nz.influence(stack, "layers[:]", evaluate=again, k=2, log=path, resume=True).entries == sweep.entries
     assert again.calls == 0
+
+
+class Stuck(Counted):
+    """An evaluation that says when three are done and a layer is off, and does not end."""
+
+    def __init__(self, before, told):
+        super().__init__()
+        self.before, self.told = before, told
+
+    def __call__(self, model) -> float:
+        if self.calls == 3:
+            self.told.send(weights(model) != self.before)
+            time.sleep(600)
+        return super().__call__(model)
+
+
+def stuck_sweep(path, told) -> None:
+    """What a process of its own does; it ends with 130 if Ctrl-C has put every bit back."""
+    torch.manual_seed(0)
+    model = perturbed(Stack())
+    before = weights(model)
+    try:
+        nz.influence(model, "layers[:]", evaluate=Stuck(before, told), k=2, log=path)
+    except KeyboardInterrupt:
+        os._exit(130 if weights(model) == before else 1)
+
+
+@pytest.mark.parametrize("kill", ["SIGINT", "SIGKILL"])
+def test_a_process_that_is_ended_by_a_signal_loses_and_repeats_nothing(stack, tmp_path, kill):
+    path = tmp_path / "log.jsonl"
+    context = multiprocessing.get_context("spawn")
+    reached, told = context.Pipe(duplex=False)
+    process = context.Process(target=stuck_sweep, args=(path, told), daemon=True)
+    process.start()
+    assert reached.poll(120)
+    assert reached.recv()
+    os.kill(process.pid, getattr(signal, kill))
+    process.join(60)
+    assert process.exitcode == {"SIGINT": 130, "SIGKILL": -signal.SIGKILL}[kill]
+    kept = path.read_bytes()
+    rest = Counted()
+    found = nz.influence(stack, "layers[:]", evaluate=rest, k=2, log=path, resume=True)
+    assert (found.resumed, rest.calls) == (3, 1 + DEPTH + DEPTH - 1 - 3)
+    assert path.read_bytes().startswith(kept)
+    measured = [json.loads(line)["off"] for line in path.read_text().splitlines()[1:]]
+    assert len(measured) == len({*map(tuple, measured)}) == 1 + DEPTH + DEPTH - 1
 
 
 def test_a_resumed_sweep_compares_with_the_intact_model_again(reader, tokens, tmp_path):
@@ -627,7 +696,9 @@ def test_the_command_logs_and_resumes(loaded, tmp_path):
         (["--plot", "/nowhere/to/be/found.png"], "expected a png, svg or pdf file in a folder that is there"),
         (["--layers", "layer.9"], "near matches"),
         (["--job", "/nowhere/to/be/found"], "expected a TOML file"),
-        (["--job", "x", "--layers", "y"], "write them into the job file"),
+        (["--job", "x", "--layers", "y"], "alone, got --layers; write that into the job file"),
+        (["--job", "x", "--k", "2", "--no-kl", "other"], "alone, got --k, --kl, MODEL; write that"),
+        (["--log", "/dev/full"], "expected a regular file for log"),
     ],
 )
 def test_the_command_says_what_is_wrong_and_ends_with_2(arguments, said, loaded):
@@ -709,6 +780,11 @@ def test_a_job_runs_every_sweep_into_one_log_and_resumes(loaded, tmp_path):
         ("log = 'x'\n[[sweep]]\nlayer = 'y'\n", "got layer; leave out"),
         ("log = 'x'\n[[sweep]]\nk = true\n", "expected int for k of sweep 1, got True"),
         ("log = 'x'\nwindow = 'wide'\n[[sweep]]\n", "expected int for window of sweep 1"),
+        ("log = 'x'\nwindow = 1\n[[sweep]]\n", "expected 2 or more for window of sweep 1, got 1"),
+        ("log = 'x'\n[[sweep]]\n[[sweep]]\nk = 0\n", "expected 1 or more for k of sweep 2, got 0"),
+        ("log = 'x'\ncharacters = -1\n[[sweep]]\n", "expected 0 or more for characters of sweep 1, got -1"),
+        ("log = 'x'\n[[sweep]]\nlayers = ['a', 3]\n", "expected names for layers of sweep 1"),
+        ("log = 'x'\n[[sweep]]\nmodel = './gone'\n", "got './gone', which is not there"),
         ("log = \n", "expected a TOML file"),
     ],
 )
@@ -717,6 +793,37 @@ def test_a_job_file_that_is_wrong_is_refused(text, said, tmp_path):
     path.write_text(text)
     assert said in refusal(lambda: Job.read(path))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_paths_of_a_job_are_beside_its_file(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "job.toml").write_text(
+        "log = 'log'\ntext = 'read.txt'\ncharacters = 0\n[[sweep]]\nmodel = 'one'\n[[sweep]]\nmodel = 'a/hub'\n"
+    )
+    job = Job.read(tmp_path / "job.toml")
+    assert [task.model for task in job.tasks] == [str(tmp_path / "one"), "a/hub"]
+    assert {(task.text, task.characters) for task in job.tasks} == {(str(tmp_path / "read.txt"), None)}
+    assert job.log == tmp_path / "log"
+
+
+def test_a_job_whose_model_fails_goes_on_with_the_others(loaded, tmp_path, monkeypatch):
+    def forward(self, input_ids, **given):
+        if input_ids.shape[1] == 10:  # the last window of 25
+            raise IndexError("out of range")
+        return Reader_forward(self, input_ids, **given)
+
+    Reader_forward = Reader.forward
+    monkeypatch.setattr(Reader, "forward", forward)
+    path = tmp_path / "job.toml"
+    path.write_text(
+        "log = 'log'\ncharacters = 60\n[[sweep]]\nmodel = 'wide'\nwindow = 25\n"
+        "[[sweep]]\nmodel = 'other'\nwindow = 15\n"
+    )
+    result = run("--job", path, "--json", "--quiet")
+    assert result.exit_code == 1
+    wide, other = map(json.loads, result.stdout.splitlines())
+    assert "windows of 25 tokens, got 'wide', which fails (IndexError: out of range)" in wide["error"]
+    assert len(other["entries"]) == DEPTH
 
 
 def test_a_task_refuses_what_torch_does_not_know():

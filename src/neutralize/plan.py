@@ -435,6 +435,8 @@ class Plan:
         tied: groups of names that are one tensor, as far as the edits touch them and the planner has accepted it.
         end_to_end: how far the model's outputs are from those of the network that the plan aims at; without one, what
             follows from the layers' certificates alone. It is not compared, and not in the digest.
+        planning_s: seconds that planning took, the trace included, or ``None``. It is not compared, and neither in the
+            canonical JSON nor in the digest.
     """
 
     strategy: str
@@ -442,6 +444,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     tied: tuple[tuple[str, ...], ...] = ()
     end_to_end: Certificate | None = field(default=None, compare=False)
+    planning_s: float | None = field(default=None, compare=False)
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
@@ -486,7 +489,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Parse what ``to_json`` wrote.
+        """Parse what ``to_json`` wrote, or what ``neutralize plan --json`` printed: the same and ``planning_s``.
 
         Raises:
             NeutralizeError: the text is no JSON, of another format version, or a field is missing, unknown or of the
@@ -498,6 +501,8 @@ class Plan:
             raise NeutralizeError(
                 f"Plan.from_json: expected format {FORMAT_VERSION}, got {version!r}; plan again with this version"
             )
+        planning = content.pop("planning_s", None)
+        planning_s = None if planning is None else _number(planning, "planning_s")
         _check_keys("the plan", content, {"format", "strategy", "edits", "layers", "tied", "end_to_end"})
         edits = []
         for entry in _typed(content["edits"], list, "edits"):
@@ -524,7 +529,8 @@ class Plan:
         )
         whole = content["end_to_end"]
         end_to_end = None if whole is None else _build(Certificate, whole)
-        return Plan(_typed(content["strategy"], str, "strategy"), tuple(edits), tuple(layers), tied, end_to_end)
+        strategy = _typed(content["strategy"], str, "strategy")
+        return Plan(strategy, tuple(edits), tuple(layers), tied, end_to_end, planning_s)
 
     @overload
     def apply(

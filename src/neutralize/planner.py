@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,6 +98,11 @@ class Request:
             whole = self._whole.flow
             return replace(whole, calls={name: whole.calls[name] for name in self.layers})
         return trace(self.model, self.layers, self.example_inputs, is_thorough=self.is_thorough)
+
+    @cached_property
+    def analysed(self) -> dict[Any, Any]:
+        """What was found out about blocks, by their likeness; parts of a request share it."""
+        return {} if self._whole is None else self._whole.analysed
 
     @cached_property
     def spreads(self) -> dict[fx.Node, Spread]:
@@ -381,8 +387,10 @@ def plan(
         if checkpoint is not None:
             model = checkpoint.model
     module = unwrap(model)
+    started = time.perf_counter()
     with as_whole(module):
-        return drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
+        made = drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
+    return replace(made, planning_s=time.perf_counter() - started)
 
 
 def drafted(request: Request, chosen: Strategy) -> Plan:

@@ -26,9 +26,12 @@ def plan_rich(plan: Plan) -> Table:
     from rich.text import Text
 
     whole = plan.certificate
+    time_spent = "" if plan.planning_s is None else f"planned in {plan.planning_s:.1f} s"
     table = Table(
         title=f"plan {plan.digest[:12]}: {len(plan.layers)} layer(s), {format_bytes(plan.written_bytes)}",
-        caption="\n".join(part for part in (f"end to end: {whole}", whole.assumption, whole.reason) if part),
+        caption="\n".join(
+            part for part in (f"end to end: {whole}", whole.assumption, whole.reason, time_spent) if part
+        ),
         caption_justify="left",
     )
     for heading in ("layer", "strategy", "edits"):

@@ -30,11 +30,14 @@ def examine(family: str, kind: str) -> dict[str, Any]:
     """Build one type and judge its stacks."""
     started = time.perf_counter()
     for noise in (0.1, 0.02):
+        rows: list[dict[str, Any]] = []
         try:
-            built = build.build(family, kind, noise)
+            for built in build.build(family, kind, noise):
+                if rows := judge.judge(built):
+                    break
         except build.NotBuilt as error:
             return {"family": family, "type": kind, "verdict": "not built", "reason": str(error), "rows": []}
-        rows = judge.judge(built)
+        rows = rows or judge.judge_lone(built)
         if all(math.isfinite(row["effect"]) for row in rows):
             break  # else the network without a block overflows, and there is nothing to compare with
     verdict = min((row["verdict"] for row in rows), key=judge.ORDER.index, default="no stack")

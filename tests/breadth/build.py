@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -357,6 +360,9 @@ _TOGETHER = (
     ("decoder_input_ids", "attention_mask"),
     ("past_time_features", "past_observed_mask", "future_values", "future_time_features"),
     ("pixel_values",),
+    ("visual_feats", "visual_pos"),
+    ("states", "actions", "rewards", "returns_to_go", "timesteps"),
+    ("encoder_hidden_states",),
 )
 
 
@@ -385,14 +391,20 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
         return default
 
     channels, size = (
-        of("num_channels", "in_channels", "in_chans", default=3),
+        of("num_channels", "in_channels", "in_chans", "in_channel", default=3),
         of("image_size", "img_size", default=IMAGE),
     )
-    bins = of("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", default=80)
+    bins = of("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "input_feat_size", default=80)
     frames = of("num_frames", "max_source_positions", default=8)
     history = of("context_length", default=32) + max(getattr(config, "lags_sequence", None) or [0])
     ahead = of("prediction_length", default=8)
     series = of("num_input_channels", default=1)
+    width = of("hidden_size", "d_model", "embed_dim", default=WIDTH)
+    side = of("patch_size", default=PATCH)
+    pixels = channels * side**2
+    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    count = int(grid.prod(-1).sum())
+    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).flatten(0, 1)
     known: dict[str, list[Any]] = {
         "input_ids": [ids(), ids(64)],
         "decoder_input_ids": [ids(8)],
@@ -401,6 +413,9 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
         "pixel_values": [
             noise(2, channels, size, size), noise(2, frames, channels, size, size), noise(2, channels, 64, 64),
             noise(2, channels, 224, 224), noise(2, 1, channels, size, size), noise(2, channels, frames, size, size),
+            noise(2, 2, channels, 64, 64), noise(2, 1, 1, channels, size, size), noise(2, 16, pixels),
+            *(noise(count, each) for each in (pixels, pixels * of("temporal_patch_size", default=1))),
+            noise(count, channels, side, side),
         ],
         "pixel_values_videos": [noise(2, frames, channels, size, size)],
         "input_features": [
@@ -409,19 +424,48 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
         ],
         "input_values": [
             noise(2, 4000), noise(2, 1, 4000), noise(2, of("max_length", default=64), bins), noise(2, 64, bins),
+            noise(2, 1, 3840),
         ],
         "past_values": [noise(2, history, series), noise(2, history)],
         "past_time_features": [noise(2, history, of("num_time_features", default=1))],
         "past_observed_mask": [torch.ones(2, history, series), torch.ones(2, history)],
+        "past_values_padding": [torch.zeros(2, history)],
+        "freq": [torch.zeros(2, 1, dtype=torch.long)],
         "future_values": [noise(2, ahead)],
         "future_time_features": [noise(2, ahead, of("num_time_features", default=1))],
         "inputs": [ids(), noise(2, channels, size, size), noise(2, LENGTH, of("d_model", default=WIDTH))],
-        "inputs_embeds": [noise(2, LENGTH, of("hidden_size", "d_model", default=WIDTH))],
-        "hidden_states": [noise(2, LENGTH, of("hidden_size", "d_model", default=WIDTH))],
+        "inputs_embeds": [noise(2, LENGTH, width)],
+        "hidden_states": [
+            noise(2, LENGTH, width),
+            *(noise(count, each) for each in (pixels, pixels * of("temporal_patch_size", default=1), width)),
+        ],
+        "encoder_hidden_states": [noise(2, LENGTH, of("cross_attention_hidden_size", "hidden_size", default=WIDTH))],
         "pixel_mask": [torch.ones(2, size, size, dtype=torch.long)],
         "audio_values": [noise(2, 1, 4000)],
         "spectrogram": [noise(2, 64, bins)],
         "decoder_input_values": [noise(2, 8, bins)],
+        "grid_thw": [grid],
+        "image_grid_thw": [grid],
+        "merge_sizes": [torch.tensor([1, 1])],
+        "pixel_position_ids": [places.repeat(2, 1, 1)],
+        "pixel_attention_mask": [torch.ones(2, 16, dtype=torch.long)],
+        "spatial_shapes": [torch.tensor([[4, 4], [4, 4]])],
+        "flattened_patches": [torch.cat([places.repeat(2, 1, 1).float(), noise(2, 16, pixels)], -1)],
+        "aspect_ratio_ids": [torch.ones(2, 1, dtype=torch.long)],
+        "aspect_ratio_mask": [torch.ones(2, 1, of("max_num_tiles", default=1), dtype=torch.long)],
+        "audio_mel": [noise(2, 64, of("input_feat_size", default=80))],
+        "audio_mel_mask": [torch.zeros(2, 64, dtype=torch.bool)],
+        "input_features_mask": [torch.ones(2, 64, dtype=torch.long)],
+        "visual_feats": [noise(2, 9, of("visual_feat_dim", default=WIDTH))],
+        "visual_pos": [noise(2, 9, of("visual_pos_dim", default=4))],
+        "prompt_pixel_values": [noise(2, channels, size, size)],
+        "prompt_masks": [noise(2, channels, size, size)],
+        "context": [noise(2, LENGTH, width)],
+        "states": [noise(2, LENGTH, of("state_dim", default=WIDTH))],
+        "actions": [noise(2, LENGTH, of("act_dim", default=4))],
+        "rewards": [noise(2, LENGTH, 1)],
+        "returns_to_go": [noise(2, LENGTH, 1)],
+        "timesteps": [torch.arange(LENGTH).repeat(2, 1)],
     }  # fmt: skip
     main = getattr(model, "main_input_name", "input_ids")
     required = [
@@ -438,7 +482,16 @@ def _inputs(model: nn.Module, config: Any) -> list[dict[str, Any]]:
         main,
         *(
             name
-            for name in ("input_ids", "pixel_values", "input_features", "input_values", "past_values")
+            for name in (
+                "input_ids",
+                "pixel_values",
+                "input_features",
+                "input_values",
+                "past_values",
+                "hidden_states",
+                "flattened_patches",
+                "inputs_embeds",
+            )
             if name in parameters
         ),
     ]
@@ -466,11 +519,11 @@ def timm_modules() -> list[str]:
     return sorted(timm.list_modules())
 
 
-def build_timm(module: str, noise: float = 0.1) -> Built:
-    """The smallest model of a timm module, perturbed, with an image that it takes.
+def build_timm(module: str, noise: float = 0.1) -> Iterator[Built]:
+    """Small models of a timm module, the smallest one first, perturbed, each with an image that it takes.
 
     Raises:
-        NotBuilt: with the last reason.
+        NotBuilt: there is none; with the last reason.
     """
     import timm
 
@@ -478,32 +531,80 @@ def build_timm(module: str, noise: float = 0.1) -> Built:
     if not names:
         raise NotBuilt("no models in this module")
     sizes = {}
-    with torch.device("meta"):
-        for name in names[:40]:
-            try:
-                sizes[name] = sum(each.numel() for each in timm.create_model(name, num_classes=10).parameters())
-            except Exception:
-                continue
-    reason = "none of its models could be made"
+    for name in names[:40]:
+        try:
+            sizes[name] = _size(name, {})
+        except Exception:
+            continue
+    reason, found = "none of its models could be made", 0
     for name in sorted(sizes, key=lambda each: sizes[each])[:3]:
-        for options in ({"img_size": 64, "depth": LAYERS}, {"depth": LAYERS}, {"img_size": 64}, {}):
+        for options, is_slim in _TIMM_SIZES:
             try:
-                return _timm(name, options, noise)
+                with slim() if is_slim else nullcontext():
+                    built = _timm(name, options, noise)
             except Exception as error:
                 reason = f"{name}: {type(error).__name__}: {_line(error)}"
-    raise NotBuilt(reason)
+                continue
+            found += 1
+            yield built
+            break
+    if not found:
+        raise NotBuilt(reason)
 
 
-def _timm(name: str, options: dict[str, int], noise: float) -> Built:
+# Options for a model, and whether its channels are halved: the first that it takes, and that makes it small enough.
+_TIMM_SIZES: list[tuple[dict[str, float], bool]] = [
+    ({"img_size": 64, "depth": LAYERS}, False),
+    ({"depth": LAYERS}, False),
+    ({"img_size": 64}, False),
+    ({}, False),
+    ({"channel_multiplier": 0.25}, False),
+    ({}, True),
+]
+
+
+def _size(name: str, options: dict[str, float]) -> int:
     import timm
 
     with torch.device("meta"):
-        size = sum(each.numel() for each in timm.create_model(name, num_classes=10, **options).parameters())
+        model = timm.create_model(name, num_classes=10, **options)
+    return sum(each.numel() for each in model.parameters())
+
+
+@contextmanager
+def slim(by: int = 2) -> Iterator[None]:
+    """Let convolutions, batch norms and linear layers made meanwhile have a part of their channels.
+
+    For networks without an argument for their width. What is not a multiple of ``by`` (colours) stays.
+    """
+
+    def narrower(made: Any, sizes: int) -> Any:
+        def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            bound = inspect.signature(made).bind(self, *args, **kwargs)
+            for name in list(bound.arguments)[1 : 1 + sizes]:
+                if bound.arguments[name] % by == 0:
+                    bound.arguments[name] //= by
+            if bound.arguments.get("groups", 1) % by == 0:
+                bound.arguments["groups"] //= by
+            made(*bound.args, **bound.kwargs)
+
+        return init
+
+    with ExitStack() as stack:
+        for kind, sizes in ((nn.Conv2d, 2), (nn.BatchNorm2d, 1), (nn.Linear, 2)):
+            stack.enter_context(patch.object(kind, "__init__", narrower(kind.__init__, sizes)))
+        yield
+
+
+def _timm(name: str, options: dict[str, float], noise: float) -> Built:
+    import timm
+
+    size = _size(name, options)
     if size > MOST_PARAMETERS:
         raise NotBuilt(f"{size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
     model = perturbed(timm.create_model(name, num_classes=10, **options), noise)
-    extents = [options["img_size"]] if "img_size" in options else [64, int(model.default_cfg["input_size"][-1])]
+    extents = [int(options["img_size"])] if "img_size" in options else [64, int(model.default_cfg["input_size"][-1])]
     for extent in extents:
         inputs = {"x": torch.randn(2, 3, extent, extent, generator=torch.Generator().manual_seed(1))}
         try:
@@ -520,8 +621,8 @@ def _timm(name: str, options: dict[str, int], noise: float) -> Built:
 # ---- both -----------------------------------------------------------------------------------------------------------
 
 
-def build(family: str, kind: str, noise: float = 0.1) -> Built:
-    """A model of a type of transformers, or of a module of timm.
+def build(family: str, kind: str, noise: float = 0.1) -> Iterator[Built]:
+    """Models of a type of transformers, or of a module of timm, the preferred one first.
 
     Args:
         family: ``transformers`` or ``timm``.
@@ -531,7 +632,10 @@ def build(family: str, kind: str, noise: float = 0.1) -> Built:
     Raises:
         NotBuilt: with the reason.
     """
-    return (build_timm if family == "timm" else build_transformers)(kind, noise)
+    if family == "timm":
+        yield from build_timm(kind, noise)
+    else:
+        yield build_transformers(kind, noise)
 
 
 def perturbed(model: nn.Module, amount: float) -> nn.Module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,18 +70,35 @@ class _Seen:
 
 def judge(built: Built) -> list[dict[str, Any]]:
     """One row per stack of like blocks; what changes no output (a head that the model does not return) is left out."""
-    rows = [_judged(built, *found) for found in stacks(built)]
+    dead: set[str] = set()
+    while found := stacks(built, dead):
+        if rows := _rows(built, found):
+            return rows
+        dead |= {stack for stack, _, _ in found}  # its first output is not what is read: look at the stacks inside
+    return []
+
+
+def judge_lone(built: Built) -> list[dict[str, Any]]:
+    """The same for a model that has no stack."""
+    return _rows(built, lone(built))
+
+
+def _rows(built: Built, found: list[tuple[str, str, bool]]) -> list[dict[str, Any]]:
+    rows = [_judged(built, *each) for each in found]
     return [asdict(row) for row in rows if row.effect != 0]
 
 
-def stacks(built: Built) -> list[tuple[str, str, bool]]:
+def stacks(built: Built, besides: Collection[str] = ()) -> list[tuple[str, str, bool]]:
     """Stacks of like blocks that keep the shape of what they take: name, a middle block, whether it has a skip.
 
     Of nested stacks the outermost one whose blocks have a skip connection; if there is none in the whole model, the
-    outermost ones. Of stacks that differ in numbers only (the stages of a hierarchical network) the longest.
+    outermost ones. Of stacks that differ in numbers only (the stages of a hierarchical network) the longest. Those of
+    ``besides`` are passed over.
     """
     model = built.model
-    lists = {name: module for name, module in model.named_modules() if name and _are_alike(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if name and name not in besides and _are_alike(module)
+    }
     seen = _observe(
         built, [f"{name}.{child}" for name, module in lists.items() for child, _ in module.named_children()]
     )
@@ -114,6 +131,34 @@ def stacks(built: Built) -> list[tuple[str, str, bool]]:
             found[key] = (name, block, skips[name], len(keeping[name]))
     rows = [row[:3] for row in found.values()]
     return [row for row in rows if row[2]] or rows
+
+
+def lone(built: Built) -> list[tuple[str, str, bool]]:
+    """What stands for the blocks of a model without a stack: those with a skip connection, wherever they are.
+
+    A middle one of each class, and of nested ones the outermost; if there is none, one of the most frequent class.
+    """
+    modules = {
+        name: module
+        for name, module in built.model.named_modules()
+        if name and _has_parts(module) and any(each.dim() > 1 for each in module.parameters())
+    }
+    seen = _observe(built, list(modules))
+    kinds: dict[type, list[str]] = {}
+    for name in modules:
+        if name in seen:
+            kinds.setdefault(type(modules[name]), []).append(name)
+    found: list[str] = []
+    for names in kinds.values():
+        keeping = [name for name in names if seen[name].keeps_shape]
+        block = _middle(keeping, names) if keeping else ""
+        if block and _has_skip(built, block) and not any(block.startswith(f"{outer}.") for outer in found):
+            found.append(block)
+    if found:
+        return [(block.rpartition(".")[0], block, True) for block in found]
+    usual = max(kinds.values(), key=len, default=[])
+    block = usual[len(usual) // 2] if usual else ""
+    return [(block.rpartition(".")[0], block, False)] if usual else []
 
 
 def _middle(among: list[str], children: list[str]) -> str:
@@ -236,9 +281,15 @@ def _judged(built: Built, stack: str, block: str, has_skip: bool) -> Row:
     before = _bits(model)
     intact = run(model, inputs)
     compared = [inputs, *others(built)]
-    with without(module):
-        wanted = [run(model, each) for each in compared]
-    row.effect, row.inputs = distance(intact, wanted[0]), len(compared)
+    wanted: list[list[torch.Tensor]] = []
+    try:
+        with without(module):
+            wanted = [run(model, each) for each in compared]
+    except Exception:
+        if has_skip:
+            raise
+        compared = []  # it changes the shape of what it takes: there is no network without it to compare with
+    row.effect, row.inputs = distance(intact, wanted[0]) if wanted else 1.0, len(compared)
     if not row.effect:
         return row
     try:
@@ -259,6 +310,9 @@ def _judged(built: Built, stack: str, block: str, has_skip: bool) -> Row:
         return row
     certificate = plan.certificates[0]
     row.written, row.certificate = plan.written_bytes, certificate.kind
+    if not wanted:
+        row.verdict, row.reason = "measured", "the network without the block does not run"
+        return row
     row.error = max((distance(*pair) for pair in zip(got, wanted, strict=True)), key=lambda each: (each != each, each))
     row.reason = certificate.reason if certificate.kind == "measured" else ""
     row.verdict = _verdict(row, got, wanted)

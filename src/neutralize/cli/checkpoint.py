@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -381,7 +382,7 @@ def _described(entry: Any) -> str:
 
 def _print_plan(made: Plan, *, json: bool) -> None:
     if json:
-        print(made.to_json(), flush=True)
+        print_json({**loads(made.to_json()), "planning_s": made.planning_s})
     elif sys.stdout.isatty():
         from rich.console import Console
 

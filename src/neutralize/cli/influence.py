@@ -22,6 +22,7 @@ _MODEL = "A folder or a hub name of a causal language model; by default SmolLM2-
 
 
 def influence(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=_MODEL, metavar="[MODEL]")] = "smollm2",
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help="Name, glob or slice; repeatable. By default every block.")
@@ -55,11 +56,7 @@ def influence(
 
     try:
         if job is not None:
-            if plot is not None or log is not None or layers:
-                raise NeutralizeError(
-                    "influence: expected --job with --resume, --json and --quiet alone, got --plot, --log or --layers; "
-                    "write them into the job file"
-                )
+            _check_alone(context)
             raise typer.Exit(_run_job(Job.read(job), resume=resume, json=json, quiet=quiet))
         if resume and log is None:
             raise NeutralizeError("influence: expected --log beside --resume, got none; name the log to go on with")
@@ -124,6 +121,23 @@ def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool) -> int:
             else:
                 _print_sweep(task.model, found)
     return int(failed)
+
+
+def _check_alone(context: typer.Context) -> None:
+    """Check that what a job file says is not said beside it too."""
+    from neutralize.errors import NeutralizeError
+
+    beside = sorted(
+        "MODEL" if name == "model" else f"--{name}"
+        for name in context.params
+        if name not in ("job", "resume", "json", "quiet")
+        and getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
+    )
+    if beside:
+        raise NeutralizeError(
+            f"influence: expected --job with --resume, --json and --quiet alone, got {', '.join(beside)}; write that "
+            "into the job file"
+        )
 
 
 def _check_plot(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Batches of work: many models, many selections, one log that the work goes on from.
 
-log = "sweeps.jsonl"            # beside the job file, if the path is not absolute
-characters = 20000              # what stands above the first [[sweep]] holds for all of them
+log = "sweeps.jsonl"            # paths that are not absolute: beside the job file
+characters = 20000              # what stands above the first [[sweep]] holds for all of them; 0: all of the text
 
 [[sweep]]
 model = "path/or/hub-name"
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,21 +116,34 @@ class Task:
             ) from error
 
     def run(self, language: LanguageModel, log: Log | None = None, progress: Report | None = None) -> Sweep:
-        """Run the sweep on a loaded model; see ``neutralize.influence``."""
-        return influence(
-            language.model,
-            list(self.layers) or blocks(language.model),
-            language.tokens(self.read()),
-            window=self.window,
-            strategy=self.strategy,
-            k=self.k,
-            budget=self.budget,
-            among=self.among,
-            kl=self.kl,
-            log=log,
-            progress=progress,
-            **self.options,
-        )
+        """Run the sweep on a loaded model; see ``neutralize.influence``.
+
+        Raises:
+            NeutralizeError: also where the model does not run on the text, for want of memory say.
+        """
+        try:
+            return influence(
+                language.model,
+                list(self.layers) or blocks(language.model),
+                language.tokens(self.read()),
+                window=self.window,
+                strategy=self.strategy,
+                k=self.k,
+                budget=self.budget,
+                among=self.among,
+                kl=self.kl,
+                log=log,
+                progress=progress,
+                **self.options,
+            )
+        except (RuntimeError, IndexError, MemoryError) as error:
+            if isinstance(error, NeutralizeError):
+                raise
+            summary = next(iter(str(error).strip().splitlines()), "")
+            raise NeutralizeError(
+                f"influence: expected a model that runs on windows of {self.window} tokens, got {self.model!r}, which "
+                f"fails ({type(error).__name__}: {summary}); try a smaller window, or another device"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -161,8 +174,8 @@ class Job:
             raise NeutralizeError(f"job: expected a file name for log in {str(path)!r}, got {log!r}; give one")
         if not isinstance(sweeps, list) or not sweeps or not all(isinstance(sweep, dict) for sweep in sweeps):
             raise NeutralizeError(f"job: expected [[sweep]] tables in {str(path)!r}, got none; write at least one")
-        tasks = tuple(_task({**content, **sweep}, f"sweep {number}") for number, sweep in enumerate(sweeps, 1))
-        return Job(tasks, path.parent / log)
+        tasks = (_task({**content, **sweep}, f"sweep {number}") for number, sweep in enumerate(sweeps, 1))
+        return Job(tuple(_placed(task, path.parent) for task in tasks), path.parent / log)
 
     def run(
         self, *, resume: bool = False, progress: Callable[[int, Task], Report | None] | None = None
@@ -208,6 +221,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "kl": (bool,),
 }
 
+_LEAST = {"characters": 0, "window": 2, "k": 1, "among": 1}
+
 
 def _task(content: dict[str, Any], where: str) -> Task:
     known = [entry.name for entry in fields(Task)]
@@ -222,4 +237,37 @@ def _task(content: dict[str, Any], where: str) -> Task:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise NeutralizeError(f"job: expected {names} for {key} of {where}, got {value!r}; correct it")
     layers = content.get("layers", ())
-    return Task(**{**content, "layers": (layers,) if isinstance(layers, str) else tuple(layers)})
+    if not all(isinstance(layer, str) for layer in layers):
+        raise NeutralizeError(f"job: expected names for layers of {where}, got {layers!r}; correct it")
+    for key, least in _LEAST.items():
+        if content.get(key, least) < least:
+            raise NeutralizeError(f"job: expected {least} or more for {key} of {where}, got {content[key]}; correct it")
+    return Task(
+        **{
+            **content,
+            "layers": (layers,) if isinstance(layers, str) else tuple(layers),
+            "characters": content.get("characters", Task.characters) or None,
+        }
+    )
+
+
+def _placed(task: Task, folder: Path) -> Task:
+    """The task with paths that are not absolute taken from the folder of the job file.
+
+    Raises:
+        NeutralizeError: the model is a path by its looks, and not there; other names may be those of a hub.
+    """
+    model = Path(task.model).expanduser()
+    if (folder / model).is_dir():
+        model = folder / model
+    elif task.model[:1] in ("/", ".", "~"):
+        raise NeutralizeError(
+            f"job: expected the folder of a model, got {task.model!r}, which is not there; correct it"
+        )
+    else:
+        return replace(task, text=_beside(task.text, folder))
+    return replace(task, model=str(model), text=_beside(task.text, folder))
+
+
+def _beside(text: str | None, folder: Path) -> str | None:
+    return None if text is None else str(folder / Path(text).expanduser())

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -100,6 +101,8 @@ class Log:
                 "another"
             ) from error
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):  # /dev/full has no end
+                raise NeutralizeError(f"influence: expected a regular file for log, got {str(path)!r}; give another")
             self._begin(resume=resume)
         except BaseException:
             self._file.close()

@@ -13,6 +13,7 @@ from neutralize.activations import is_activation, is_proven
 from neutralize.certify import Interpretation, side_readers
 from neutralize.dataflow import argument, op_name, shape_of
 from neutralize.errors import NeutralizeError, require_finite
+from neutralize.likeness import likeness
 from neutralize.plan import Certificate, Edit, LayerPlan, Rewrite, dtype_name
 from neutralize.planner import BOUND_MARGIN, Draft, Request, describe_refusals
 from neutralize.readers import Read, per_dim, reads_of
@@ -117,8 +118,8 @@ class Passthrough:
     # ---- blocks ----------------------------------------------------------------------------------------------------
 
     def _block(self, request: Request, layer: str) -> Draft:
-        assignment = identity_assignment(request, layer, self.edit)
-        if assignment is None:
+        solved = _solved(request, layer, self.edit)
+        if solved is None:
             folded = draft_postnorm(request, layer, self.edit) if self.gain == 1.0 else None
             if folded is not None:
                 return folded
@@ -133,10 +134,7 @@ class Passthrough:
             raise NeutralizeError(
                 f"plan: expected gain=1 for the block {layer!r}, got {self.gain}; a block hands its input on as it is"
             )
-        uses_identity = IDENTITY in assignment.values()
-        assumption = request.premise + (", matrix products in full precision" if uses_identity else "")
-        reason = "the dataflow's output evaluates to its input"
-        certificate = block_certificate(request, layer, assignment, assumption, reason)
+        assignment, certificate = solved
         entry = LayerPlan(layer, "input", certificate, (), sides="" if self.edit == "cheapest" else self.edit)
         return Draft(request.edits_for(assignment), entry)
 
@@ -340,6 +338,27 @@ def _measured(draft: Draft) -> Draft:
         reason=f"{draft.layer.certificate.reason}; an estimate: the curvature of {draft.layer.activation} is sampled",
     )
     return Draft(draft.edits, replace(draft.layer, certificate=certificate))
+
+
+def _solved(request: Request, layer: str, edit: Preference) -> tuple[Assignment, Certificate] | None:
+    """What makes a block hand its input on, and how exactly; blocks that are alike are analysed once."""
+    calls = request.calls(layer)
+    shared = None
+    if len(calls) == 1 and layer not in request.flow.overwriting:
+        shared = likeness(request.flow, calls[0], request.regions, request.cut)
+    if shared is not None and (shared.key, edit) in request.analysed:
+        names, assignment, certificate = request.analysed[shared.key, edit]
+        own = dict(zip(names, shared.names, strict=True))
+        return {own[name]: value for name, value in assignment.items()}, replace(certificate, layer=layer)
+    found = identity_assignment(request, layer, edit)
+    if found is None:
+        return None
+    uses_identity = IDENTITY in found.values()
+    assumption = request.premise + (", matrix products in full precision" if uses_identity else "")
+    certificate = block_certificate(request, layer, found, assumption, "the dataflow's output evaluates to its input")
+    if shared is not None and certificate.kind == "exact":  # another says what reads the block, by name
+        request.analysed[shared.key, edit] = shared.names, found, certificate
+    return found, certificate
 
 
 def identity_assignment(request: Request, layer: str, edit: Preference) -> Assignment | None:
