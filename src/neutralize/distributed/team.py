@@ -57,7 +57,7 @@ class Team:
             TeamError: a member has a problem, is elsewhere, or did not answer in time; every member gets the error.
         """
         number = _COUNTS[self.ranks] = _COUNTS.get(self.ranks, 0) + 1
-        store = _store(f"neutralize/{'.'.join(map(str, self.ranks))}")
+        store = store_of(f"neutralize/{'.'.join(map(str, self.ranks))}")
         rank = dist.get_rank()
         waited = datetime.timedelta(seconds=self.timeout)
         keys = [f"{number}/{member}" for member in self.ranks]
@@ -104,7 +104,7 @@ class Team:
             raise
 
 
-def _store(prefix: str) -> Any:
+def store_of(prefix: str) -> Any:
     """The store of the default process group, for keys of our own."""
     from torch.distributed import distributed_c10d
 
