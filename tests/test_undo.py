@@ -497,3 +497,53 @@ def test_random_numbers_go_on_as_if_nothing_had_been_run():
     plan.apply(model).restore()
     assert (torch.rand(3).tolist(), random.random()) == wanted
     assert len(tensors(model)) == 13
+
+
+# ---- in a file -------------------------------------------------------------------------------------------------------
+
+
+def test_another_process_restores_from_a_file(tmp_path):
+    model = Stack()
+    before = weights(model)
+    plan = nz.plan(model, "layers[1:3]", example_inputs=torch.ones(2, 8))
+    undo = plan.apply(model, freeze=True)
+    undo.save(tmp_path / "undo.pt")
+    other = Stack()
+    other.load_state_dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        other.get_parameter(name).requires_grad_(parameter.requires_grad)
+    loaded = nz.Undo.load(tmp_path / "undo.pt", other)
+    assert (loaded.digest, loaded.held_bytes) == (plan.digest, undo.held_bytes)
+    loaded.restore()
+    assert weights(other) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["undo.pt"]
+
+
+def test_a_block_of_a_matrix_and_the_8_bit_formats_go_through_a_file(tmp_path):
+    model = Bag(first=random_bits((4, 6), torch.float8_e4m3fn), second=random_bits((4, 6), torch.bfloat16))
+    before = weights(model)
+    edits = [
+        Rewrite("first", (4, 6), "float8_e4m3fn", rows=(1, 3), columns=(2, 5)),
+        Rewrite("second", (4, 6), "bfloat16", columns=(2, 5)),
+    ]
+    Plan("by hand", tuple(edits), ()).apply(model).save(tmp_path / "undo.pt")
+    assert weights(model) != before
+    nz.Undo.load(tmp_path / "undo.pt", model).restore()
+    assert weights(model) == before
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path):
+    model = Bag(w=torch.ones(4, 6))
+    undo = Plan("by hand", (Rewrite("w", (4, 6), "float32", rows=(1, 3)),), ()).apply(model)
+    path = tmp_path / "undo.pt"
+    assert "expected a file that can be written" in refusal(lambda: undo.save(tmp_path / "none" / "undo.pt"))
+    undo.save(path)
+    assert "got a model without it" in refusal(lambda: nz.Undo.load(path, Bag(v=torch.ones(4, 6))))
+    assert "expected [4, 6] of torch.float32" in refusal(lambda: nz.Undo.load(path, Bag(w=torch.ones(4, 5))))
+    assert "expected a file of Undo.save" in refusal(lambda: nz.Undo.load(tmp_path / "none.pt", model))
+    torch.save({"w": torch.ones(3)}, tmp_path / "weights.pt")
+    assert "expected a file of Undo.save" in refusal(lambda: nz.Undo.load(tmp_path / "weights.pt", model))
+    (tmp_path / "text.pt").write_text("no archive")
+    assert "expected a file of Undo.save" in refusal(lambda: nz.Undo.load(tmp_path / "text.pt", model))
+    undo.restore()
+    assert "got one that is; apply again" in refusal(lambda: undo.save(path))

@@ -11,6 +11,7 @@ from neutralize import ops
 from neutralize.activations import forget_activation, register_activation
 from neutralize.checkpoint.handle import Checkpoint, FileUndo
 from neutralize.dataflow import Inputs
+from neutralize.distributed.part import Shard
 from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
 from neutralize.influence import Influence, Sweep, influence
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "Ramp",
     "Rewrite",
+    "Shard",
     "Strategy",
     "Sweep",
     "Undo",

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from neutralize import ops, reference
+from neutralize.distributed.folds import own_pairs, own_sums, total
+from neutralize.distributed.part import Block, Held, Part, Shard, Window, names_in, own_tensors, parts_of, whole_shape
+from neutralize.distributed.team import Team, TeamError, team_of
+from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
-from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
+from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
 from neutralize.undo import Saved, Undo, overwrite_
 
@@ -66,7 +73,37 @@ def _span(tensor: torch.Tensor) -> tuple[object, int, int]:
     return (tensor.device, address), begin * itemsize, (begin + last + 1) * itemsize
 
 
-def apply_plan(plan: Plan, model: object, *, freeze: bool = False) -> Undo:
+@dataclass(frozen=True)
+class _Intent:
+    """What a process is about to do: what the others must know before any of them writes.
+
+    Attributes:
+        digest: of the plan.
+        here: the edits that it writes, or writes a part of.
+        begins: the edits that begin a batch.
+        lacking: the folds whose sums need elements that other processes hold.
+        held: which elements it holds of what is folded or copied, by name.
+        pieces: its elements of what is copied, where that is not all of them.
+    """
+
+    digest: str
+    here: frozenset[int]
+    begins: frozenset[int]
+    lacking: frozenset[int]
+    held: dict[str, Held]
+    pieces: dict[str, torch.Tensor]
+
+
+def apply_plan(
+    plan: Plan,
+    model: object,
+    *,
+    freeze: bool = False,
+    shards: Mapping[str, Shard] | None = None,
+    partial: bool = False,
+    group: Any = None,
+    timeout: float = TIMEOUT,
+) -> Undo:
     """Check the whole plan against ``model``, copy what will be overwritten, then write.
 
     Args:
@@ -74,59 +111,152 @@ def apply_plan(plan: Plan, model: object, *, freeze: bool = False) -> Undo:
         model: a model with the parameters that the plan names.
         freeze: set ``requires_grad`` of the written parameters to false and drop their gradients, so that optimizers
             pass them over.
+        shards: which parts of parameters this process holds in plain tensors, by name or by a glob with one ``*``.
+        partial: the model is one of the stages that the processes of the group have: edits of parameters that it lacks
+            are left to them.
+        group: the process group whose members hold the model together; by default that of the DTensors' meshes, of
+            ``DistributedDataParallel``, or with ``shards`` or ``partial`` all processes.
+        timeout: seconds to wait for the other processes.
 
     Returns:
         The undo.
 
     Raises:
-        NeutralizeError: something does not fit; every problem is listed and nothing was written.
+        NeutralizeError: something does not fit, here or in another process; every problem is listed and nothing was
+            written.
     """
     module = unwrap(model)
+    resharded(module)
     held, refused = offloaded(module)
     named = tensors_of(module) | held
-    aliases = aliases_of(named)
-    problems = _problems(plan, named, aliases, refused) + _parted(plan, held, aliases)
-    if problems:
-        listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise NeutralizeError(f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}")
-    saved = [_save(named, edit, name) for edit, name in _first_writes(plan.edits)]
-    undo = Undo(saved, plan.digest, module)
-    copies = {edit: edit.values(named[edit.source]) for edit in plan.edits if isinstance(edit, Copy)}
-    try:
-        for batch in _batches(plan.edits, aliases):
-            _write(batch, named, copies)
-        if freeze:
-            for entry in saved:
-                if entry.tensor.requires_grad and entry.tensor.is_leaf:
-                    entry.tensor.requires_grad_(False)
-                    entry.tensor.grad = None  # an optimizer steps whatever has a gradient, frozen or not
-    except BaseException:
-        undo.restore()
-        raise
+    team = team_of(model, named.values(), group, timeout, together=bool(shards) or partial)
+    with nullcontext() if team is None else team.telling("apply"):
+        parts, problems = parts_of(plan, named, shards or {}, refused, partial=partial)
+        here = frozenset(number for number, edit in enumerate(plan.edits) if {*names_in(edit)} <= parts.keys())
+        edits = [plan.edits[number] for number in sorted(here)]
+        aliases = aliases_of(own_tensors(named, parts, shards or {}))
+        problems += [*_divided(plan, parts, partial=partial), *_problems(edits, plan.tied, parts, aliases)]
+        problems += [*_parted(plan, held, aliases), *(_alone(edits, parts) if team is None else ())]
+        problems += _merged(edits, parts) if freeze else ()
+        if problems:
+            problems = list(dict.fromkeys(problems))
+            listing = "".join(f"\n  - {problem}" for problem in problems)
+            raise NeutralizeError(
+                f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}"
+            )
+        saved = [entry for edit, name in _first_writes(edits) for entry in _save(parts[name], edit, name)]
+        undo = Undo(saved, plan.digest, module)
+        own = _intent(plan, here, parts, aliases)
+        intents = _agreed(plan, [own] if team is None else team.exchange("apply", "its begin", own))
+        try:
+            copies = {edit: _copied(edit, parts, intents) for edit in edits if isinstance(edit, Copy)}
+            lacking = frozenset().union(*(intent.lacking for intent in intents))
+            for batch in _batches(len(plan.edits), frozenset().union(*(intent.begins for intent in intents))):
+                sums = {}
+                if team is not None and lacking & set(batch):
+                    sums = _summed(plan, sorted(lacking & set(batch)), parts, intents, team)
+                _write([plan.edits[number] for number in batch if number in here], parts, copies, sums)
+            if freeze:
+                for entry in saved:
+                    if entry.tensor.requires_grad and entry.tensor.is_leaf:
+                        entry.tensor.requires_grad_(False)
+                        entry.tensor.grad = None  # an optimizer steps whatever has a gradient, frozen or not
+            if team is not None:
+                team.exchange("apply", "its end", None)  # all have written
+        except BaseException:
+            undo.restore()
+            raise
     torch.clear_autocast_cache()  # it holds casts of the old weights for as long as the caller's autocast lasts
     return undo
 
 
+def _intent(plan: Plan, here: frozenset[int], parts: dict[str, Part], aliases: dict[str, tuple[str, ...]]) -> _Intent:
+    folds = {number: edit for number in here if isinstance(edit := plan.edits[number], Fold)}
+    copied = {edit.source for number in here if isinstance(edit := plan.edits[number], Copy)}
+    return _Intent(
+        plan.digest,
+        here,
+        _beginnings(plan.edits, aliases),
+        frozenset(number for number, edit in folds.items() if own_pairs(edit, *_of(edit, parts)) is None),
+        {name: parts[name].held for name in (*copied, *(edit.parameter for edit in folds.values()))},
+        {name: parts[name].local.cpu().clone() for name in copied if not parts[name].is_whole},
+    )
+
+
+def _agreed(plan: Plan, intents: list[_Intent]) -> list[_Intent]:
+    """The intents, if they are of one plan, and of all of it: what this finds every process finds."""
+    digests = {intent.digest for intent in intents}
+    if len(digests) > 1:
+        raise TeamError(
+            f"apply: expected the same plan in all {len(intents)} processes, got {len(digests)} different ones "
+            f"({', '.join(sorted(digest[:12] for digest in digests))}); make it once and hand it on, or plan from the "
+            "same model everywhere"
+        )
+    missing = set(range(len(plan.edits))).difference(*(intent.here for intent in intents))
+    if missing:
+        names = dict.fromkeys(name for number in sorted(missing) for name in plan.edits[number].parameters)
+        raise TeamError(
+            f"apply: expected stages that hold all parameters of the plan, got none with "
+            f"{', '.join(map(repr, list(names)[:8]))}; plan for this model, or name the group of all its stages"
+        )
+    return intents
+
+
+def _of(edit: Fold, parts: dict[str, Part]) -> tuple[Part, Part]:
+    return parts[edit.parameter], parts[edit.bias]
+
+
+def _copied(edit: Copy, parts: dict[str, Part], intents: list[_Intent]) -> torch.Tensor:
+    """What a copy writes here."""
+    source, target = parts[edit.source], parts[edit.parameter]
+    if source.is_whole or source.held == target.held:
+        values = edit.values(source.local)
+        return target.pick(values) if source.is_whole else values
+    whole = torch.full(edit.shape, torch.nan, dtype=source.tensor.dtype)
+    for intent in intents:
+        if edit.source in intent.pieces:
+            replace(source, runs=intent.held[edit.source]).put(whole, intent.pieces[edit.source])
+    if whole.isnan().any():  # its own were looked for before
+        raise NeutralizeError(
+            f"apply: expected parts that cover {edit.source!r}, got others; name the group of the processes that hold "
+            "the model"
+        )
+    return target.pick(edit.values(whole))
+
+
+def _summed(
+    plan: Plan, numbers: list[int], parts: dict[str, Part], intents: list[_Intent], team: Team
+) -> dict[Fold, torch.Tensor]:
+    """The row sums of folds over the elements of all processes, (out,) in float64."""
+    folds = [edit for number in numbers if isinstance(edit := plan.edits[number], Fold)]
+    own = [
+        own_sums(edit, parts[edit.parameter]).to_sparse() if {*edit.parameters} <= parts.keys() else None
+        for edit in folds  # of the outputs that are not held here there is nothing to send
+    ]
+    answers = team.exchange("apply", f"the sums for edit {numbers[0]}", own)
+    return {
+        edit: total(
+            [
+                (intent.held[edit.parameter], part.to_dense())
+                for intent, sums in zip(intents, answers, strict=True)
+                if (part := sums[place]) is not None
+            ],
+            edit,
+        )
+        for place, edit in enumerate(folds)
+    }
+
+
 def _problems(
-    plan: Plan, named: dict[str, torch.Tensor], aliases: dict[str, tuple[str, ...]], refused: dict[str, str]
+    edits: list[Edit], tied: tuple[tuple[str, ...], ...], parts: dict[str, Part], aliases: dict[str, tuple[str, ...]]
 ) -> list[str]:
-    accepted = [set(group) for group in plan.tied]
-    problems = []
-    for edit in plan.edits:
+    accepted = [set(group) for group in tied]
+    problems: list[str] = []
+    for edit in edits:
         for name in edit.parameters:
-            tensor = named.get(name)
-            if name in refused:
-                problems.append(refused[name])
-                continue
-            if tensor is None:
-                problems.append(f"expected a parameter {name!r}, got a model without it; plan for this model")
-                continue
-            if is_lazy(tensor):
-                problems.append(f"expected {name!r} to hold data, got a lazy parameter; run the module once first")
-                continue
-            problems.extend(_tensor_problems(edit, name, tensor))
+            problems.extend(_tensor_problems(edit, name, parts[name]))
             if isinstance(edit, Copy):
-                problems.extend(_source_problems(edit, named.get(edit.source)))
+                problems.extend(_source_problems(edit, parts[edit.source]))
             foreign = set(aliases[name]) - {name}
             if foreign and not any({name, *foreign} <= group for group in accepted):
                 others = ", ".join(sorted(map(repr, foreign)))
@@ -134,26 +264,28 @@ def _problems(
                     f"expected {name!r} to be no other layer's, got a tensor that is also {others}; untie them first "
                     "(clone the parameter), or select both layers"
                 )
-    return list(dict.fromkeys(problems or _overflows(plan, named)))
+    return problems or list(_overflows(edits, parts))
 
 
-def _overflows(plan: Plan, named: dict[str, torch.Tensor]) -> Iterator[str]:
+def _overflows(edits: list[Edit], parts: dict[str, Part]) -> Iterator[str]:
     """Weights that a rescale would take out of a format of a small range: the plan may be of other weights, or of none.
 
     What the plan sets itself and then rescales is checked when it is made.
     """
     written: set[str] = set()
-    for edit in plan.edits:
-        limit = torch.finfo(named[edit.parameter].dtype).max
+    for edit in edits:
+        weight = parts[edit.parameter]
+        limit = torch.finfo(weight.tensor.dtype).max
         rescales = isinstance(edit, Fold) or (isinstance(edit, Rewrite) and abs(edit.scale) > 1)
         if rescales and limit < _SMALL_RANGE and not written & set(edit.parameters):
             assert isinstance(edit, Rewrite | Fold)
-            grown = {edit.parameter: abs(edit.scale) * float(_largest(edit.block(named[edit.parameter].detach())))}
-            if isinstance(edit, Fold):
-                grown[edit.bias] = max(
-                    float(_largest(bias.float() + edit.shift * weight.float().flatten(1).sum(1)))
-                    for weight, bias in edit.pairs(named[edit.parameter].detach(), named[edit.bias].detach())
-                )
+            local = weight.local
+            peaks = [float(_largest(placed.window(local))) for placed in weight.block(edit)]
+            grown = {edit.parameter: abs(edit.scale) * max(peaks, default=0.0)}
+            for rows, bias in (own_pairs(edit, *_of(edit, parts)) or ()) if isinstance(edit, Fold) else ():
+                assert isinstance(edit, Fold)
+                peak = float(_largest(bias.float() + edit.shift * rows.float().flatten(1).sum(1)))
+                grown[edit.bias] = max(peak, grown.get(edit.bias, 0.0))
             for name, peak in grown.items():
                 if limit < peak < math.inf:  # infinite weights are the model's own
                     yield (
@@ -179,10 +311,43 @@ def _parted(plan: Plan, held: dict[str, torch.Tensor], aliases: dict[str, tuple[
     ]
 
 
-def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[str]:
-    shape = edit.shape if name == edit.parameter else (edit.bias_numel,) if isinstance(edit, Fold) else ()
-    if tuple(tensor.shape) != tuple(shape):
-        yield f"expected shape {list(shape)} for {name!r}, got {list(tensor.shape)}; plan for this model"
+def _divided(plan: Plan, parts: dict[str, Part], *, partial: bool) -> Iterator[str]:
+    """Edits of which a stage holds one parameter and lacks another."""
+    for edit in plan.edits if partial else ():
+        lacking = [name for name in names_in(edit) if name not in parts]
+        if 0 < len(lacking) < len(names_in(edit)):
+            yield (
+                f"expected all parameters of '{edit.describe()}' in one stage, got one without {lacking[0]!r}; cut the "
+                "stages elsewhere"
+            )
+
+
+def _alone(edits: list[Edit], parts: dict[str, Part]) -> Iterator[str]:
+    """Edits that need elements of other processes, where there are none to ask."""
+    for edit in edits:
+        lacks = False
+        if isinstance(edit, Fold):
+            lacks = own_pairs(edit, *_of(edit, parts)) is None
+        elif isinstance(edit, Copy):
+            lacks = not parts[edit.source].is_whole and parts[edit.source].held != parts[edit.parameter].held
+        if lacks:
+            yield (
+                f"expected the other parts for '{edit.describe()}', got a process on its own; start the processes "
+                "with torchrun, and initialize torch.distributed"
+            )
+
+
+def _merged(edits: list[Edit], parts: dict[str, Part]) -> Iterator[str]:
+    """Parameters that cannot be frozen alone."""
+    for name in (name for edit in edits for name in edit.parameters):
+        if parts[name].inside != Window():
+            yield f"expected a tensor of its own for {name!r} to freeze, got a part of another; leave freeze out"
+
+
+def _tensor_problems(edit: Edit, name: str, part: Part) -> Iterable[str]:
+    shape, tensor = whole_shape(edit, name), part.local
+    if part.shape != tuple(shape):
+        yield f"expected shape {list(shape)} for {name!r}, got {list(part.shape)}; plan for this model"
     if dtype_name(tensor.dtype) != edit.dtype:
         yield f"expected dtype {edit.dtype} for {name!r}, got {dtype_name(tensor.dtype)}; plan for this model"
     if tensor.dtype not in ops.DTYPES:
@@ -200,7 +365,7 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
         yield f"expected {name!r} to hold data, got a tensor whose memory was freed; gather the weights first"
     elif any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         yield f"expected {name!r} to have memory for every element, got an expanded tensor; call contiguous() first"
-    elif name == edit.parameter and tuple(tensor.shape) == tuple(shape) and not _has_block(edit, tensor):
+    elif name == edit.parameter and part.shape == tuple(shape) and not _has_block(edit, part):
         yield f"expected {name!r} to be one matrix in memory, got strides {tensor.stride()}; call contiguous() first"
     if name == edit.parameter:
         for coefficient, value, limit in bounded_values(edit, tensor.dtype):
@@ -211,23 +376,26 @@ def _tensor_problems(edit: Edit, name: str, tensor: torch.Tensor) -> Iterable[st
                 )
 
 
-def _source_problems(edit: Copy, source: torch.Tensor | None) -> Iterable[str]:
-    if source is None:
-        yield f"expected a parameter {edit.source!r}, got a model without it; plan for this model"
-    elif tuple(source.shape) != edit.shape or source.dtype not in ops.DTYPES:
+def _source_problems(edit: Copy, part: Part) -> Iterable[str]:
+    source = part.local
+    if part.shape != edit.shape or source.dtype not in ops.DTYPES:
         yield (
-            f"expected {list(edit.shape)} of a floating-point type for {edit.source!r}, got {list(source.shape)} of "
+            f"expected {list(edit.shape)} of a floating-point type for {edit.source!r}, got {list(part.shape)} of "
             f"{dtype_name(source.dtype)}; plan for this model"
         )
     elif not source.is_meta and not edit.values(source).isfinite().all():
         yield f"expected finite values in {edit.dtype} for {edit.describe()!r}, got Inf or NaN; use a wider dtype"
 
 
-def _has_block(edit: Edit, tensor: torch.Tensor) -> bool:
+def _has_block(edit: Edit, part: Part) -> bool:
+    if isinstance(edit, Assign | Copy):
+        return True
     try:
-        return isinstance(edit, Assign | Copy) or edit.block(tensor) is not None
+        for placed in part.block(edit):
+            placed.window(part.local)
     except RuntimeError:  # no view of these strides
         return False
+    return True
 
 
 def bounded_values(edit: Edit, dtype: torch.dtype) -> Iterable[tuple[str, float, float]]:
@@ -257,56 +425,71 @@ def _first_writes(edits: Iterable[Edit]) -> Iterable[tuple[Edit, str]]:
             yield edit, name
 
 
-def _save(named: dict[str, torch.Tensor], edit: Edit, name: str) -> Saved:
-    block = edit.block if isinstance(edit, Rewrite) else _whole
-    tensor = named[name]
-    return Saved(name, tensor, block, block(tensor.detach()).clone(), tensor.requires_grad, tensor.shape)
+def _save(part: Part, edit: Edit, name: str) -> Iterator[Saved]:
+    windows = [placed.window for placed in part.block(edit)] if isinstance(edit, Rewrite) else [Window()]
+    for window in windows:
+        block = Block(part.inside, window)
+        values = block(part.tensor.detach()).clone()
+        yield Saved(name, part.tensor, block, values, part.tensor.requires_grad, part.tensor.shape)
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _batches(edits: tuple[Edit, ...], aliases: dict[str, tuple[str, ...]]) -> Iterable[list[Edit]]:
-    """Runs of edits of one kind that touch no memory twice: each is one call of an op."""
-    batch: list[Edit] = []
+def _beginnings(edits: tuple[Edit, ...], aliases: dict[str, tuple[str, ...]]) -> frozenset[int]:
+    """The edits at which a new batch begins: one has edits of one kind that touch no memory twice."""
+    begins = set()
     touched: set[str] = set()
-    for edit in edits:
-        if batch and (type(edit) is not type(batch[0]) or touched & set(edit.parameters)):
-            yield batch
-            batch, touched = [], set()
-        batch.append(edit)
-        touched.update(alias for name in edit.parameters for alias in aliases[name])
-    if batch:
-        yield batch
+    for number, edit in enumerate(edits):
+        if number == 0 or type(edit) is not type(edits[number - 1]) or touched & set(edit.parameters):
+            begins.add(number)
+            touched = set()
+        touched.update(alias for name in edit.parameters for alias in aliases.get(name, (name,)))
+    return frozenset(begins)
 
 
-def _write(batch: list[Edit], named: dict[str, torch.Tensor], copies: dict[Copy, torch.Tensor]) -> None:
-    rewrites = [edit for edit in batch if isinstance(edit, Rewrite)]
-    if rewrites:
-        ops.rewrite_(
-            [edit.block(named[edit.parameter].detach()) for edit in rewrites],
-            scale=[edit.scale for edit in rewrites],
-            diagonal=[edit.diagonal for edit in rewrites],
-            fill=[edit.fill for edit in rewrites],
-            start=[edit.start for edit in rewrites],
-            step=[edit.step for edit in rewrites],
-        )
-    folds = [
-        (edit, *pair)
-        for edit in batch
-        if isinstance(edit, Fold)
-        for pair in edit.pairs(named[edit.parameter].detach(), named[edit.bias].detach())
-    ]
-    if folds:
+def _batches(count: int, begins: frozenset[int]) -> Iterator[list[int]]:
+    """The numbers of edits that are written together, each batch by one call of an op."""
+    starts = sorted(begins)
+    for first, last in zip(starts, [*starts[1:], count], strict=False):
+        yield list(range(first, last))
+
+
+def _write(
+    batch: list[Edit], parts: dict[str, Part], copies: dict[Copy, torch.Tensor], sums: dict[Fold, torch.Tensor]
+) -> None:
+    rewrites = [(edit, parts[edit.parameter]) for edit in batch if isinstance(edit, Rewrite)]
+    folds = [edit for edit in batch if isinstance(edit, Fold)]
+    for edit in folds:
+        if edit in sums:
+            bias = parts[edit.bias]
+            added = reference.compute_dtype(bias.tensor.dtype)
+            shifted = bias.pick(sums[edit]).to(bias.local.device, added).mul_(edit.shift).add_(bias.local.to(added))
+            overwrite_(bias.local, shifted)
+    rewrite_parts_(rewrites + [(edit, parts[edit.parameter]) for edit in folds if edit in sums])
+    pairs = [(edit, *pair) for edit in folds if edit not in sums for pair in own_pairs(edit, *_of(edit, parts)) or ()]
+    if pairs:
         ops.rescale_fold_(
-            [weight for _, weight, _ in folds],
-            [bias for _, _, bias in folds],
-            scale=[edit.scale for edit, _, _ in folds],
-            shift=[edit.shift for edit, _, _ in folds],
+            [weight for _, weight, _ in pairs],
+            [bias for _, _, bias in pairs],
+            scale=[edit.scale for edit, _, _ in pairs],
+            shift=[edit.shift for edit, _, _ in pairs],
         )
-    for edit in batch:
-        if isinstance(edit, Assign):
-            overwrite_(named[edit.parameter], torch.tensor(edit.values, dtype=torch.float64).reshape(edit.shape))
-        elif isinstance(edit, Copy):
-            overwrite_(named[edit.parameter], copies[edit])
+    for other in batch:
+        part = parts[other.parameter]
+        if isinstance(other, Assign):
+            overwrite_(part.local, part.pick(torch.tensor(other.values, dtype=torch.float64).reshape(other.shape)))
+        elif isinstance(other, Copy):
+            overwrite_(part.local, copies[other])
+
+
+def rewrite_parts_(edits: list[tuple[Rewrite | Fold, Part]]) -> None:
+    """Rewrite blocks; of folds, whose biases are done, the weight is left to scale."""
+    found = [(edit, placed, placed.window(part.local)) for edit, part in edits for placed in part.block(edit)]
+    if found:
+        plain = [(edit, placed) if isinstance(edit, Rewrite) else None for edit, placed, _ in found]
+        ops.rewrite_(
+            [block for _, _, block in found],
+            scale=[edit.scale for edit, _, _ in found],
+            diagonal=[of[0].diagonal if of else 0.0 for of in plain],
+            fill=[of[0].fill if of else 0.0 for of in plain],
+            start=[of[0].start + of[1].row * of[0].step - of[1].column if of else 0 for of in plain],
+            step=[of[0].step if of else 1 for of in plain],
+        )

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
+from neutralize.distributed.part import plain
 from neutralize.progress import Advance, silent
 
 
@@ -20,6 +21,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def fingerprint(model: nn.Module, advance: Advance = silent) -> str:
     """Return the SHA-256 of the name, dtype, shape and every bit of all parameters and buffers, as hexadecimal text.
 
+    Of a sharded model these are the bits that the process holds.
+
     Args:
         model: a model on any device.
         advance: told the bytes done.
@@ -27,7 +30,7 @@ def fingerprint(model: nn.Module, advance: Advance = silent) -> str:
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        content = _bytes(tensor.detach()).cpu()
+        content = _bytes(plain(tensor.detach())).cpu()
         digest.update(content.numpy().data)
         advance(content.numel())
     return digest.hexdigest()

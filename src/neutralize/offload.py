@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from neutralize.distributed.part import is_dtensor
+
 _MAPPED: weakref.WeakValueDictionary[tuple[Any, ...], torch.Tensor] = weakref.WeakValueDictionary()
 """Files that are mapped at the moment: one tensor per file, so that applications and their undos meet in it."""
 
@@ -53,29 +55,41 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         yield
         return
     forwards = [(module, module.forward) for module in modules if hasattr(module, "_old_forward")]
+    try:
+        for module, _ in forwards:
+            module.forward = module._old_forward  # type: ignore[assignment]
+        with on_meta(model):
+            yield
+    finally:
+        for module, forward in forwards:
+            module.forward = forward
+
+
+@contextmanager
+def on_meta(model: nn.Module) -> Iterator[None]:
+    """Let meta tensors of the same shapes stand for the tensors of a model: of the whole shape, where it is sharded."""
     tensors = [
         (held, name, tensor)
         for module in model.modules()
         for held in (module._parameters, module._buffers)
         for name, tensor in held.items()
-        if tensor is not None and not tensor.is_meta
+        if tensor is not None and not (tensor.is_meta and not is_dtensor(tensor))
     ]
-    plain = {id(tensor): _on_meta(tensor) for _, _, tensor in tensors}
+    stand_ins = {id(tensor): _stand_in(tensor) for _, _, tensor in tensors}
     try:
-        for module, _ in forwards:
-            module.forward = module._old_forward  # type: ignore[assignment]
         for held, name, tensor in tensors:
-            held[name] = plain[id(tensor)]  # type: ignore[assignment]
+            held[name] = stand_ins[id(tensor)]  # type: ignore[assignment]
         yield
     finally:
-        for module, forward in forwards:
-            module.forward = forward
         for held, name, tensor in tensors:
             held[name] = tensor  # type: ignore[assignment]
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    if is_dtensor(tensor):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    else:
+        empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from neutralize.checkpoint.handle import Checkpoint, FileUndo
+    from neutralize.distributed.part import Shard
     from neutralize.undo import Undo
 
 FORMAT_VERSION = 6
 CERTIFICATE_KINDS = ("exact", "rounding", "bounded", "measured")
 TARGETS = ("input", "partial", "null", "scaled", "damped", "fill", "mean", "offset")
 _COLUMN_LIMIT = 1 << 62
+
+TIMEOUT = 60.0
+"""Seconds that a process waits for the others that hold the model with it."""
 
 
 class _OfOneParameter:
@@ -531,18 +535,50 @@ class Plan:
         return Plan(strategy, tuple(edits), tuple(layers), tied, end_to_end, planning_s)
 
     @overload
-    def apply(self, model: nn.Module, *, freeze: bool = False) -> Undo: ...
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        freeze: bool = False,
+        shards: Mapping[str, Shard] | None = None,
+        partial: bool = False,
+        group: Any = None,
+        timeout: float = TIMEOUT,
+    ) -> Undo: ...
 
     @overload
     def apply(self, model: Checkpoint | str | PathLike[str]) -> FileUndo: ...
 
-    def apply(self, model: nn.Module | Checkpoint | str | PathLike[str], *, freeze: bool = False) -> Undo | FileUndo:
+    def apply(
+        self,
+        model: nn.Module | Checkpoint | str | PathLike[str],
+        *,
+        freeze: bool = False,
+        shards: Mapping[str, Shard] | None = None,
+        partial: bool = False,
+        group: Any = None,
+        timeout: float = TIMEOUT,
+    ) -> Undo | FileUndo:
         """Write the edits into ``model``, after everything was checked.
+
+        Where several processes hold the model (its parameters are DTensors, it is in ``DistributedDataParallel``, or
+        ``shards`` or ``partial`` are given), all of them call this. None writes before all have the same plan and are
+        able to; if one fails or does not answer, all raise, and what was written is put back. Rewrites and assignments
+        give the bits of the whole model, on any sharding, and so do folds whose inputs are not sharded; a sum over
+        sharded inputs is taken in float64, each process's own first and these in the order of the ranks, and rounded
+        once.
 
         Args:
             model: the model planned for, or one with the same parameters (names, shapes, dtypes); or a checkpoint, or
                 its path, to be edited in place.
             freeze: of a model: also set ``requires_grad`` of what is written to false; ``restore`` puts that back too.
+            shards: of a model: which parts of parameters this process holds in plain tensors, as inference engines
+                keep them; by name of the parameter, or by a glob with one ``*``.
+            partial: of a model: it is one stage of a pipeline; edits of parameters that it lacks are left to the other
+                stages, and it is an error if no stage has them.
+            group: of a model: the process group whose members hold it together, if it is not to be taken from its
+                DTensors; with ``shards`` or ``partial`` all processes by default.
+            timeout: seconds to wait for the other processes.
 
         Returns:
             The undo that restores every bit.
@@ -550,15 +586,15 @@ class Plan:
         Raises:
             NeutralizeError: the plan does not fit the model; all problems are listed, and nothing was written.
         """
-        from neutralize.apply import apply_plan
-
         if not isinstance(model, nn.Module):
             from neutralize.checkpoint.handle import as_checkpoint
 
             checkpoint = as_checkpoint(model)
             if checkpoint is not None:
                 return checkpoint.apply(self)
-        return apply_plan(self, model, freeze=freeze)
+        from neutralize.apply import apply_plan
+
+        return apply_plan(self, model, freeze=freeze, shards=shards, partial=partial, group=group, timeout=timeout)
 
     @contextmanager
     def applied(

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from neutralize import ops
 from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, own_inputs, placed_inputs, trace
+from neutralize.distributed.wrapped import as_whole
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, part_of
 from neutralize.plan import Assign, Copy, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
@@ -387,7 +388,8 @@ def plan(
             model = checkpoint.model
     module = unwrap(model)
     started = time.perf_counter()
-    made = drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
+    with as_whole(module):
+        made = drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
     return replace(made, planning_s=time.perf_counter() - started)
 
 

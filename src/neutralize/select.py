@@ -23,7 +23,10 @@ _COMPILED = "_orig_mod"  # the name under which a module compiled by torch.compi
 
 
 def unwrap(model: object) -> nn.Module:
-    """Return the module that holds the parameters: a module compiled by ``torch.compile`` stands for the original.
+    """Return the module that holds the parameters, under the names that it gives them.
+
+    A module compiled by ``torch.compile`` stands for the original, one in ``DataParallel`` or
+    ``DistributedDataParallel`` for what is in it.
 
     Raises:
         NeutralizeError: it is no module.
@@ -33,7 +36,9 @@ def unwrap(model: object) -> nn.Module:
             f"neutralize: expected a torch.nn.Module for model, got {type(model).__name__}; pass the model itself"
         )
     original = getattr(model, _COMPILED, None)
-    return original if isinstance(original, nn.Module) else model
+    if original is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        original = model.module
+    return unwrap(original) if isinstance(original, nn.Module) else model
 
 
 def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:

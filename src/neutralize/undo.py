@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from neutralize.distributed.part import Block, Window
+from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
+from neutralize.select import unwrap
 
 
 @dataclass
@@ -30,11 +38,13 @@ class Saved:
 
     name: str
     tensor: torch.Tensor
-    block: Callable[[torch.Tensor], torch.Tensor]
+    block: Block
     values: torch.Tensor
     requires_grad: bool
     shape: torch.Size
 
+
+_FORMAT = "neutralize undo 1"
 
 _OPEN: MutableMapping[torch.Tensor, list[weakref.ref[Undo]]] = WeakIdKeyDictionary()
 """Per tensor the applications that can still be undone, earliest first."""
@@ -109,6 +119,9 @@ class Undo:
         Raises:
             NeutralizeError: a tensor was replaced, or its dtype or shape changed; nothing was put back.
         """
+        model = self._model()
+        if model is not None:
+            resharded(model)
         self._check()
         for entry in self._saved:  # in any order: all were taken before the first write
             overwrite_(entry.block(entry.tensor.detach()), entry.values)
@@ -123,6 +136,71 @@ class Undo:
                 _OPEN[tensor] = [weakref.ref(undo) for undo in later]
         self._saved = []
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the copies to a file, so that another process can restore the model: one file per process of a team.
+
+        Args:
+            path: of the file (``torch.save``); one that is there is replaced once the new one is complete.
+
+        Raises:
+            NeutralizeError: everything is restored already, the model is gone, or the file cannot be written.
+        """
+        model = self._model()
+        if model is None or self.restored:
+            raise NeutralizeError("save: expected an application that is not undone yet, got one that is; apply again")
+        self._check()
+        names = {id(tensor): name for name, tensor in _named(model).items()}
+        entries = [
+            {
+                "name": entry.name,
+                "tensor": names[id(entry.tensor)],
+                "shape": list(entry.shape),
+                "requires_grad": entry.requires_grad,
+                "inside": asdict(entry.block.inside),
+                "window": asdict(entry.block.window),
+            }
+            for entry in self._saved
+        ]
+        values = [entry.values.cpu() for entry in self._saved]
+        content = {"format": _FORMAT, "digest": self.digest, "entries": entries, "values": values}
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            torch.save(content, partial)
+            partial.replace(target)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeErrors
+            partial.unlink(missing_ok=True)
+            raise NeutralizeError(
+                f"save: expected a file that can be written, got {str(error).splitlines()[0]} for "
+                f"{str(target)!r}; name another"
+            ) from error
+
+    @staticmethod
+    def load(path: str | PathLike[str], model: nn.Module) -> Undo:
+        """Read what ``save`` wrote, to restore a model that has the application's weights.
+
+        Args:
+            path: of the file; where several processes hold the model, the file of this one.
+            model: with the same tensors, sharded in the same way.
+
+        Raises:
+            NeutralizeError: the file is none of ``save``, or the model's tensors are others.
+        """
+        model = unwrap(model)
+        resharded(model)
+        named = _named(model)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["format"] != _FORMAT:
+                raise KeyError("another version")
+            pairs = zip(content["entries"], content["values"], strict=True)
+            return Undo([_fitting(entry, values, named) for entry, values in pairs], content["digest"], model)
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, IndexError, pickle.UnpicklingError) as error:
+            raise NeutralizeError(
+                f"load: expected a file of Undo.save for {str(path)!r}, got {str(error).splitlines()[0]}; name that "
+                "file"
+            ) from error
+
     def _tensors(self) -> list[torch.Tensor]:
         return list({id(entry.tensor): entry.tensor for entry in self._saved}.values())
 
@@ -131,8 +209,7 @@ class Undo:
         model = self._model()
         held = None
         if model is not None:
-            elsewhere = offloaded(model)[0].values()
-            held = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), *elsewhere)}
+            held = {id(tensor) for tensor in _named(model).values()}
         for entry in self._saved:
             if entry.tensor.dtype != entry.values.dtype:
                 raise NeutralizeError(
@@ -168,3 +245,46 @@ class Undo:
         if self.restored:
             return "Undo(restored)"
         return f"Undo({len(self._saved)} tensors, {self.held_bytes} bytes, plan {self.digest[:12]})"
+
+
+def _named(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that hold a model's weights, wherever they are."""
+    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    return named | offloaded(model)[0]
+
+
+def _window(fields: dict[str, Any]) -> Window:
+    box = fields["box"]
+    return Window(
+        None if box is None else tuple((int(first), int(last)) for first, last in box),
+        *(
+            None if fields[name] is None else (int(fields[name][0]), int(fields[name][1]))
+            for name in ("rows", "columns")
+        ),
+    )
+
+
+def _fitting(entry: dict[str, Any], values: torch.Tensor, named: dict[str, torch.Tensor]) -> Saved:
+    """A saved entry, for the tensor of the model that it fits."""
+    name, shape, tensor = entry["name"], torch.Size(entry["shape"]), named.get(entry["tensor"])
+    block = Block(_window(entry["inside"]), _window(entry["window"]))
+    if tensor is None:
+        raise NeutralizeError(
+            f"load: expected a tensor {entry['tensor']!r}, got a model without it; load into the model that it is of"
+        )
+    if tensor.shape != shape or tensor.dtype != values.dtype:
+        raise NeutralizeError(
+            f"load: expected {list(shape)} of {values.dtype} for {name!r}, got {list(tensor.shape)} of {tensor.dtype}; "
+            "load into the model that it is of"
+        )
+    try:
+        view = block(tensor.detach())
+    except (RuntimeError, IndexError):
+        view = values.new_empty(0)
+    if view.shape != values.shape:
+        raise NeutralizeError(
+            f"load: expected a part of {list(values.shape)} for {name!r}, got {list(view.shape)}; load each process's "
+            "own file, into a model that is sharded as it was"
+        )
+    return Saved(name, tensor, block, values.to(view.device), entry["requires_grad"], shape)

@@ -40,8 +40,13 @@ def influence(
         int | None, typer.Option(help="... trying only this many of the least harmful layers.", min=1)
     ] = None,
     kl: Annotated[bool, typer.Option("--kl/--no-kl", help="Measure the divergence from the intact model.")] = True,
-    log: Annotated[Path | None, typer.Option(help="A file that every evaluation is appended to.")] = None,
+    log: Annotated[  # --log-file: torchrun takes --log for one of its own
+        Path | None, typer.Option("--log", "--log-file", help="A file that every evaluation is appended to.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the log.")] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: divide the model among the processes; else each has all.")
+    ] = False,
     job: Annotated[Path | None, typer.Option(help="A TOML file of sweeps, instead of MODEL and options.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the result: a png, svg or pdf file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False,
@@ -51,53 +56,66 @@ def influence(
 
     Exit status: 0 if all went well, 1 if a sweep of a job failed, 2 if the request cannot be carried out, 130 after
     Ctrl-C (with --log, --resume goes on from there).
+
+    Under torchrun the layers are shared out among its processes: torchrun --nproc-per-node 8 -m neutralize influence …
     """
     from neutralize.errors import NeutralizeError
+    from neutralize.influence.crew import started
     from neutralize.influence.job import Job, Task
 
+    speaks = True
     try:
-        if job is not None:
-            _check_alone(context)
-            raise typer.Exit(_run_job(Job.read(job), resume=resume, json=json, quiet=quiet))
-        if resume and log is None:
-            raise NeutralizeError("influence: expected --log beside --resume, got none; name the log to go on with")
-        task = Task(
-            model=model,
-            layers=tuple(layers or ()),
-            text=None if text is None else str(text),
-            characters=characters or None,
-            window=window,
-            dtype=dtype,
-            device=device,
-            strategy=strategy,
-            k=k,
-            budget=budget,
-            among=among,
-            kl=kl,
-        )
-        _run_task(task, log, plot, resume=resume, json=json, quiet=quiet)
+        with started() as speaks:
+            if job is not None:
+                _check_alone(context)
+                raise typer.Exit(_run_job(Job.read(job), resume=resume, json=json, quiet=quiet, speaks=speaks))
+            if resume and log is None:
+                raise NeutralizeError("influence: expected --log beside --resume, got none; name the log to go on with")
+            task = Task(
+                model=model,
+                layers=tuple(layers or ()),
+                text=None if text is None else str(text),
+                characters=characters or None,
+                window=window,
+                dtype=dtype,
+                device=device,
+                strategy=strategy,
+                k=k,
+                budget=budget,
+                among=among,
+                kl=kl,
+                shard=shard,
+            )
+            _run_task(task, log, plot, resume=resume, json=json, quiet=quiet, speaks=speaks)
     except NeutralizeError as error:
-        print(error, file=sys.stderr)
+        if speaks:
+            print(error, file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         hint = "; --resume goes on from here" if log is not None or job is not None else ""
-        print(f"interrupted: every bit of the model was put back{hint}", file=sys.stderr)
+        if speaks:
+            print(f"interrupted: every bit of the model was put back{hint}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def _run_task(task: Task, log: Path | None, plot: Path | None, *, resume: bool, json: bool, quiet: bool) -> None:
-    from neutralize.influence.log import Log
+def _run_task(
+    task: Task, log: Path | None, plot: Path | None, *, resume: bool, json: bool, quiet: bool, speaks: bool
+) -> None:
+    from neutralize.influence.crew import Crew
+    from neutralize.influence.sweep import open_log
 
     if plot is not None:
         _check_plot(plot)
-    opened = None if log is None else Log(log, resume=resume)
+    opened = None if log is None else open_log(log, Crew(), resume=resume)
     try:
         language = task.load()
-        with _shown(quiet=quiet) as progress:
+        with _shown(quiet=quiet or not speaks) as progress:
             sweep = task.run(language, opened, progress)
     finally:
         if opened is not None:
             opened.close()
+    if not speaks:
+        return
     if plot is not None:
         sweep.plot(plot, title=language.title)
     if json:
@@ -106,14 +124,16 @@ def _run_task(task: Task, log: Path | None, plot: Path | None, *, resume: bool, 
         _print_sweep(language.title, sweep)
 
 
-def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool) -> int:
+def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool, speaks: bool) -> int:
     from neutralize.errors import NeutralizeError
 
     failed = False
-    with _shown(quiet=quiet) as progress:
+    with _shown(quiet=quiet or not speaks) as progress:
         for task, found in job.run(resume=resume, progress=lambda number, task: progress):
+            failed = failed or isinstance(found, NeutralizeError)
+            if not speaks:
+                continue
             if isinstance(found, NeutralizeError):
-                failed = True
                 print(f"{task.model}: {found}", file=sys.stderr)
                 if json:
                     print_json({"model": task.model, "error": str(found)})

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from neutralize.errors import NeutralizeError
+from neutralize.influence.crew import Crew, divided
 from neutralize.influence.log import Log
-from neutralize.influence.sweep import Report, Sweep, influence
+from neutralize.influence.sweep import Report, Sweep, influence, open_log
 from neutralize.language import LanguageModel, load_language_model
-from neutralize.select import blocks
+from neutralize.select import blocks, select
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,6 +55,7 @@ class Task:
         device: where the model goes; ``auto`` is the GPU if there is one.
         strategy, options: see ``neutralize.plan``.
         k, budget, among, kl: see ``neutralize.influence``.
+        shard: divide the model over the processes that ``torchrun`` has started; else each has all of it.
     """
 
     model: str = SMOLLM2
@@ -69,13 +71,23 @@ class Task:
     budget: float | None = None
     among: int | None = None
     kl: bool = True
+    shard: bool = False
 
     def load(self) -> LanguageModel:
-        """Load the model and its tokenizer.
+        """Load the model and its tokenizer, in every process that ``torchrun`` has started.
 
         Raises:
-            NeutralizeError: the model is not there, or dtype or device are unknown.
+            NeutralizeError: the model is not there, or dtype or device are unknown; every process gets the error.
         """
+        crew = Crew()
+        with crew.telling():
+            loaded = self._loaded()
+            if self.shard:
+                divided(loaded.model, select(loaded.model, blocks(loaded.model)).values())
+        crew.meet("the model")
+        return loaded
+
+    def _loaded(self) -> LanguageModel:
         from neutralize.demo.subject import weights_file
 
         dtype = getattr(torch, self.dtype, None)
@@ -189,12 +201,12 @@ class Job:
         Raises:
             NeutralizeError: the log cannot be used.
         """
-        log = Log(self.log, resume=resume, many=True)
+        log = open_log(self.log, Crew(), resume=resume, many=True)
         loaded: tuple[object, LanguageModel] | None = None
         try:
             for number, task in enumerate(self.tasks):
                 try:
-                    wanted = (task.model, task.dtype, task.device)
+                    wanted = (task.model, task.dtype, task.device, task.shard)
                     if loaded is None or loaded[0] != wanted:
                         loaded = None  # two large models may not fit side by side
                         loaded = wanted, task.load()
@@ -219,6 +231,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "budget": (int, float),
     "among": (int,),
     "kl": (bool,),
+    "shard": (bool,),
 }
 
 _LEAST = {"characters": 0, "window": 2, "k": 1, "among": 1}

@@ -14,7 +14,9 @@ import json
 import math
 import os
 import stat
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +24,9 @@ from typing import IO, Any
 from neutralize.errors import NeutralizeError
 
 FORMAT_VERSION = 1
+_LINE_TIMEOUT = 60.0
+"""Seconds that a process waits until another has written its line."""
+
 _START = b'{"format": 1, "sweep": "'
 
 
@@ -77,19 +82,23 @@ class Log:
     while it wrote, is dropped.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, resume: bool = False, many: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, resume: bool = False, many: bool = False, shared: bool = False
+    ) -> None:
         """Open the file.
 
         Args:
             path: made if it is not there.
             resume: go on with what is in the file; without it the file must be new or empty.
             many: let sweeps of several models, data or selections share the file.
+            shared: let several processes write into it, each a line at a time.
 
         Raises:
             NeutralizeError: the file holds something and ``resume`` is not set, it is no log, or cannot be opened.
         """
         self.path = Path(path)
         self._many = many
+        self._shared = shared
         self._sweep = ""
         self._identities: dict[str, dict[str, Any]] = {}
         self._measurements: dict[str, dict[tuple[str, ...], Measurement]] = {}
@@ -112,8 +121,12 @@ class Log:
         """Close the file."""
         self._file.close()
 
-    def begin(self, identity: Identity) -> dict[tuple[str, ...], Measurement]:
+    def begin(self, identity: Identity, *, writes: bool = True) -> dict[tuple[str, ...], Measurement]:
         """Begin a sweep, or go on with it; return what was measured before, by the layers that were off.
+
+        Args:
+            identity: of the sweep.
+            writes: write it down, if it is not there; of several processes one does.
 
         Raises:
             NeutralizeError: the file is the log of another sweep, and not of many; the message says what differs.
@@ -134,7 +147,8 @@ class Log:
                     f"{'another ' + ', another '.join(differing)}; give another file, or take back what was changed"
                 )
             self._identities[self._sweep] = described
-            self._append({"format": FORMAT_VERSION, "sweep": self._sweep, **described})
+            if writes:
+                self._append({"format": FORMAT_VERSION, "sweep": self._sweep, **described})
         return dict(self._measurements.get(self._sweep, {}))
 
     def add(self, measurement: Measurement) -> None:
@@ -157,22 +171,38 @@ class Log:
             if not self._identities and torn[: len(_START)] != _START[: len(torn)]:
                 self._refuse(1)  # no line of ours that was torn, but a file of another kind
             self._file.truncate(len(text) - len(torn))
+        if self._shared:
+            self._unlock()
 
     def _lock(self) -> None:
         """Let no two sweeps write into one file; the lock ends with the process, however that ends."""
         try:
             import fcntl
         except ImportError:  # no POSIX
-            return
+            return None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            until = time.monotonic() + (_LINE_TIMEOUT if self._shared else 0.0)
+            while True:
+                try:
+                    return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        raise
+                time.sleep(0.01)
         except BlockingIOError as error:
             raise NeutralizeError(
                 f"influence: expected a log that nobody else writes, got {str(self.path)!r}, which another process "
                 "holds; wait for it, or give another file"
             ) from error
         except OSError:  # a file system without locks
-            return
+            return None
+
+    def _unlock(self) -> None:
+        """Let the next process write a line."""
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _read(self, line: bytes, number: int) -> None:
         try:
@@ -204,9 +234,33 @@ class Log:
         )
 
     def _append(self, content: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(jsonable(content)).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps(jsonable(content)).encode() + b"\n"
+        if self._shared:
+            self._lock()
+        try:
+            if self._shared:
+                self._drop_torn()
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            if self._shared:
+                self._unlock()
+
+    def _drop_torn(self) -> None:
+        """Drop a last line without an end, of a process that was killed while it wrote it."""
+        end = self._file.seek(0, os.SEEK_END)
+        size = 1 << 16
+        while end and size:
+            start = max(end - size, 0)
+            self._file.seek(start)
+            tail = self._file.read(end - start)
+            if tail.endswith(b"\n"):
+                return
+            if b"\n" in tail or start == 0:
+                self._file.truncate(start + tail.rfind(b"\n") + 1)
+                return
+            size *= 2
 
 
 def jsonable(value: Any) -> Any:

@@ -16,9 +16,9 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import nn
 
-from neutralize.bits import fingerprint
 from neutralize.dataflow import Inputs, own_inputs
 from neutralize.errors import NeutralizeError, require_finite
+from neutralize.influence.crew import Crew
 from neutralize.influence.log import Identity, Log, Measurement, jsonable
 from neutralize.influence.measure import Batches, BlockInfluences, Evaluate, Evaluation, Loss, Subject, Windows
 from neutralize.language import cut, tokenized
@@ -185,6 +185,10 @@ def influence(
     a greedy search goes on from there: the layer that harms least, then the one that harms least without it, and so on.
     Whatever ends the sweep, an exception or Ctrl-C, every bit is put back first.
 
+    Where ``torch.distributed`` is initialized, all processes call this: each has the whole model and evaluates
+    candidates of its own, or the model is sharded over them (its parameters are DTensors) and they evaluate each
+    candidate together. All return the same sweep, and share one log.
+
     Args:
         model: with weights, in the mode (``model.eval()``) that it is to be measured in.
         layers: the candidates; see ``neutralize.select``.
@@ -215,21 +219,38 @@ def influence(
             loss is not finite, or the log is that of another sweep.
     """
     model = unwrap(model)
+    crew = Crew(model)
     _check_search(k, budget, among)
     subject, example = _subject(model, batches, evaluate, loss, tokenizer, window, kl=kl, kept_bytes=kept_bytes)
-    plans = _Plans(model, layers, strategy, example_inputs if example_inputs is not None else example, options)
+    with crew.telling():
+        plans = _Plans(model, layers, strategy, example_inputs if example_inputs is not None else example, options)
     own = isinstance(log, str | os.PathLike)
-    opened = Log(log, resume=resume) if isinstance(log, str | os.PathLike) else log
+    opened = open_log(log, crew, resume=resume) if isinstance(log, str | os.PathLike) else log
     try:
         pool = len(plans.layers) if among is None else min(among, len(plans.layers))
         most = 0 if k is None and budget is None else pool if k is None else min(k, pool)
-        run = _Run(model, subject, plans, opened, progress)
-        run.total = 1 + len(plans.layers) + sum(pool - taken for taken in range(1, most))
-        run.leave_one_out()
-        return run.sweep(run.search(pool, most, budget), budget)
+        with crew.telling():
+            run = _Run(model, subject, plans, opened, progress, crew)
+            run.total = 1 + len(plans.layers) + sum(pool - taken for taken in range(1, most))
+            run.leave_one_out()
+            return run.sweep(run.search(pool, most, budget), budget)
     finally:
         if own and opened is not None:
             opened.close()
+
+
+def open_log(path: str | os.PathLike[str], crew: Crew, *, resume: bool, many: bool = False) -> Log:
+    """Open the log of a sweep in every process of a crew; see ``Log``.
+
+    Raises:
+        NeutralizeError: it cannot be opened; every process gets the error.
+    """
+    again = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun has started us again
+    log: list[Log] = []
+    with crew.telling():
+        for first in crew.in_turn():
+            log.append(Log(path, resume=again or not first, many=many, shared=not crew.is_one))
+    return log[0]
 
 
 def _check_search(k: int | None, budget: float | None, among: int | None) -> None:
@@ -328,12 +349,19 @@ class _Run:
     """A sweep that is going on."""
 
     def __init__(
-        self, model: nn.Module, subject: Subject, plans: _Plans, log: Log | None, progress: Report | None
+        self,
+        model: nn.Module,
+        subject: Subject,
+        plans: _Plans,
+        log: Log | None,
+        progress: Report | None,
+        crew: Crew,
     ) -> None:
         self._model = model
         self._subject = subject
         self._plans = plans
         self._log = log
+        self._crew = crew
         self._report = progress or (lambda progress: None)
         self._known: dict[tuple[str, ...], Measurement] = {}
         self._ready = False  # whether the subject has seen the intact model
@@ -343,22 +371,22 @@ class _Run:
         self.total = 0  # evaluations to be told of
         if log is not None:
             identity = Identity(
-                f"{type(model).__module__}.{type(model).__qualname__} {fingerprint(model)}",
+                f"{type(model).__module__}.{type(model).__qualname__} {crew.fingerprint(model)}",
                 f"{type(subject).__name__} {subject.digest()}",
                 tuple(plans.layers),
                 plans.digest(),
             )
-            self._known = log.begin(identity)
+            self._known = log.begin(identity, writes=crew.rank == 0)
+            crew.meet("the sweep")  # before any of its lines
 
     def leave_one_out(self) -> None:
         """Evaluate the intact model, and each candidate off alone."""
-        intact = self.measure(())
+        intact = self._measure([()], everywhere=self._subject.compares)[0]
         if not math.isfinite(intact.loss):
             raise NeutralizeError(
                 f"influence: expected a finite loss of the intact model, got {intact.loss}; check the model and data"
             )
-        for layer in self._plans.layers:
-            self.measure((layer,))
+        self._measure([(layer,) for layer in self._plans.layers])
 
     def search(self, pool: int, most: int, budget: float | None) -> tuple[Step, ...]:
         """Switch off greedily what harms least.
@@ -373,7 +401,7 @@ class _Run:
         steps: list[Step] = []
         while len(steps) < most:
             taken = [step.layer for step in steps]
-            tried = [self.measure(self._set([*taken, layer])) for layer in candidates if layer not in taken]
+            tried = self._measure([self._set([*taken, layer]) for layer in candidates if layer not in taken])
             best = min(tried, key=lambda measurement: _order(measurement.loss))
             delta = best.loss - base
             if math.isnan(delta) or (budget is not None and delta > budget):
@@ -404,21 +432,37 @@ class _Run:
         rewriting = sum(found.rewriting_s for found in self._used.values())
         return Sweep(intact.loss, tuple(entries), steps, budget, evaluating, rewriting, self._resumed)
 
-    def measure(self, off: tuple[str, ...]) -> Measurement:
-        """Evaluate with these layers off, or take it from the log."""
-        if off in self._used:
-            return self._used[off]
-        found = self._known.get(off)
-        if found is None:
-            found = self._measured(off)
-            if self._log is not None:
-                self._log.add(found)
-        else:
-            self._resumed += 1
-        self._used[off] = found
-        self._done = len(self._used)
-        self._report(Progress(self._done, self.total, off, found))
-        return found
+    def _measure(self, sets: list[tuple[str, ...]], *, everywhere: bool = False) -> list[Measurement]:
+        """Evaluate with each of these sets of layers off, or take it from the log.
+
+        Args:
+            sets: the same in every process.
+            everywhere: every process evaluates them all, for it needs what an evaluation leaves behind.
+        """
+        for off in sets:
+            if off not in self._used and off in self._known:
+                self._resumed += 1
+                self._note(self._known[off])
+        missing = [off for off in dict.fromkeys(sets) if off not in self._used]
+        if missing:
+            found, longest = {}, 0.0
+            for off in missing if everywhere else self._crew.share(missing):
+                found[off] = self._measured(off)
+                longest = max(longest, found[off].evaluating_s + found[off].rewriting_s)
+                if self._log is not None and (self._crew.rank == 0 or (self._crew.writes and not everywhere)):
+                    self._log.add(found[off])
+                self._note(found[off])
+            for measurement in self._crew.pool(found, longest).values():
+                self._note(measurement)
+        return [self._used[off] for off in sets]
+
+    def _note(self, found: Measurement) -> None:
+        """Take a measurement in; one that another process has made again is the same for all."""
+        is_new = found.off not in self._used
+        self._used[found.off] = found
+        if is_new:
+            self._done = len(self._used)
+            self._report(Progress(self._done, self.total, found.off, found))
 
     def _measured(self, off: tuple[str, ...]) -> Measurement:
         self._report(Progress(self._done, self.total, off))

@@ -1,0 +1,164 @@
+"""Crews: the processes that share a sweep, started with ``torchrun``.
+
+Each process that has the whole model evaluates candidates of its own: it takes the next one that nobody has, and writes
+the result into the one log. Of a model that is sharded over them all evaluate each candidate together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neutralize.bits import fingerprint
+from neutralize.distributed.part import is_dtensor
+from neutralize.distributed.team import Team, store_of
+from neutralize.errors import NeutralizeError
+from neutralize.progress import Advance, silent
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+_PATIENCE = 10.0
+"""How many times as long as its own longest candidate took a process waits for the others', at the end of a phase."""
+
+_LEAST_TIMEOUT = 300.0
+"""Seconds that it waits in any case."""
+
+_PHASES = itertools.count()
+"""Numbers the phases of all sweeps of a process, so that each has a queue of its own."""
+
+
+class Crew:
+    """The processes that share a sweep; one alone if there is no process group.
+
+    Attributes:
+        rank: the place of this process among them, from 0.
+        is_sharded: the model is divided among them, so that each evaluation takes all.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        """Take all processes of the default group, and see whether the model is sharded."""
+        grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._team = Team(range(dist.get_world_size()), _LEAST_TIMEOUT) if grouped else None
+        self.rank = dist.get_rank() if grouped else 0
+        self.is_sharded = grouped and model is not None and any(map(is_dtensor, model.parameters()))
+
+    @property
+    def is_one(self) -> bool:
+        """Whether this process is alone."""
+        return self._team is None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what it has evaluated into the log."""
+        return self.rank == 0 or not self.is_sharded
+
+    def fingerprint(self, model: nn.Module, advance: Advance = silent) -> str:
+        """Return the fingerprint of the model, the same in every process; see ``neutralize.bits``."""
+        own = fingerprint(model, advance)
+        if self._team is None or not self.is_sharded:
+            return own
+        return hashlib.sha256("\n".join(self._exchange("the fingerprint", own)).encode()).hexdigest()
+
+    def in_turn(self) -> Iterator[bool]:
+        """Let the first process go on alone, then the others: yields once in each, with whether it is the first."""
+        if self.rank == 0:
+            yield True
+            self.meet("the log")
+        else:
+            self.meet("the log")
+            yield False
+        self.meet("the others' log")
+
+    def meet(self, where: str) -> None:
+        """Wait until every process is here."""
+        if self._team is not None:
+            self._exchange(where, None)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Let the others know if this process fails, for they wait for it."""
+        if self._team is None:
+            yield
+            return
+        with self._team.telling("influence"):
+            yield
+
+    def share(self, items: Sequence[Item]) -> Iterator[Item]:
+        """Yield those of the items that this process is to work on, one when the one before is done.
+
+        All processes call this with the same items.
+        """
+        if self._team is None or self.is_sharded:
+            yield from items
+            return
+        store, key = store_of("neutralize/influence"), f"{next(_PHASES)}/taken"
+        while (place := store.add(key, 1) - 1) < len(items):
+            yield items[place]
+
+    def pool(self, found: dict[Item, Found], longest_s: float) -> dict[Item, Found]:
+        """Hand what this process found to all others, and return what all found; the first one's where several did.
+
+        Args:
+            found: by item.
+            longest_s: seconds that the longest of them took.
+        """
+        if self._team is None:
+            return found
+        self._team.timeout = max(_LEAST_TIMEOUT, _PATIENCE * longest_s)
+        pooled: dict[Item, Found] = {}
+        for part in self._exchange("the results", found):
+            pooled = {**part, **pooled}
+        return pooled
+
+    def _exchange(self, stage: str, message: Found) -> list[Found]:
+        assert self._team is not None
+        return self._team.exchange("influence", stage, message)
+
+
+@contextmanager
+def started() -> Iterator[bool]:
+    """Join the processes that ``torchrun`` has started, for the length of a ``with`` block.
+
+    Yields whether this process is to speak to the user: it is the first, or alone.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if dist.is_initialized() or not (world.isdecimal() and int(world) > 1 and "RANK" in os.environ):
+        yield not dist.is_initialized() or dist.get_rank() == 0
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def divided(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Shard a model over all processes with FSDP2, each of its layers by itself.
+
+    Args:
+        model: a whole model, the same in every process.
+        layers: its blocks.
+
+    Raises:
+        NeutralizeError: there is no process group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise NeutralizeError(
+            "influence: expected several processes to shard a model over, got one; start it with torchrun"
+        )
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)

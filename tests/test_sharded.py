@@ -1,0 +1,461 @@
+"""Sharded models in real processes: the same bits as in the whole model, all or none of the processes writing."""
+
+import copy
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from edits import Every, every_edit, made_live, same_bits
+from networks import GatedBlock, perturbed
+from ranks import Ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import neutralize as nz
+from neutralize import ops
+from neutralize.distributed.part import plain
+from neutralize.plan import Plan
+
+FOLDED = {"first.bias", "second.bias", "half.bias", "conv.bias", "up.bias", "turned.bias"}
+"""Sums over sharded inputs are taken in another order; all else must have the bits of the whole model."""
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def whole_of(model):
+    """Every tensor of a sharded model, gathered by torch."""
+    return {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def placed(mesh, placements):
+    """A model whose parameters are DTensors."""
+    model = Every()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            own = [Shard(min(p.dim, parameter.dim() - 1)) if isinstance(p, Shard) else p for p in placements]
+            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, own)))
+    return model
+
+
+def fsdp(mesh):
+    """A model that FSDP2 shards, each layer by itself (they have several dtypes), the rest at the root."""
+    model = Every()
+    for child in model.children():
+        if not isinstance(child, nn.ParameterDict):
+            fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def apply_everywhere(build):
+    """Build a sharded model, apply every kind of edit, and compare with the whole model; then restore."""
+    torch.manual_seed(0)
+    whole = Every()
+    before = copy.deepcopy(whole.state_dict())
+    edits = every_edit(whole)
+    expected = made_live(whole, edits)
+    model = build()
+    local = [p.to_local().clone() if isinstance(p, DTensor) else p.clone() for p in model.parameters()]
+    undo = Plan("by hand", edits, ()).apply(model)
+    got = whole_of(model)
+    exact = {name for name in got if same_bits({name: got[name]}, {name: expected[name]})}
+    errors = {name: relative(got[name], expected[name]) for name in got if name not in exact}
+    undo.restore()
+    again = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    restored = all(torch.equal(one, other) for one, other in zip(local, again, strict=True))
+    return errors, restored and same_bits(whole_of(model), before)
+
+
+def relative(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def by_placements(shape, *placements):
+    mesh = init_device_mesh("cpu", shape)
+    return apply_everywhere(lambda: placed(mesh, placements))
+
+
+def by_fsdp(shape):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    return apply_everywhere(lambda: fsdp(mesh))
+
+
+def check(answers):
+    for errors, restored in answers:
+        assert restored
+        assert set(errors) <= FOLDED
+        assert all(error < (4e-3 if name == "half.bias" else 2e-7) for name, error in errors.items())
+    assert all(answer == answers[0] for answer in answers)  # replicas stay identical
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [
+        (Shard(0),),
+        (Shard(1),),
+        (Shard(3),),
+        (Replicate(),),
+    ],
+    ids=str,
+)
+def test_every_edit_on_two_processes(two, placements):
+    answers = two.run(by_placements, (2,), *placements)
+    check(answers)
+    if placements[0] in (Shard(0), Replicate()):
+        assert set(answers[0][0]) <= {"up.bias", "turned.bias"}  # whose weights have their inputs in dimension 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "placements"),
+    [
+        ((4,), (Shard(0),)),
+        ((4,), (Shard(1),)),
+        ((2, 2), (Shard(0), Shard(1))),
+        ((2, 2), (Shard(1), Shard(1))),
+        ((2, 2), (Replicate(), Shard(0))),
+        ((2, 2), (Shard(2), Replicate())),
+    ],
+    ids=str,
+)
+def test_every_edit_on_four_processes(four, shape, placements):
+    check(four.run(by_placements, shape, *placements))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["fsdp", "hybrid"])
+def test_every_edit_under_fully_shard(four, shape):
+    check(four.run(by_fsdp, shape))
+
+
+# ---- models as users shard them --------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Blocks of attention and gated MLP between two linear layers."""
+
+    def __init__(self, depth: int = 3, width: int = 16):
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.layers = nn.ModuleList(GatedBlock(width) for _ in range(depth))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x, without=()):
+        x = self.embed(x)
+        for number, layer in enumerate(self.layers):
+            if number not in without:
+                x = layer(x)
+        return self.head(x)
+
+
+def stack():
+    torch.manual_seed(0)
+    return perturbed(Stack())
+
+
+def as_fsdp(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def as_tensor_parallel(model, mesh=None):
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        table = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(layer, mesh, table)
+    return model
+
+
+def as_both(model):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    as_tensor_parallel(model, mesh["tensor"])
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh["data"])
+    return fully_shard(model, mesh=mesh["data"])
+
+
+def as_replicas(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+STRATEGIES = {
+    "auto": ("layers[1]", "auto", {}),
+    "outgoing": ("layers[1]", "auto", {"edit": "outgoing"}),
+    "incoming": ("layers[1]", "auto", {"edit": "incoming"}),
+    "zero": ("layers[1].down", "zero", {}),
+    "damp": ("layers[1]", "damp", {"factor": 0.25}),
+    "a head": ("layers[1].heads[2]", "auto", {}),
+}
+
+
+def neutralized(wrap, layers, strategy, options):
+    """Plan on the sharded model, apply, run, restore; beside it the whole model."""
+    whole, model = stack(), wrap(stack())
+    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1))
+    expected_plan = nz.plan(whole, layers, strategy, example_inputs=x, **options)
+    with torch.no_grad():
+        intact, excised = model(x), model(x, without=(1,))
+    plan = nz.plan(model, layers, strategy, example_inputs=x, **options)
+    before = whole_of(model)
+    undo = plan.apply(model)
+    expected = copy.deepcopy(whole)
+    expected_plan.apply(expected)
+    after = whole_of(model)
+    names = {name.removeprefix("module."): tensor for name, tensor in after.items()}
+    with torch.no_grad():
+        off = model(x)
+    undo.restore()
+    with torch.no_grad():
+        again = model(x)
+    return {
+        "digest": plan.digest == expected_plan.digest,
+        "weights": same_bits(names, dict(expected.state_dict())),
+        "off": torch.equal(off, excised),
+        "changed": not torch.equal(off, intact),
+        "restored": same_bits(whole_of(model), before) and torch.equal(again, intact),
+    }
+
+
+WRAPS = {"fsdp": as_fsdp, "tensor parallel": as_tensor_parallel, "both": as_both, "replicas": as_replicas}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "strategy"),
+    [(wrap, strategy) for wrap in ("fsdp", "tensor parallel", "both") for strategy in STRATEGIES]
+    + [("replicas", "auto")],
+)
+def test_a_sharded_model_is_planned_for_written_and_restored(four, wrap, strategy):
+    answers = four.run(neutralized, WRAPS[wrap], *STRATEGIES[strategy])
+    for answer in answers:
+        exact = strategy in ("auto", "outgoing", "incoming")
+        assert answer | {"off": True} == {
+            "digest": True,
+            "weights": True,
+            "off": True,
+            "changed": True,
+            "restored": True,
+        }
+        assert answer["off"] or not exact
+
+
+def experts_off():
+    """One expert of a mixture in fused 3-D parameters, sharded along any of its dimensions."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    whole = perturbed(MixtralForCausalLM(config))
+    plan = nz.plan(whole, "model.layers[1].mlp.experts[1]")
+    expected = copy.deepcopy(whole)
+    plan.apply(expected)
+    found = []
+    for dim in range(3):
+        model = copy.deepcopy(whole)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p, dim=dim: Shard(min(dim, p.dim() - 1)))
+        undo = plan.apply(model)
+        same = same_bits(whole_of(model), dict(expected.state_dict()))
+        undo.restore()
+        found.append((same, same_bits(whole_of(model), dict(whole.state_dict()))))
+    return found
+
+
+def test_an_expert_of_a_fused_mixture_is_off_on_any_sharding(two):
+    assert two.run(experts_off) == [[(True, True)] * 3] * 2
+
+
+def saved_and_loaded(folder):
+    """The undo in a file per process; the edited model saved sharded, and loaded sharded otherwise."""
+    rank = dist.get_rank()
+    model = as_fsdp(stack())
+    before = whole_of(model)
+    plan = nz.plan(model, "layers[1]", edit="outgoing", example_inputs=torch.ones(1, 3, 16))
+    plan.apply(model).save(folder / f"undo-{rank}.pt")
+    after = whole_of(model)
+    checkpoint.save(model.state_dict(), checkpoint_id=folder / "saved")
+    other = stack()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in other.layers:
+        parallelize_module(layer, mesh, {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()})
+    state = other.state_dict()
+    checkpoint.load(state, checkpoint_id=folder / "saved")
+    carried = same_bits(whole_of(other), after)
+    nz.Undo.load(folder / f"undo-{rank}.pt", model).restore()
+    text = failure(lambda: nz.Undo.load(folder / f"undo-{rank}.pt", other))
+    return carried, same_bits(whole_of(model), before), text
+
+
+def test_an_edited_model_is_saved_loaded_and_restored_by_each_process(two, tmp_path):
+    for carried, restored, text in two.run(saved_and_loaded, tmp_path):
+        assert carried
+        assert restored
+        assert "sharded as it was" in text
+
+
+class Embedded(nn.Module):
+    """The first stage of a pipeline: its parameters have the names that they have in the whole model."""
+
+    def __init__(self, whole, layers):
+        super().__init__()
+        self.embed = whole.embed
+        self.layers = nn.ModuleDict({str(number): whole.layers[number] for number in layers})
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+class Headed(nn.Module):
+    """The last stage."""
+
+    def __init__(self, whole, layers):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(number): whole.layers[number] for number in layers})
+        self.head = whole.head
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.head(x)
+
+
+def pipelined(layers):
+    """Two stages in two processes, run by torch's own schedule."""
+    rank = dist.get_rank()
+    whole = stack()
+    x = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1))
+    plan = nz.plan(whole, layers, example_inputs=x)
+    expected = copy.deepcopy(whole)
+    plan.apply(expected)
+    module = Embedded(whole, [0]) if rank == 0 else Headed(whole, [1, 2])
+    stage = PipelineStage(module, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2)
+    undo = plan.apply(module, partial=True)
+    with torch.no_grad():
+        out = schedule.step(*([x] if rank == 0 else []))
+        same = rank == 0 or torch.allclose(out, expected(x), rtol=0, atol=1e-6)
+    wrong = failure(lambda: plan.apply(nn.Identity() if rank == 0 else module, partial=True))
+    undo.restore()
+    names = dict(stack().named_parameters())
+    return same, all(torch.equal(p, names[name]) for name, p in module.named_parameters()), wrong
+
+
+def test_stages_of_a_pipeline_write_what_they_hold(two):
+    for same, restored, wrong in two.run(pipelined, ["layers[0]", "layers[2]"]):
+        assert same
+        assert restored
+        assert "expected stages that hold all parameters of the plan, got none with 'layers.0.entry.weight'" in wrong
+
+
+# ---- failures: all processes raise, and none has written -------------------------------------------------------------
+
+
+def failing(case):
+    """Apply on two processes of which the second has something wrong; return what this one got."""
+    second = dist.get_rank() == 1
+    model = as_fsdp(stack())
+    plan = nz.plan(model, "layers[1]", example_inputs=torch.ones(1, 3, 16))
+    seconds = 60.0
+    if case == "another plan" and second:
+        plan = nz.plan(model, "layers[2]", example_inputs=torch.ones(1, 3, 16))
+    elif case == "no parameter" and second:
+        model.layers[1].entry = nn.Identity()
+    elif case == "another shape" and second:
+        model.layers[1].entry.weight = nn.Parameter(torch.ones(7))
+    elif case in ("late", "dead"):
+        seconds = 4.0
+        if second and case == "dead":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(8.0 if second else 0.0)
+    before = whole_local(model)
+    began = time.monotonic()
+    writing = ops.rewrite_
+
+    def broken(*arguments, **options):
+        writing(*arguments, **options)
+        raise RuntimeError("the device is gone")
+
+    try:
+        if case == "writing" and second:
+            ops.rewrite_ = broken
+        text = failure(lambda: plan.apply(model, timeout=seconds))
+    finally:
+        ops.rewrite_ = writing
+    return text, time.monotonic() - began, same_bits(whole_local(model), before)
+
+
+def whole_local(model):
+    return {name: plain(tensor.detach()).clone() for name, tensor in model.named_parameters()}
+
+
+def failure(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("another plan", "expected the same plan in all 2 processes, got 2 different ones"),
+        ("no parameter", "got a model without it; plan for this model"),
+        ("another shape", "expected shape [16] for 'layers.1.entry.weight', got [7]"),
+        ("writing", "the device is gone"),
+    ],
+)
+def test_a_process_that_cannot_fails_all(two, case, said):
+    for text, seconds, unwritten in two.run(failing, case):
+        assert said in text
+        assert unwritten
+        assert seconds < 30
+    assert two.run(neutralized, as_fsdp, *STRATEGIES["auto"])[0]["restored"]  # and the next goes well
+
+
+@pytest.mark.parametrize("case", ["late", "dead"])
+def test_a_process_that_does_not_answer_fails_the_others_in_time(case):
+    ranks = Ranks(2)
+    try:
+        ranks.start(failing, case)
+        for rank in (0, 1) if case == "late" else (0,):
+            text, seconds, unwritten = ranks.result(rank)
+            assert "TeamError" in text
+            assert "expected an answer of all 2 processes within 4 s" in text
+            assert unwritten
+            assert seconds < 8
+    finally:
+        ranks.close()
