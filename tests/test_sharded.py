@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from edits import Every, every_edit, made_live, same_bits
 from networks import GatedBlock, perturbed
-from ranks import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +22,7 @@ import neutralize as nz
 from neutralize import ops
 from neutralize.distributed.part import plain
 from neutralize.plan import Plan
+from ranks import Ranks
 
 FOLDED = {"first.bias", "second.bias", "half.bias", "conv.bias", "up.bias", "turned.bias"}
 """Sums over sharded inputs are taken in another order; all else must have the bits of the whole model."""

@@ -149,6 +149,11 @@ def apply(
             raise NeutralizeError(
                 f"apply: expected a plan with the digest {digest!r}, got {found}; plan again, or give its digest"
             )
+        if not json:
+            if isinstance(content, Plan):
+                _print_plan(content, json=False)
+            else:
+                _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in content])
         summary: dict[str, Any] = {"checkpoint": str(checkpoint), "digest": found}
         if dry_run:
             patches = opened.patches(content)
@@ -163,14 +168,7 @@ def apply(
             edition = undo.edition
             summary |= {"bytes": edition.nbytes, "files": sorted(edition.files), "state": "edited"}
             summary |= {"edit": edition.number, "undo": str(edition.path)}
-        if json:
-            print_json(summary)
-            return
-        if isinstance(content, Plan):
-            _print_plan(content, json=False)
-        else:
-            _print_table("edits", ("tensor", "edit"), [(edit.parameter, edit.describe()) for edit in content])
-        print(_applied(summary))
+        print_json(summary) if json else print(_applied(summary))
 
 
 def restore(
