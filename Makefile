@@ -30,7 +30,7 @@ help:
 	@echo "make breadth    every architecture of transformers and timm that builds offline: half an hour; docs/breadth.md"
 	@echo "make lint       ruff, mypy --strict, clang-format: checks only"
 	@echo "make format     what lint asks for, done"
-	@echo "make bench      ours against what a user would use instead, as ratios"
+	@echo "make bench      ours against what a user would use instead, as ratios; draws docs/bandwidth.png"
 	@echo "make bench-checkpoint  edits of files against loading and saving them, time against size, memory"
 	@echo "make bench-build  what building costs: seconds, and the size of the wheel"
 	@echo "make gpu-check  correctness and speed of the CUDA kernels, on a machine with a GPU"
@@ -90,6 +90,7 @@ bench-build: setup
 bench: setup
 	@$(BIN)/python benchmarks/import_time.py $(filter --check,$(BENCH_ARGS))
 	@$(BIN)/python benchmarks/ops.py $(BENCH_ARGS)
+	@$(BIN)/python benchmarks/bandwidth.py
 
 gpu-check: setup
 	@$(BIN)/python benchmarks/gpu_check.py $(BENCH_ARGS)
