@@ -295,7 +295,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "zero, 512 MiB float32": zero_large,
     "scale, 512 MiB float32": functools.partial(scale_large, torch.float32, 0.97),
     "scale, 256 MiB bfloat16": functools.partial(scale_large, torch.bfloat16, 1.25),
-    "scale, 1 MiB bfloat16": functools.partial(scale_large, torch.bfloat16, 1.25, MEBI // 2),
+    "scale, 16 MiB bfloat16": functools.partial(scale_large, torch.bfloat16, 1.25, 8 * MEBI),
     "scale, 256 MiB float16": functools.partial(scale_large, torch.float16, 1.0),
     "scale, 64 MiB float8_e4m3fn": functools.partial(scale_float8, torch.float8_e4m3fn),
     "scale, 64 MiB float8_e5m2": functools.partial(scale_float8, torch.float8_e5m2),

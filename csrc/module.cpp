@@ -5,31 +5,10 @@
 #include <torch/csrc/stable/version.h>
 #include <torch/headeronly/version.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/kernels.h"
 #include "direct.h"
 
 namespace py = pybind11;
-
-namespace {
-
-// Fresh memory costs a page fault per 4 KiB, several times what writing it does; per 2 MiB it costs nothing to speak of.
-// Only a hint: whole pages inside the range, and a kernel that has none to give goes on as before.
-void advise_huge_pages(uintptr_t address, uintptr_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)address, (void)bytes;
-#endif
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of neutralize: importing it registers torch.ops.neutralize for CPU and Meta.";
@@ -52,8 +31,6 @@ PYBIND11_MODULE(_C, m) {
       "Return the instruction set of the CPU kernels in use.");
   m.def("use_cpu_isa", &neutralize::cpu::use_isa, py::arg("name"),
         "Use the kernels of another instruction set, or \"auto\" for the best; ValueError where there are none.");
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
-        "Ask for huge pages for memory that is about to be written for the first time.");
   m.def("use_exchange_api", &neutralize::use_exchange_api, py::arg("capsule"),
         "Take torch.Tensor.__dlpack_c_exchange_api__ for rewrite_direct; return whether its version is known here.");
   m.def("rewrite_direct", &neutralize::rewrite_direct, py::arg("tensors"), py::arg("scale"), py::arg("diagonal"),

@@ -5,7 +5,6 @@ import gc
 import itertools
 import random
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 import neutralize as nz
 from neutralize import Assign, Fold, Plan, Rewrite
-from neutralize.undo import copy_of
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 ROWS, COLUMNS = 12, 54
@@ -499,44 +497,3 @@ def test_random_numbers_go_on_as_if_nothing_had_been_run():
     plan.apply(model).restore()
     assert (torch.rand(3).tolist(), random.random()) == wanted
     assert len(tensors(model)) == 13
-
-
-# ---- the copies ------------------------------------------------------------------------------------------------------
-THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def huge_bytes():
-    """How much of this process lies in huge pages."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
-
-
-@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="no huge pages on this system")
-def test_large_copies_lie_in_huge_pages():
-    tensor = torch.full((16 << 20,), 2.5)  # 64 MiB
-    before = huge_bytes()
-    copied = copy_of(tensor)
-    gained = huge_bytes() - before
-    assert torch.equal(copied, tensor)
-    if gained == 0:
-        pytest.skip("the system had no huge pages to give")
-    assert gained >= copied.nbytes // 2
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: torch.randn(40, 30)[3:20, 4:9],
-        lambda: torch.randn(9, 7).t(),
-        lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-        lambda: torch.randn(()),
-        lambda: torch.ones(0),
-    ],
-    ids=["block", "transposed", "channels last", "scalar", "empty"],
-)
-def test_copies_are_as_clone_makes_them(make):
-    tensor = make()
-    copied, cloned = copy_of(tensor), tensor.clone()
-    assert torch.equal(copied, tensor)
-    assert copied.stride() == cloned.stride()
-    assert copied.numel() == 0 or copied.data_ptr() != tensor.data_ptr()

@@ -24,15 +24,12 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // What affine.h says, element by element. For float and double the compiler makes of it what there is to be made; for the
-// others these are the tails of vector loops, and all of `plain`. Unrolled, as a loop of one vector per turn is bound by
-// its own counting where the caches hold the tensor.
+// others these are the tails of vector loops, and all of `plain`.
 template <typename T, typename Compute>
 inline void one_by_one(T* p, int64_t n, Compute scale, Compute offset, bool add) {
   if (add) {
-#pragma GCC unroll 4
     for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(scale * Element<T>::load(p[i]) + offset);
   } else {
-#pragma GCC unroll 4
     for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(scale * Element<T>::load(p[i]));
   }
 }

@@ -153,16 +153,6 @@ DEVICE_TYPES = frozenset((["cpu"] if _C is not None else []) + (["cuda"] if _CUD
 """The device types whose tensors native kernels rewrite."""
 
 
-def advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask the system for huge pages for a CPU tensor that nothing was written to yet; elsewhere do nothing.
-
-    Args:
-        tensor: without gaps between its elements.
-    """
-    if _C is not None and tensor.is_cpu:
-        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-
-
 def cpu_isas() -> list[str]:
     """Return the instruction sets this machine could use, best first; empty without the native extension."""
     return list(_C.build_info()["cpu_isas_usable"]) if _C is not None else []

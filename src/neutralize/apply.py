@@ -14,7 +14,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import unwrap
-from neutralize.undo import Saved, Undo, copy_of, overwrite_
+from neutralize.undo import Saved, Undo, overwrite_
 
 _SMALL_RANGE = 1e6
 """Formats whose largest number is below this: a weight times 1/ε may leave float16 and the 8-bit formats."""
@@ -260,7 +260,7 @@ def _first_writes(edits: Iterable[Edit]) -> Iterable[tuple[Edit, str]]:
 def _save(named: dict[str, torch.Tensor], edit: Edit, name: str) -> Saved:
     block = edit.block if isinstance(edit, Rewrite) else _whole
     tensor = named[name]
-    return Saved(name, tensor, block, copy_of(block(tensor.detach())), tensor.requires_grad, tensor.shape)
+    return Saved(name, tensor, block, block(tensor.detach()).clone(), tensor.requires_grad, tensor.shape)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

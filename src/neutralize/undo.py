@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from neutralize import _native
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 
@@ -50,18 +49,6 @@ def overwrite_(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(values)
-
-
-def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy as ``clone`` makes it, in huge pages where the system has them: page faults cost more than copying.
-
-    Args:
-        tensor: a detached tensor of any dtype and device.
-    """
-    with torch.no_grad():
-        copy = torch.empty_like(tensor)
-        _native.advise_huge_pages(copy)
-        return copy.copy_(tensor)
 
 
 @contextmanager
