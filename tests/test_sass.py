@@ -225,7 +225,7 @@ def test_nothing_divides_in_64_bits(compiled):
         assert not kernel.matching(r"RET"), kernel
         for call in (text for text in kernel.instructions if text.startswith("CALL")):
             assert "`(.L_" in call, f"{kernel}: {call}"
-        # Or a reciprocal is refined in place. Those there are divide chunks by chunks per row, in 32 bits.
+        # Or a reciprocal is refined in place: those that are there are of 32 bits.
         assert not kernel.matching(r"(I2F|F2I|I2FP)\S*64"), kernel
         assert kernel.operation != "RescaleFold" or not kernel.matching(r"MUFU\.RCP"), kernel
 
