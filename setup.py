@@ -180,7 +180,9 @@ def plan() -> tuple[list[Any], type[Command], dict[str, Any]]:
 
     # Contracting a*b+c to an fma would change bits between ISAs and against CUDA: off, everywhere.
     cxx_flags = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-    cxx_flags += ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3"]
+    cxx_flags += (
+        ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
+    )  # Python's own flags may say -g: 14 times the size
     macros = [("TORCH_TARGET_VERSION", ABI_TARGET)]
     extensions = [
         cpp_extension.CppExtension(

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,17 @@ from neutralize import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DEVICE = "cuda"
 MIB, GIB = 1 << 20, 1 << 30
 SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB, 4 * GIB, 8 * GIB)
 POOL_BYTES = GIB  # what one pass touches at the least, so that no cache holds it from pass to pass
 ROUNDS = 15
 LISTS = ((10, 1024), (100, 1024), (100, 16_384), (1000, 1024), (4000, 1024), (10_000, 1024))  # tensors, float32 each
-SANITIZERS = ("memcheck", "racecheck")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZER_SECONDS = 90  # for each: the whole is to take eight minutes
+LEAST_OF_LIMIT, LEAST_OF_LIMIT_FROM_BYTES = 0.95, 64 * MIB  # fill and scale
+LEAST_OVER_TORCH = 1.0  # everywhere
+LEAST_OVER_LOOP = 8.0  # 4,000 small tensors
 SCALE = -1.0  # thousands of repeats neither overflow nor fade
 
 
@@ -92,7 +98,7 @@ def pool_of(bytes_: int, dtype: torch.dtype) -> list[Tensor]:
     """Return as many tensors of this size as exceed every cache together, with random contents."""
     numel = bytes_ // dtype.itemsize
     count = max(1, POOL_BYTES // bytes_)
-    return [torch.empty(numel, device="cuda").uniform_(-2, 2).to(dtype) for _ in range(count)]
+    return [torch.empty(numel, device=DEVICE).uniform_(-2, 2).to(dtype) for _ in range(count)]
 
 
 def copy_limit(tensors: list[Tensor]) -> Callable[[Tensor], object]:
@@ -184,7 +190,7 @@ def identity_case(bytes_: int, dtype: torch.dtype) -> Case:
 def fold_case(bytes_: int, dtype: torch.dtype) -> Case:
     """Fold and rescale: b <- b + shift * W 1, W <- scale * W."""
     tensors = [square(tensor) for tensor in pool_of(bytes_, dtype)]
-    bias = torch.zeros(tensors[0].shape[0], device="cuda", dtype=dtype)
+    bias = torch.zeros(tensors[0].shape[0], device=DEVICE, dtype=dtype)
 
     def theirs(weight: Tensor) -> object:
         bias.add_(weight.sum(1), alpha=0.001)
@@ -265,6 +271,12 @@ def measure(case: Case, rounds: int) -> Row:
     )
 
 
+def free_bytes() -> int:
+    """Return how much GPU memory could be allocated."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
 def wall_seconds(job: Callable[[], object]) -> float:
     """Time a call from Python to the end of its work on the GPU."""
     torch.cuda.synchronize()
@@ -284,7 +296,7 @@ def launches_of(job: Callable[[], object]) -> int:
 
 def measure_list(op: str, count: int, numel: int, rounds: int) -> ListRow:
     """Time a list in one call against a Python loop and torch's _foreach_ op."""
-    tensors = [torch.ones(numel, device="cuda") for _ in range(count)]
+    tensors = [torch.ones(numel, device=DEVICE) for _ in range(count)]
     jobs: dict[str, Callable[[], object]]
     if op == "fill":
         jobs = {
@@ -313,18 +325,81 @@ def measure_list(op: str, count: int, numel: int, rounds: int) -> ListRow:
     )
 
 
+def measure_cases(rounds: int) -> list[Row]:
+    """Measure every op at every size that fits into the GPU's memory, and print a table."""
+    print(f"  {'':22}{'size':>8}{'GB/s':>9}{'limit':>9}{'of limit':>10}  {'quartiles':<13}{'torch / ours':>12}")
+    rows: list[Row] = []
+    for make, dtype in CASES:
+        for bytes_ in SIZES:
+            # A one-byte tensor is upcast to float by the other side.
+            needed = max(bytes_, POOL_BYTES) * 2 + bytes_ * (8 if dtype.itemsize == 1 else 2) + GIB
+            if free_bytes() < needed:
+                print(f"  {make.__name__} {dtype} at {bytes_ // MIB} MiB: left out, it needs {needed // GIB} GiB free")
+                continue
+            row = measure(make(bytes_, dtype), rounds)
+            rows.append(row)
+            print(
+                f"  {row.name:22}{bytes_ // MIB:>4} MiB{row.gb_per_s:>9.0f}{row.limit_gb_per_s:>9.0f}"
+                f"{row.fraction_of_limit:>10.3f}  {row.fraction_low:.3f}–{row.fraction_high:.3f}"
+                f"{row.torch_over_ours:>10.2f} x  {row.theirs_name}"
+            )
+    return rows
+
+
+def measure_lists(rounds: int) -> list[ListRow]:
+    """Measure lists of every length, and print a table."""
+    print(f"  {'':8}{'tensors':>8}{'each':>8}{'µs':>10}{'loop / ours':>13}{'_foreach / ours':>17}{'launches':>10}")
+    rows: list[ListRow] = []
+    for op in ("fill", "scale"):
+        for count, numel in LISTS:
+            row = measure_list(op, count, numel, rounds)
+            rows.append(row)
+            print(
+                f"  {op:8}{count:>8}{numel:>8}{row.seconds * 1e6:>10.1f}{row.loop_over_ours:>11.2f} x"
+                f"{row.foreach_over_ours:>15.2f} x{row.launches:>10}"
+            )
+    return rows
+
+
+def missed_goals(rows: list[Row], lists: list[ListRow]) -> list[str]:
+    """Say which figures fall short of a goal, and by how much."""
+    missed = []
+    for row in rows:
+        where = f"{row.name}, {row.bytes_ // MIB} MiB"
+        bound = row.name.startswith(("fill", "scale")) and row.bytes_ >= LEAST_OF_LIMIT_FROM_BYTES
+        if bound and row.fraction_of_limit < LEAST_OF_LIMIT:
+            missed.append(f"{where}: {row.fraction_of_limit:.3f} of the limit < {LEAST_OF_LIMIT}")
+        if row.torch_over_ours < LEAST_OVER_TORCH:
+            missed.append(f"{where}: {row.torch_over_ours:.3f} x {row.theirs_name} < {LEAST_OVER_TORCH}")
+    for each in lists:
+        where = f"{each.name}, {each.tensors} tensors of {each.numel}"
+        if each.tensors == 4000 and each.loop_over_ours < LEAST_OVER_LOOP:
+            missed.append(f"{where}: {each.loop_over_ours:.2f} x a loop < {LEAST_OVER_LOOP}")
+        if (each.tensors, each.numel) == (100, 16_384) and each.foreach_over_ours < LEAST_OVER_TORCH:
+            missed.append(f"{where}: {each.foreach_over_ours:.3f} x _foreach_ < {LEAST_OVER_TORCH}")
+    return missed
+
+
+def save(record: dict[str, Any]) -> Path:
+    """Write the record under the device's name; the file."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', str(record['device'])).strip('-').lower()}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 def exercise() -> None:
     """Run every kernel on small tensors of awkward shapes: what the memory checker watches."""
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        wide = torch.ones(37, 1029, device="cuda").to(dtype)
-        views = [wide, wide[:, 3:900], wide[5:30], wide.view(-1)[7:], torch.zeros(40_000, device="cuda").to(dtype)]
+        wide = torch.ones(37, 1029, device=DEVICE).to(dtype)
+        views = [wide, wide[:, 3:900], wide[5:30], wide.view(-1)[7:], torch.zeros(40_000, device=DEVICE).to(dtype)]
         for view in views:
             for scale, diagonal, fill in ((0.0, 0.0, 0.5), (0.0, 1.0, 0.0), (0.5, 0.0, 0.0), (0.5, 1.0, 0.25)):
                 nz.ops.rewrite_(view, scale=scale, diagonal=diagonal, fill=fill, start=1)
         for view in views[:3]:
-            nz.ops.rescale_fold_(view, torch.zeros(view.shape[0], device="cuda").to(dtype), scale=0.5, shift=1.0)
-        nz.ops.rewrite_([torch.ones(5 + i % 90, device="cuda").to(dtype) for i in range(1500)], scale=0.5)
+            nz.ops.rescale_fold_(view, torch.zeros(view.shape[0], device=DEVICE).to(dtype), scale=0.5, shift=1.0)
+        nz.ops.rewrite_([torch.ones(5 + i % 90, device=DEVICE).to(dtype) for i in range(1500)], scale=0.5)
     torch.cuda.synchronize()
 
 
@@ -337,13 +412,18 @@ def sanitize() -> dict[str, str]:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation of its own
     for name in SANITIZERS:
         command = [tool, "--tool", name, "--error-exitcode", "9"]
-        result = subprocess.run(
-            [*command, sys.executable, __file__, "--exercise"],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
+        try:
+            result = subprocess.run(
+                [*command, sys.executable, __file__, "--exercise"],
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
+                timeout=SANITIZER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            outcome[name] = f"not run to its end: longer than {SANITIZER_SECONDS} s"
+            continue
         lines = [line for line in result.stdout.splitlines() if line.startswith("=========")]
         outcome[name] = "clean" if result.returncode == 0 else "\n".join(lines[-20:]) or result.stderr[-2000:]
     return outcome
@@ -366,8 +446,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exercise", action="store_true", help="only run every kernel once: for the memory checker")
     parser.add_argument("--built", action="store_true", help="don't build, fail")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
+    begin = time.perf_counter()
 
     if not torch.cuda.is_available():
         print(
@@ -377,7 +459,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    if nz.ops.backend(torch.empty(1, device="cuda")) != "cuda":
+    if nz.ops.backend(torch.empty(1, device=DEVICE)) != "cuda":
         if arguments.built:
             print(f"gpu-check: the CUDA part does not load: {_native.build_info()['cuda']['reason']}", file=sys.stderr)
             return 1
@@ -401,56 +483,33 @@ def main() -> int:
         return 1
 
     print("\n[3/4] bandwidth, of the limit measured beside it (a copy, or a memset for what only writes)")
-    print(f"  {'':22}{'size':>8}{'GB/s':>9}{'limit':>9}{'of limit':>10}  {'quartiles':<13}{'torch / ours':>12}")
-    rows: list[Row] = []
-    for make, dtype in CASES:
-        for bytes_ in SIZES:
-            torch.cuda.empty_cache()
-            # A one-byte tensor is upcast to float by the other side.
-            needed = max(bytes_, POOL_BYTES) * 2 + bytes_ * (8 if dtype.itemsize == 1 else 2) + GIB
-            if torch.cuda.mem_get_info()[0] < needed:
-                print(f"  {make.__name__} {dtype} at {bytes_ // MIB} MiB: left out, it needs {needed // GIB} GiB free")
-                continue
-            row = measure(make(bytes_, dtype), arguments.rounds)
-            rows.append(row)
-            print(
-                f"  {row.name:22}{bytes_ // MIB:>4} MiB{row.gb_per_s:>9.0f}{row.limit_gb_per_s:>9.0f}"
-                f"{row.fraction_of_limit:>10.3f}  {row.fraction_low:.3f}–{row.fraction_high:.3f}"
-                f"{row.torch_over_ours:>10.2f} x  {row.theirs_name}"
-            )
-
+    rows = measure_cases(arguments.rounds)
     print("\n[4/4] lists in one call, wall clock")
-    print(f"  {'':8}{'tensors':>8}{'each':>8}{'µs':>10}{'loop / ours':>13}{'_foreach / ours':>17}{'launches':>10}")
-    lists: list[ListRow] = []
-    for op in ("fill", "scale"):
-        for count, numel in LISTS:
-            each = measure_list(op, count, numel, arguments.rounds)
-            lists.append(each)
-            print(
-                f"  {op:8}{count:>8}{numel:>8}{each.seconds * 1e6:>10.1f}{each.loop_over_ours:>11.2f} x"
-                f"{each.foreach_over_ours:>15.2f} x{each.launches:>10}"
-            )
+    lists = measure_lists(arguments.rounds)
+    missed = missed_goals(rows, lists)
+    print("\n" + "\n".join(missed or ["every goal met"]))
 
     properties = torch.cuda.get_device_properties(0)
-    record = {
-        "device": device,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "build": _native.build_info()["built_with"],
-        "archs": _native.build_info()["cuda"]["archs"],
-        "checks": checks,
-        "bandwidth": [asdict(row) for row in rows],
-        "lists": [asdict(each) for each in lists],
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\nwritten to {path.relative_to(ROOT)}")
-    return 0
+    path = save(
+        {
+            "device": device,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "build": _native.build_info()["built_with"],
+            "archs": _native.build_info()["cuda"]["archs"],
+            "checks": checks,
+            "seconds": round(time.perf_counter() - begin),
+            "bandwidth": [asdict(row) for row in rows],
+            "lists": [asdict(each) for each in lists],
+            "missed": missed,
+        }
+    )
+    print(f"\nwritten to {path.relative_to(ROOT)} after {time.perf_counter() - begin:.0f} s")
+    return int(arguments.check and bool(missed))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ limit back to back, in an order that changes, and the ratio of a case is the med
 
 import argparse
 import ctypes
+import datetime
 import functools
 import json
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -19,12 +21,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from typing import Any
 
 import torch
 
 import neutralize as nz
 
 HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results"
 VERIFIED_SCALE = 0.7  # inexact in every format, so a wrong rounding shows
 TIMED_SCALE = -1.0  # thousands of repeats neither overflow nor fade into denormals, which are slow
 SAMPLE_SECONDS = 2e-3  # a sample shorter than this is repeated until it is that long
@@ -44,6 +48,7 @@ class Case:
         moved_bytes: what that pass moves, reads and writes together, and the case at the least
         goal_ratio: least of theirs / ours
         goal_of_limit: least share of the limit's bandwidth
+        least_rounds: however long they take
     """
 
     tensors: list[torch.Tensor]
@@ -56,6 +61,20 @@ class Case:
     moved_bytes: int = 0
     goal_ratio: float | None = None
     goal_of_limit: float | None = None
+    least_rounds: int = 15
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that is not a ratio of two times, and must not be large.
+
+    Attributes:
+        measure: returns it
+        goal_most: the most that it may be
+    """
+
+    measure: Callable[[], float]
+    goal_most: float
 
 
 @dataclass
@@ -127,7 +146,7 @@ def verify(name: str, case: Case) -> None:
         if case.theirs_bits:
             assert torch.equal(as_bytes(a), as_bytes(b)), f"{name}: {case.theirs_name} gives other bits"
         else:
-            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2)
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -140,7 +159,7 @@ def seconds_of(job: Callable[[], object], repeats: int) -> float:
 
 
 def alternate(
-    jobs: dict[str, Callable[[], object]], budget_seconds: float, least_rounds: int = 15
+    jobs: dict[str, Callable[[], object]], budget_seconds: float, least_rounds: int
 ) -> list[dict[str, float]]:
     """Time all jobs back to back, round after round, each round in another order; seconds per call by job."""
     repeats = {}
@@ -171,7 +190,7 @@ def run(name: str, case: Case, budget_seconds: float) -> Result:
     }
     if case.limit:
         jobs["limit"] = case.limit
-    rounds = alternate(jobs, budget_seconds)
+    rounds = alternate(jobs, budget_seconds, case.least_rounds)
     ratios = [each["theirs"] / each["ours"] for each in rounds]
     result = Result(
         name=name,
@@ -220,11 +239,24 @@ def duration(seconds: float) -> str:
     return f"{seconds * factor:.3g} {unit}"
 
 
-COLUMNS = ("case", "ours", "instead", "", "ratio", "25–75 %", "GB/s", "of limit", "25–75 %", "goal")
+COLUMNS = ("case", "ours", "instead", "", "ratio", "25–75 %", "then", "GB/s", "of limit", "25–75 %", "then", "goal")
+WIDTHS = (44, 8, 31, 8, 6, 11, 6, 6, 8, 11, 4, 1)
 
 
-def row(result: Result) -> tuple[str, ...]:
-    """The cells of one result, as COLUMNS names them."""
+def last_saved() -> pathlib.Path | None:
+    """The newest run that was saved under a name of its own, by the date in its name."""
+    return max(RESULTS.glob("cpu-*.json"), key=lambda path: path.stem[-len("2000-01-01") :], default=None)
+
+
+def saved_results(path: pathlib.Path | None) -> dict[str, dict[str, Any]]:
+    """The results of a saved run by case. Ratios and shares can be compared between machines; seconds cannot."""
+    if path is None:
+        return {}
+    return {result["name"]: result for result in json.loads(path.read_text(encoding="utf-8"))["results"]}
+
+
+def row(result: Result, then: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of one result, as COLUMNS names them; ``then`` is what a saved run has of it, or nothing."""
     goals = [f"≥ {result.goal_ratio:.3g}×"] if result.goal_ratio is not None else []
     goals += [f"≥ {result.goal_of_limit:g} of limit"] if result.goal_of_limit is not None else []
     verdict = ("MISSED " if result.missed else "") + ", ".join(goals)
@@ -235,43 +267,58 @@ def row(result: Result) -> tuple[str, ...]:
         duration(result.theirs_seconds),
         f"{result.ratio:.2f}×",
         "{:.2f}–{:.2f}".format(*result.ratio_quartiles),
+        f"{then['ratio']:.2f}×" if then else "",
         f"{result.gb_per_s:.1f}" if result.gb_per_s else "",
         f"{result.of_limit:.2f}" if result.of_limit is not None else "",
         "{:.2f}–{:.2f}".format(*result.of_limit_quartiles) if result.of_limit_quartiles else "",
+        f"{then['of_limit']:.2f}" if then.get("of_limit") is not None else "",
         verdict,
     )
 
 
 def print_row(cells: Iterable[str]) -> None:
     """One line of a Markdown table, as soon as it is known."""
-    widths = (44, 8, 31, 8, 6, 11, 6, 8, 11, 1)
-    print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |", flush=True)
+    print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)) + " |", flush=True)
 
 
-def main(cases: dict[str, Callable[[], Case]], description: str) -> None:
+def main(cases: dict[str, Callable[[], Case]], figures: dict[str, Figure], description: str) -> None:
     """Run all cases, print the table, write the JSON; with --check, exit 1 if a goal was missed."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--only", default="", help="run the cases in whose name this regular expression is found")
     parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each case")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=HERE / "results" / "latest.json", help="where the JSON goes"
-    )
+    parser.add_argument("--against", type=pathlib.Path, default=last_saved(), help="the run to compare with: the last")
+    parser.add_argument("--save", action="store_true", help="keep this run, under the name of the CPU and the day")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "latest.json", help="where the JSON goes")
     options = parser.parse_args()
 
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    then = saved_results(options.against)
+    if options.against is not None:
+        print(f"then: {options.against.name}")
     print_row(COLUMNS)
     print_row("-" * 3 for _ in COLUMNS)
-    results = []
+    results, measured = [], []
     for name, make in cases.items():  # made when its turn comes, so that one large tensor lives at a time
-        if options.only in name:
+        if re.search(options.only, name):
             results.append(run(name, make(), options.seconds))
-            print_row(row(results[-1]))
-    options.output.parent.mkdir(exist_ok=True)
-    record = {"machine": about, "results": [asdict(result) for result in results]}
-    options.output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    missed = [f"{result.name}: {reason}" for result in results for reason in result.missed]
-    print("\n".join(["", *missed]) if missed else "\nevery goal met")
-    if options.check and missed:
+            print_row(row(results[-1], then.get(name, {})))
+    for name, figure in figures.items():
+        if re.search(options.only, name):
+            value = figure.measure()
+            missed = [f"{value:.3g} > {figure.goal_most:g}"] if value > figure.goal_most else []
+            measured.append({"name": name, "value": value, "goal_most": figure.goal_most, "missed": missed})
+            print(f"{name}: {value:.3g}, goal ≤ {figure.goal_most:g}{' MISSED' if missed else ''}", flush=True)
+    record = {"machine": about, "results": [asdict(result) for result in results], "figures": measured}
+    outputs = [options.output]
+    if options.save:
+        cpu = re.sub(r"[^a-z0-9]+", "-", str(about["cpu"]).lower()).strip("-")
+        outputs.append(RESULTS / f"cpu-{cpu}-{datetime.date.today().isoformat()}.json")
+    for output in outputs:
+        output.parent.mkdir(exist_ok=True)
+        output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    misses = [f"{each['name']}: {reason}" for each in (*record["results"], *measured) for reason in each["missed"]]
+    print("\n".join(["", *misses]) if misses else "\nevery goal met")
+    if options.check and misses:
         sys.exit(1)

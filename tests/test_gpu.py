@@ -1,5 +1,9 @@
 """The CUDA kernels on a GPU: what test_emulation.py and test_sass.py cannot show. `make gpu-check` runs it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import DTYPES, FOLD_SHAPES, FOLDS, REWRITES, VIEWS, assert_same_bits, random_tensor
@@ -150,6 +154,53 @@ def test_the_current_stream_is_used_and_nothing_waits():
         assert not stream.query(), "the call came back after the stream had drained"
     stream.synchronize()
     assert bool((weight == 3.0).all())
+
+
+def test_calls_on_several_streams_at_once():
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(8)]
+    weights = [torch.full((1 << 20,), float(i), device="cuda") for i in range(len(streams))]
+    lists = [[torch.ones(100 + j, device="cuda", dtype=torch.bfloat16) for j in range(300)] for _ in streams]
+    torch.cuda.synchronize()
+    for turn in range(20):
+        for weight, others, stream in zip(weights, lists, streams, strict=True):
+            with torch.cuda.stream(stream):
+                nz.ops.rewrite_(weight, scale=2.0 if turn % 2 == 0 else 0.5)
+                nz.ops.rewrite_(others, scale=-1.0)
+    # What one stream wrote, another goes on with once it has waited.
+    with torch.cuda.stream(streams[0]):
+        for weight, stream in zip(weights, streams, strict=True):
+            streams[0].wait_stream(stream)
+            nz.ops.rewrite_(weight, scale=1.0, fill=1.0)
+    torch.cuda.synchronize()
+    assert all(bool((weight == i + 1.0).all()) for i, weight in enumerate(weights))
+    assert all(bool((other == 1.0).all()) for others in lists for other in others)
+
+
+EXPANDABLE = """
+import torch
+import neutralize as nz
+
+small = [torch.ones(1000 + i, device="cuda") for i in range(3000)]
+large = torch.ones(30_000_000, device="cuda")
+assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    nz.ops.rewrite_([*small, large], scale=0.5)
+more = [torch.ones(60_000_000, device="cuda") for _ in range(4)]  # the segment grows
+graph.replay()
+nz.ops.rewrite_([*small, large], scale=1.0, fill=1.0)
+torch.cuda.synchronize()
+assert all(bool((tensor == 1.5).all()) for tensor in [*small, large])
+"""
+
+
+def test_memory_of_expandable_segments():
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    run = subprocess.run(
+        [sys.executable, "-c", EXPANDABLE], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_nothing_is_allocated():

@@ -298,6 +298,29 @@ def test_instruction_set_by_environment(isa: str) -> None:
         )
 
 
+# ---- threads ---------------------------------------------------------------------------------------------------------
+class ThreadsOfAWorker(torch.utils.data.Dataset):
+    """Its one item: torch's threads, and the threads of the process before and after a large rewrite."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        tensor = torch.zeros(16 << 20)
+        before = len(os.listdir("/proc/self/task"))
+        ops.rewrite_(tensor, fill=1.0)
+        return torch.get_num_threads(), before, len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no Linux to count the threads of")
+def test_a_worker_of_a_dataloader_starts_no_threads():
+    loader = torch.utils.data.DataLoader(ThreadsOfAWorker(), num_workers=1, multiprocessing_context="spawn")
+    (item,) = loader
+    threads, before, after = (int(number) for number in item)
+    assert threads == 1
+    assert after == before
+
+
 # ---- past the dispatcher ---------------------------------------------------------------------------------------------
 FILL = ([0.0], [0.0], [1.5], [0], [1])
 

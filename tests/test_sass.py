@@ -24,20 +24,22 @@ TABLES = 2  # kernel parameters of 4 KiB and of 32 KiB
 THREADS = 256
 UNROLL = 4
 
-# Threads that a multiprocessor holds; its registers are 65,536 on all of them.
+# What a multiprocessor holds (CUDA programming guide, compute capabilities); its registers are 65,536 on all of them.
 THREADS_PER_PROCESSOR = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+SHARED_KIB_PER_PROCESSOR = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 
-# The most registers per thread, by operation and bytes of an element. No choice may spill.
-REGISTERS = {
-    ("Fill", 0): 64,
-    ("Rescale", 8): 64,
-    ("Rescale", 4): 64,
-    ("Rescale", 2): 64,
-    ("Rescale", 1): 64,
-    ("RescaleFold", 8): 64,
-    ("RescaleFold", 4): 64,
-    ("RescaleFold", 2): 80,
-    ("RescaleFold", 1): 128,
+# By operation and bytes of an element: the most registers per thread, and the least blocks that a multiprocessor holds
+# at once, where its threads are enough for them. No choice may spill.
+BOUNDS = {
+    ("Fill", 0): (64, 8),
+    ("Rescale", 8): (64, 5),
+    ("Rescale", 4): (64, 5),
+    ("Rescale", 2): (64, 5),
+    ("Rescale", 1): (64, 5),
+    ("RescaleFold", 8): (64, 4),
+    ("RescaleFold", 4): (64, 4),
+    ("RescaleFold", 2): (80, 3),
+    ("RescaleFold", 1): (128, 2),
 }
 
 
@@ -60,6 +62,13 @@ class Kernel:
 
     def matching(self, pattern: str) -> list[str]:
         return [opcode for opcode in self.opcodes if re.match(pattern, opcode)]
+
+    def resident_blocks(self, arch: int) -> int:
+        """Blocks that a multiprocessor holds at once: by its threads, its registers and its shared memory."""
+        registers = -(-self.registers // 8) * 8 * THREADS  # they come in units of 8 per thread
+        shared = self.shared_bytes + (1024 if arch >= 80 else 0)  # of which a block's overhead is 1 KiB from sm_80 on
+        by_shared = SHARED_KIB_PER_PROCESSOR[arch] * 1024 // shared if self.shared_bytes else 32
+        return min(THREADS_PER_PROCESSOR[arch] // THREADS, 65_536 // registers, by_shared)
 
     def __str__(self) -> str:
         return f"{self.operation} of {self.element_bytes} bytes, table of {self.table_bytes}"
@@ -210,12 +219,15 @@ def test_nothing_is_contracted_flushed_or_shuffled(compiled):
         assert not kernel.matching(r"SHFL|REDUX|MATCH|VOTE\.POPC"), kernel
 
 
-def test_no_division_routine_is_called(compiled):
+def test_nothing_divides_in_64_bits(compiled):
     for kernel in compiled[1]:
-        # A call of a label is a jump in disguise, and returns nowhere; a routine has a symbol and a RET.
+        # Either a routine is called: a call of a label is a jump in disguise, and returns nowhere; a routine has a RET.
         assert not kernel.matching(r"RET"), kernel
         for call in (text for text in kernel.instructions if text.startswith("CALL")):
             assert "`(.L_" in call, f"{kernel}: {call}"
+        # Or a reciprocal is refined in place: those that are there are of 32 bits.
+        assert not kernel.matching(r"(I2F|F2I|I2FP)\S*64"), kernel
+        assert kernel.operation != "RescaleFold" or not kernel.matching(r"MUFU\.RCP"), kernel
 
 
 def test_barriers_stand_only_where_memory_is_shared(compiled):
@@ -228,13 +240,21 @@ def test_barriers_stand_only_where_memory_is_shared(compiled):
 def test_registers_and_theoretical_occupancy(compiled):
     arch, _ = compiled
     for kernel in compiled[1]:
-        bound = REGISTERS[kernel.operation, kernel.element_bytes]
-        assert kernel.registers <= bound, f"{kernel}: {kernel.registers} registers"
-        allocated = -(-kernel.registers // 8) * 8 * THREADS  # registers come in units of 8 per thread
-        blocks = min(65_536 // allocated, THREADS_PER_PROCESSOR[arch] // THREADS)
-        if kernel.shared_bytes:
-            blocks = min(blocks, 65_536 // kernel.shared_bytes)  # the least that any of these lets blocks have
-        in_flight_bytes = blocks * THREADS * UNROLL * 16
-        assert in_flight_bytes >= 32_768, f"{kernel}: {blocks} blocks of {THREADS} threads"
-        if kernel.operation == "Rescale":
-            assert blocks >= 4, f"{kernel}: {blocks} blocks of {THREADS} threads"
+        most_registers, least_blocks = BOUNDS[kernel.operation, kernel.element_bytes]
+        assert kernel.registers <= most_registers, f"{kernel}: {kernel.registers} registers"
+        blocks = kernel.resident_blocks(arch)
+        assert blocks >= min(least_blocks, THREADS_PER_PROCESSOR[arch] // THREADS), f"{kernel}: {blocks} blocks"
+        assert blocks * THREADS * UNROLL * 16 >= 32_768, f"{kernel}: {blocks} blocks have too little in flight"
+
+
+def test_the_documented_occupancy_is_what_is_asserted_here():
+    rows = {}
+    for line in (ROOT / "docs" / "native.md").read_text().splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if name.startswith(("Fill", "Rescale")):
+            rows[name] = cells
+    for (operation, element_bytes), (registers, blocks) in BOUNDS.items():
+        shares = (min(1.0, blocks * THREADS / most) for most in THREADS_PER_PROCESSOR.values())
+        wanted = [str(registers), *(f"{100 * share:.0f} %" for share in shares)]
+        assert rows.pop(f"{operation} {element_bytes or ''}".strip()) == wanted
+    assert not rows

@@ -33,7 +33,15 @@ struct Isa {
     return _mm256_cvtps_ph(clean, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 
+  // Adds half a unit of the upper 16 bits, ties to even: these then are the rounded bfloat16.
+  static __m256i nearest(__m256 value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  }
+
   static void half(half_bits* p, int64_t n, float scale, float offset, bool add);
+  static void bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add);
   static void decode(const half_bits* p, float* out, int64_t n);
   static void encode(const float* p, half_bits* out, int64_t n);
   static void lookup(uint8_t* p, int64_t n, const uint8_t* table) {
@@ -59,7 +67,31 @@ void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) {
     if (add) value = _mm256_add_ps(value, o);
     _mm_storeu_si128(at, rounded(value));
   }
-  half_one_by_one(p + i, n - i, scale, offset, add);
+  one_by_one(p + i, n - i, scale, offset, add);
+}
+
+// Sixteen at a time, without unpacking: as 32-bit words, the odd ones are floats once their neighbours are cleared, and
+// the even ones once they are moved up. A NaN becomes the one that affine.h stores.
+void Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add) {
+  const __m256 s = _mm256_set1_ps(scale);
+  const __m256 o = _mm256_set1_ps(offset);
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    auto* at = reinterpret_cast<__m256i*>(p + i);
+    const __m256i old = _mm256_loadu_si256(at);
+    __m256 even = _mm256_mul_ps(s, _mm256_castsi256_ps(_mm256_slli_epi32(old, 16)));
+    __m256 odd = _mm256_mul_ps(s, _mm256_castsi256_ps(_mm256_and_si256(old, high)));
+    if (add) {
+      even = _mm256_add_ps(even, o);
+      odd = _mm256_add_ps(odd, o);
+    }
+    const __m256i rounded = _mm256_blend_epi16(_mm256_srli_epi32(nearest(even), 16), nearest(odd), 0xaa);
+    const __m256i nan = _mm256_blend_epi16(_mm256_castps_si256(_mm256_cmp_ps(even, even, _CMP_UNORD_Q)),
+                                           _mm256_castps_si256(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)), 0xaa);
+    _mm256_storeu_si256(at, _mm256_blendv_epi8(rounded, _mm256_set1_epi16(0x7fc0), nan));
+  }
+  one_by_one(p + i, n - i, scale, offset, add);
 }
 
 void Isa::decode(const half_bits* p, float* out, int64_t n) {

@@ -3,6 +3,7 @@
 //
 //   Isa::stream(char* p, int64_t lines, uint64_t pattern)     64-byte lines, written around the cache
 //   Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add)     n halves, rounded as affine.h does
+//   Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add)     the same
 //   Isa::decode(const half_bits* p, float* out, int64_t n), Isa::encode(const float* p, half_bits* out, int64_t n)
 //   Isa::lookup(uint8_t* p, int64_t n, const uint8_t table[256])
 //
@@ -21,6 +22,17 @@ constexpr int64_t kBlock = 2048;  // elements per pass while a diagonal is put a
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// What affine.h says, element by element. For float and double the compiler makes of it what there is to be made; for the
+// others these are the tails of vector loops, and all of `plain`.
+template <typename T, typename Compute>
+inline void one_by_one(T* p, int64_t n, Compute scale, Compute offset, bool add) {
+  if (add) {
+    for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(scale * Element<T>::load(p[i]) + offset);
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(scale * Element<T>::load(p[i]));
+  }
+}
 
 template <typename T>
 struct Runs {
@@ -63,10 +75,10 @@ struct Runs {
       for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(rule.apply(Element<T>::load(p[i]), rule.fill));
     } else if constexpr (__is_same(T, half_bits)) {
       Isa::half(p, n, rule.scale, rule.fill, rule.fill != 0);
-    } else if (rule.fill != Compute(0)) {
-      for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(rule.scale * Element<T>::load(p[i]) + rule.fill);
+    } else if constexpr (__is_same(T, bfloat16_bits)) {
+      Isa::bfloat(p, n, rule.scale, rule.fill, rule.fill != 0);
     } else {
-      for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(rule.scale * Element<T>::load(p[i]));
+      one_by_one(p, n, rule.scale, rule.fill, rule.fill != Compute(0));
     }
   }
 
@@ -200,14 +212,6 @@ void rewrite(const RewriteJob& job, int64_t first, int64_t last) {
 
 void rescale_fold(const FoldJob& job, int64_t first, int64_t last) {
   dispatch(job.weight.storage, [&](auto tag) { Runs<typename decltype(tag)::type>::rescale_fold(job, first, last); });
-}
-
-// What affine.h says, element by element: the tails of the vector loops, and all of `plain`.
-[[maybe_unused]] inline void half_one_by_one(half_bits* p, int64_t n, float scale, float offset, bool add) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float scaled = scale * Element<half_bits>::load(p[i]);
-    p[i] = Element<half_bits>::store(add ? scaled + offset : scaled);
-  }
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct Isa {
   }
 
   static void half(half_bits* p, int64_t n, float scale, float offset, bool add);
+  static void bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add);
   static void decode(const half_bits* p, float* out, int64_t n);
   static void encode(const float* p, half_bits* out, int64_t n);
 
@@ -72,7 +73,11 @@ void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) {
     if (add) value = vaddq_f32(value, vdupq_n_f32(offset));
     four(p + i, rounded(value));
   }
-  half_one_by_one(p + i, n - i, scale, offset, add);
+  one_by_one(p + i, n - i, scale, offset, add);
+}
+
+void Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add) {
+  one_by_one(p, n, scale, offset, add);
 }
 
 void Isa::decode(const half_bits* p, float* out, int64_t n) {

@@ -19,6 +19,7 @@ struct Isa {
 #endif
   }
   static void half(half_bits* p, int64_t n, float scale, float offset, bool add);
+  static void bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add);
   static void decode(const half_bits* p, float* out, int64_t n);
   static void encode(const float* p, half_bits* out, int64_t n);
   static void lookup(uint8_t* p, int64_t n, const uint8_t* table) {
@@ -34,8 +35,10 @@ struct Isa {
 namespace neutralize::cpu {
 namespace {
 
-void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) {
-  half_one_by_one(p, n, scale, offset, add);
+void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) { one_by_one(p, n, scale, offset, add); }
+
+void Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add) {
+  one_by_one(p, n, scale, offset, add);
 }
 
 void Isa::decode(const half_bits* p, float* out, int64_t n) {

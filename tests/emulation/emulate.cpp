@@ -143,17 +143,41 @@ bool changes_nothing(const Rewrite& rewrite) {
   return rewrite.scale == 1 && rewrite.fill == 0 && static_cast<float>(rewrite.diagonal) == 0;
 }
 
+// The bytes of [address, address + bytes) that whole 16-byte words cover: all but a head and a tail.
+int64_t bytes_in_words(uintptr_t address, int64_t bytes) {
+  const auto begin = static_cast<int64_t>((address + 15) / 16 * 16);
+  const int64_t end = (static_cast<int64_t>(address) + bytes) / 16 * 16;
+  return std::max<int64_t>(end - begin, 0);
+}
+
+// The least and the most that a rewrite's accesses of 16 bytes may add up to in one direction. Rows are walked one by
+// one, unless they are contiguous; where a row is cut into chunks, a word may be cut too.
+std::pair<int64_t, int64_t> wide_bytes(const Matrix& matrix) {
+  const bool flat = matrix.row_stride == matrix.cols || matrix.rows == 1;
+  const int64_t rows = flat ? 1 : matrix.rows, bytes = matrix.numel() * matrix.itemsize() / rows;
+  int64_t most = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    most += bytes_in_words(matrix.begin() + static_cast<uintptr_t>(row * matrix.stride_bytes()), bytes);
+  }
+  return {flat ? most : most - rows * (bytes / cuda::kChunkBytes) * 16, most};
+}
+
 // Runs a list in one call; returns the number of launches.
 int64_t check_rewrites(const std::vector<Case*>& tests, bool descending) {
   std::vector<Rewrite> rewrites;
   emulation::watch.regions.clear();
   cuda::Traffic minimum;
+  std::pair<int64_t, int64_t> wide{0, 0};
   for (Case* test : tests) {
     const Rewrite& rewrite = test->rewrite;
     rewrites.push_back(rewrite);
     if (test->buffer.bytes() > 0) emulation::watch.add(test->buffer.data(), test->buffer.bytes());
     test->buffer.poison(true);
-    if (changes_nothing(rewrite)) continue;
+    if (changes_nothing(rewrite) || rewrite.matrix.numel() == 0) continue;
+    const auto [least, most] = wide_bytes(rewrite.matrix);
+    const int64_t directions = rewrite.scale != 0 ? 2 : 1;
+    wide.first += directions * least;
+    wide.second += directions * most;
     minimum.bytes_written += rewrite.matrix.numel() * rewrite.matrix.itemsize();
     if (rewrite.scale != 0) minimum.bytes_read += rewrite.matrix.numel() * rewrite.matrix.itemsize();
   }
@@ -166,6 +190,9 @@ int64_t check_rewrites(const std::vector<Case*>& tests, bool descending) {
   if (traffic.bytes_read != minimum.bytes_read || traffic.bytes_written != minimum.bytes_written ||
       emulation::watch.bytes_read != minimum.bytes_read || emulation::watch.bytes_written != minimum.bytes_written) {
     fail("rewrite_, traffic: " + what);
+  }
+  if (emulation::watch.word_bytes < wide.first || emulation::watch.word_bytes > wide.second) {
+    fail("rewrite_, bytes beside the 16-byte words: " + what);
   }
   for (Case* test : tests) {
     ++cases;
@@ -285,71 +312,60 @@ bool same(T actual, T wanted) {
   return std::memcmp(&actual, &wanted, sizeof(T)) == 0 || (a != a && b != b);  // a NaN is a NaN
 }
 
+struct FoldCase {
+  Buffer weight, bias;
+  RescaleFold fold;
+
+  FoldCase(Storage storage, const Shape& shape, int64_t lead, int64_t bias_stride, double scale, double shift,
+           bool tame)
+      : weight(span_of(shape) * itemsize_of(storage), lead * itemsize_of(storage)),
+        bias(span_of({shape.rows, 1, bias_stride}) * itemsize_of(storage), itemsize_of(storage)),
+        fold{{reinterpret_cast<char*>(weight.data()), shape.rows, shape.cols, shape.row_stride, storage},
+             {reinterpret_cast<char*>(bias.data()), shape.rows, 1, bias_stride, storage},
+             scale,
+             shift} {
+    randomize(storage, weight, tame);
+    randomize(storage, bias, true);
+  }
+
+  static int64_t span_of(const Shape& shape) {
+    return shape.rows * shape.cols == 0 ? 0 : (shape.rows - 1) * shape.row_stride + shape.cols;
+  }
+};
+
+std::string describe(const RescaleFold& fold) {
+  const Matrix& m = fold.weight;
+  char text[256];
+  std::snprintf(text, sizeof text,
+                "storage %d, (%ld, %ld) stride %ld, address mod 128 = %d, bias stride %ld, scale %g shift %g",
+                static_cast<int>(m.storage), long(m.rows), long(m.cols), long(m.row_stride), int(m.begin() % 128),
+                long(fold.bias.row_stride), fold.scale, fold.shift);
+  return text;
+}
+
 template <typename T>
-void check_fold(const Shape& shape, int64_t lead, int64_t bias_stride, double scale, double shift, bool tame,
-                bool descending) {
+void compare_fold(FoldCase& test) {
   using Compute = typename Element<T>::compute;
   constexpr auto size = static_cast<int64_t>(sizeof(T));
-  const auto storage = static_cast<Storage>(std::is_same_v<T, double>          ? 0
-                                            : std::is_same_v<T, float>         ? 1
-                                            : std::is_same_v<T, half_bits>     ? 2
-                                            : std::is_same_v<T, bfloat16_bits> ? 3
-                                            : std::is_same_v<T, e4m3_bits>     ? 4
-                                                                               : 5);
-  const int64_t span = shape.rows * shape.cols == 0 ? 0 : (shape.rows - 1) * shape.row_stride + shape.cols;
-  Buffer weight(span * size, lead * size),
-      bias(shape.rows == 0 ? 0 : ((shape.rows - 1) * bias_stride + 1) * size, size);
-  randomize<T>(weight, tame);
-  randomize<T>(bias, true);
-  weight.remember();
-  bias.remember();
-  const RescaleFold fold{{reinterpret_cast<char*>(weight.data()), shape.rows, shape.cols, shape.row_stride, storage},
-                         {reinterpret_cast<char*>(bias.data()), shape.rows, 1, bias_stride, storage},
-                         scale,
-                         shift};
-  emulation::watch.regions.clear();
-  if (weight.bytes() > 0) emulation::watch.add(weight.data(), weight.bytes());
-  if (bias.bytes() > 0) emulation::watch.add(bias.data(), bias.bytes());
-  weight.poison(true);
-  bias.poison(true);
-  const int64_t watched = emulation::watch.failures;
-  emulation::watch.begin_call();
-  const cuda::Traffic traffic = emulation::rescale_fold(&fold, 1, descending);
-  weight.poison(false);
-  bias.poison(false);
-  ++cases;
-
-  char text[200];
-  std::snprintf(text, sizeof text,
-                "rescale_fold_: storage %d, (%ld, %ld) stride %ld lead %ld bias stride %ld scale %g shift %g",
-                static_cast<int>(storage), long(shape.rows), long(shape.cols), long(shape.row_stride), long(lead),
-                long(bias_stride), scale, shift);
-  const bool writes = static_cast<Compute>(scale) != Compute(1);
-  const int64_t elements = shape.rows * shape.cols;
-  if (emulation::watch.failures != watched) fail(std::string(text) + ": memory accesses");
-  if (traffic.bytes_read != (elements + shape.rows) * size || emulation::watch.bytes_read != traffic.bytes_read ||
-      traffic.bytes_written != ((writes ? elements : 0) + shape.rows) * size ||
-      emulation::watch.bytes_written != traffic.bytes_written) {
-    fail(std::string(text) + ": traffic");
-  }
-  std::vector<unsigned char> wanted_weight(weight.original(), weight.original() + weight.bytes());
-  std::vector<unsigned char> wanted_bias(bias.original(), bias.original() + bias.bytes());
-  for (int64_t row = 0; row < shape.rows; ++row) {
+  const auto& [matrix, bias, scale, shift] = test.fold;
+  std::vector<unsigned char> wanted_weight(test.weight.original(), test.weight.original() + test.weight.bytes());
+  std::vector<unsigned char> wanted_bias(test.bias.original(), test.bias.original() + test.bias.bytes());
+  for (int64_t row = 0; row < matrix.rows; ++row) {
     std::vector<Compute> lanes(Fold<T>::kLanes, Compute(0));
-    for (int64_t col = 0; col < shape.cols; ++col) {
-      unsigned char* at = wanted_weight.data() + (row * shape.row_stride + col) * size;
+    for (int64_t col = 0; col < matrix.cols; ++col) {
+      unsigned char* at = wanted_weight.data() + (row * matrix.row_stride + col) * size;
       T value;
       std::memcpy(&value, at, sizeof value);
       const Compute old = Element<T>::load(value);
       lanes[static_cast<size_t>(col % Fold<T>::kLanes)] += old;
-      if (!writes) continue;
+      if (static_cast<Compute>(scale) == Compute(1)) continue;
       value = Element<T>::store(scale == 0 ? Compute(0) : static_cast<Compute>(scale) * old);
       std::memcpy(at, &value, sizeof value);
     }
     for (size_t half = lanes.size() / 2; half >= 1; half /= 2) {
       for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     }
-    unsigned char* at = wanted_bias.data() + row * bias_stride * size;
+    unsigned char* at = wanted_bias.data() + row * bias.row_stride * size;
     T value;
     std::memcpy(&value, at, sizeof value);
     value = Element<T>::store(Fold<T>::bias(Element<T>::load(value), static_cast<Compute>(shift), lanes[0]));
@@ -360,34 +376,99 @@ void check_fold(const Shape& shape, int64_t lead, int64_t bias_stride, double sc
       T a, b;
       std::memcpy(&a, actual.data() + at, sizeof a);
       std::memcpy(&b, wanted.data() + at, sizeof b);
-      if (!same(a, b)) return fail(std::string(text) + ": " + which + " at element " + std::to_string(at / size));
+      if (same(a, b)) continue;
+      return fail("rescale_fold_: " + describe(test.fold) + ": " + which + " at element " + std::to_string(at / size));
     }
   };
-  compare(wanted_weight, weight, "weight");
-  compare(wanted_bias, bias, "bias");
+  compare(wanted_weight, test.weight, "weight");
+  compare(wanted_bias, test.bias, "bias");
 }
 
-template <typename T>
+// Runs a list in one call; returns the number of launches.
+int64_t check_folds(const std::vector<FoldCase*>& tests, bool descending) {
+  std::vector<RescaleFold> folds;
+  emulation::watch.regions.clear();
+  cuda::Traffic minimum;
+  int64_t wide = 0;
+  for (FoldCase* test : tests) {
+    const Matrix& weight = test->fold.weight;
+    folds.push_back(test->fold);
+    for (Buffer* buffer : {&test->weight, &test->bias}) {
+      if (buffer->bytes() > 0) emulation::watch.add(buffer->data(), buffer->bytes());
+      buffer->poison(true);
+    }
+    const int64_t bytes = weight.numel() * weight.itemsize(), bias_bytes = weight.rows * weight.itemsize();
+    const bool writes =
+        (weight.storage == Storage::kFloat64 ? test->fold.scale : static_cast<float>(test->fold.scale)) != 1;
+    minimum.bytes_read += bytes + bias_bytes;
+    minimum.bytes_written += (writes ? bytes : 0) + bias_bytes;
+    for (int64_t row = 0; row < weight.rows; ++row) {
+      const uintptr_t begin = weight.begin() + static_cast<uintptr_t>(row * weight.stride_bytes());
+      // A row that does not start on a word goes element by element.
+      if (begin % 16 == 0) wide += (writes ? 2 : 1) * (weight.row_bytes() / 16 * 16);
+    }
+  }
+  const int64_t watched = emulation::watch.failures;
+  emulation::watch.begin_call();
+  const cuda::Traffic traffic = emulation::rescale_fold(folds.data(), folds.size(), descending);
+  const std::string what = folds.size() == 1 ? describe(folds[0]) : "a list of " + std::to_string(folds.size());
+  if (emulation::watch.failures != watched) fail("rescale_fold_, memory accesses: " + what);
+  if (traffic.bytes_read != minimum.bytes_read || traffic.bytes_written != minimum.bytes_written ||
+      emulation::watch.bytes_read != minimum.bytes_read || emulation::watch.bytes_written != minimum.bytes_written) {
+    fail("rescale_fold_, traffic: " + what);
+  }
+  if (emulation::watch.word_bytes != wide) fail("rescale_fold_, bytes beside the 16-byte words: " + what);
+  for (FoldCase* test : tests) {
+    ++cases;
+    test->weight.poison(false);
+    test->bias.poison(false);
+    cuda::with_storage(test->fold.weight.storage, [&](auto tag) { compare_fold<typename decltype(tag)::type>(*test); });
+  }
+  return traffic.launches;
+}
+
+constexpr Coefficients kFolds[] = {{0.5, -1.5, 0}, {1, 0.25, 0}, {0, 1, 0}, {-3, 0, 0}};  // scale, shift
+
 void fold_shapes() {
   const Shape shapes[] = {{0, 8, 8},       {1, 0, 0},       {1, 1, 1},     {7, 31, 31},    {8, 127, 127},
                           {9, 128, 128},   {17, 129, 129},  {3, 512, 512}, {20, 513, 520}, {5, 1000, 1000},
                           {2, 4099, 4099}, {3, 4096, 4104}, {70, 64, 64},  {65, 7, 12},    {1, 65537, 65537},
                           {600, 16, 16},   {33, 200, 256}};
-  int turn = 0;
-  for (const Shape& shape : shapes) {
-    for (int64_t lead : {0, 1, 4}) {
-      for (const Coefficients& each :
-           {Coefficients{0.5, -1.5, 0}, Coefficients{1, 0.25, 0}, Coefficients{0, 1, 0}, Coefficients{-3, 0, 0}}) {
-        check_fold<T>(shape, lead, turn % 2 == 0 ? 1 : 3, each.scale, each.diagonal, turn % 3 != 0, turn % 2 != 0);
-        ++turn;
+  for (Storage storage : kAll) {
+    int turn = 0;
+    for (const Shape& shape : shapes) {
+      for (int64_t lead : {0, 1, 4}) {
+        for (const Coefficients& each : kFolds) {
+          FoldCase test(storage, shape, lead, turn % 2 == 0 ? 1 : 3, each.scale, each.diagonal, turn % 3 != 0);
+          check_folds({&test}, turn % 2 != 0);
+          ++turn;
+        }
       }
     }
   }
 }
 
+// As rewrite_lists: 1,023 folds fill the metadata of a launch.
 void fold_lists() {
-  for (Storage storage : kAll) {
-    cuda::with_storage(storage, [&](auto tag) { fold_shapes<typename decltype(tag)::type>(); });
+  for (const int count : {2, 200, 2500}) {
+    for (const bool alike : {false, true}) {
+      std::vector<std::unique_ptr<FoldCase>> owned;
+      std::vector<FoldCase*> tests;
+      for (int i = 0; i < count; ++i) {
+        const auto pick = [&](uint64_t below) { return static_cast<int64_t>(random_bits() % below); };
+        const int64_t cols = alike ? 5 : pick(40);
+        const Shape shape{alike ? 3 : pick(20), cols, alike || pick(2) == 0 ? cols : cols + pick(9)};
+        const Coefficients& each = kFolds[alike ? 0 : pick(std::size(kFolds))];
+        owned.push_back(std::make_unique<FoldCase>(alike ? Storage::kFloat32 : kAll[pick(6)], shape, pick(9),
+                                                   alike ? 1 : 1 + pick(3), each.scale, each.diagonal, true));
+        tests.push_back(owned.back().get());
+      }
+      const int64_t launches = check_folds(tests, count % 2 != 0);
+      if (alike && launches != (count == 2500 ? 3 : 1)) {
+        fail(std::to_string(count) + " alike folds took " + std::to_string(launches) + " launches");
+      }
+      if (count == 2500 && !alike && launches <= 6) fail("a list of 2500 folds did not go past one launch's metadata");
+    }
   }
 }
 
@@ -455,6 +536,7 @@ int main() {
   rewrite_shapes();
   rewrite_diagonals();
   rewrite_lists();
+  fold_shapes();
   fold_lists();
   plan_huge();
   std::printf("%ld cases, %ld failures\n", long(cases), long(failures));

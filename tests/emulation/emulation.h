@@ -5,7 +5,8 @@
 //   - vector accesses are aligned, and lie inside a tensor (ASan sees the rest: tensors are exact-size allocations);
 //   - every byte is read at most once and written at most once per call;
 //   - no byte that one thread writes is touched by another thread of the grid: tensor memory is never shared;
-//   - consecutive lanes access consecutive 16-byte words (coalescing).
+//   - the lanes that walk a row take its words in turn, from lane 0 on, so that each access of a warp is runs of
+//     consecutive 16-byte words (coalescing); so do they with the elements of a row that is no whole words.
 // Threads between two barriers run one after the other, ascending or descending: what depends on their order shows up.
 #pragma once
 
@@ -18,7 +19,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <unordered_map>
 #include <vector>
 
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -37,11 +37,16 @@ struct Region {
   std::vector<int32_t> reader, writer;
 };
 
+struct Access {
+  uintptr_t address;
+  int32_t bytes, thread;
+};
+
 struct Watch {
   std::vector<Region> regions;  // ascending
   size_t latest = 0;
-  int32_t thread = 0;                               // block * threads of a block + thread
-  std::unordered_map<uintptr_t, int32_t> words[2];  // of the phase under way: address -> thread, read and written
+  int32_t thread = 0;               // block * threads of a block + thread
+  std::vector<Access> accesses[2];  // of the phase under way: reads, writes
   int64_t bytes_read = 0, bytes_written = 0, word_bytes = 0;
   int64_t failures = 0;
 
@@ -66,10 +71,8 @@ struct Watch {
     const uintptr_t end = address + static_cast<uintptr_t>(bytes);
     if (address % static_cast<uintptr_t>(bytes) != 0) fail("a misaligned access", address);
     (writes ? bytes_written : bytes_read) += bytes;
-    if (bytes == 16) {
-      word_bytes += bytes;
-      words[writes].emplace(address, thread);
-    }
+    if (bytes == 16) word_bytes += bytes;
+    accesses[writes].push_back({address, bytes, thread});
     if (latest >= regions.size() || address < regions[latest].begin || address >= regions[latest].end) {
       const auto after = std::upper_bound(regions.begin(), regions.end(), address,
                                           [](uintptr_t at, const Region& region) { return at < region.begin; });
@@ -87,18 +90,27 @@ struct Watch {
     }
   }
 
-  // Neighbouring words of a row belong to neighbouring lanes of the group that walks it, so that a warp's access is one
-  // run of memory. The last word of a row and the first of the next may touch too, but are of different groups.
+  // A run is memory without a gap that one group of `lanes` lanes walks in accesses of one size. Access number i of it
+  // belongs to lane i mod lanes: then the n-th access of the group is `lanes` neighbours. Runs shorter than a word are
+  // heads and tails.
   void check_coalescing(int32_t lanes) {
-    for (auto& phase : words) {
-      for (const auto& [address, by] : phase) {
-        const auto next = phase.find(address + 16);
-        if (next == phase.end() || next->second / lanes != by / lanes) continue;
-        const int32_t wanted = by / lanes * lanes + (by % lanes + 1) % lanes;
-        thread = next->second;
-        if (thread != wanted) fail("an uncoalesced word", address + 16);
+    for (auto& all : accesses) {
+      std::sort(all.begin(), all.end(), [](const Access& a, const Access& b) { return a.address < b.address; });
+      for (size_t first = 0, last; first < all.size(); first = last) {
+        const Access& begin = all[first];
+        for (last = first + 1; last < all.size(); ++last) {
+          const Access& before = all[last - 1];
+          if (all[last].address != before.address + static_cast<uintptr_t>(before.bytes)) break;
+          if (all[last].bytes != begin.bytes || all[last].thread / lanes != begin.thread / lanes) break;
+        }
+        if (static_cast<int64_t>(last - first) * begin.bytes < 16) continue;
+        for (size_t at = first; at < last; ++at) {
+          thread = all[at].thread;
+          if (thread % lanes != static_cast<int32_t>(at - first) % lanes)
+            fail("an uncoalesced access", all[at].address);
+        }
       }
-      phase.clear();
+      all.clear();
     }
   }
 };
