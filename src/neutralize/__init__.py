@@ -12,6 +12,7 @@ from neutralize.activations import forget_activation, register_activation
 from neutralize.checkpoint.handle import Checkpoint, FileUndo
 from neutralize.dataflow import Inputs
 from neutralize.distributed.part import Shard
+from neutralize.drop import Dropped, drop
 from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
 from neutralize.influence import Influence, Sweep, influence
@@ -30,6 +31,7 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "Copy",
+    "Dropped",
     "FileUndo",
     "Fold",
     "Guard",
@@ -45,6 +47,7 @@ __all__ = [
     "Undo",
     "Verification",
     "activation_table",
+    "drop",
     "excised",
     "forget_activation",
     "guard",

@@ -44,7 +44,7 @@ def load_language_model(
     source: str | PathLike[str],
     *,
     gguf_file: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer with transformers.
@@ -52,7 +52,7 @@ def load_language_model(
     Args:
         source: a folder, or a name that the Hugging Face hub or its local cache knows.
         gguf_file: the name of a GGUF file in that folder, to read the weights from.
-        dtype: of the weights.
+        dtype: of the weights; ``"auto"`` is that of the files, other names are those of torch.
         device: where the model goes.
 
     Raises:
@@ -81,7 +81,8 @@ def load_language_model(
     model = model.to(device).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     name = Path(gguf_file).stem if gguf_file else str(source)
-    title = f"{name}: {type(model).__name__}, {dtype_name(dtype)}, {count / 1e6:.1f} M parameters"
+    stored = dtype_name(next(model.parameters()).dtype)
+    title = f"{name}: {type(model).__name__}, {stored}, {count / 1e6:.1f} M parameters"
     return LanguageModel(model, tokenizer, title)
 
 

@@ -1,6 +1,7 @@
 """The command `neutralize`. Each command imports what it needs when it runs, so that `--help` is quick."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,6 +47,41 @@ def demo() -> None:
     from neutralize import demo
 
     raise typer.Exit(demo.main())
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A folder or a hub name of a causal language model.")],
+    drop: Annotated[list[str], typer.Option("--drop", help="Blocks that leave: name, glob or slice; repeatable.")],
+    output: Annotated[Path, typer.Option(help="The folder of the smaller model; it must not be there.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights; auto is that of the files.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False,
+) -> None:
+    """Write a model without some of its blocks, once they are proven exact and its logits are found equal, bit for bit.
+
+    Example: neutralize export ./llama --drop 'model.layers[20:25]' --output ./llama-27
+
+    Exit status: 0, or 2 if the request cannot be carried out; nothing is written then.
+    """
+    from neutralize.cli.printing import print_json
+    from neutralize.drop import drop as dropped
+    from neutralize.errors import NeutralizeError
+    from neutralize.language import load_language_model
+
+    try:
+        language = load_language_model(model, dtype=dtype)
+        smaller = dropped(language.model, drop)
+        path = smaller.save(output, tokenizer=language.tokenizer)
+    except NeutralizeError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    if json:
+        config = {name: list(values) for name, values in smaller.config.items()}
+        print_json({"output": str(path), "layers": smaller.layers, "config": config, "parameters": smaller.parameters})
+        return
+    print(f"{path}: without {', '.join(smaller.layers)}; {smaller.parameters / 1e6:.1f} M parameters less")
+    for name, (old, new) in smaller.config.items():
+        print(f"  {name}: {old} -> {new}")
 
 
 app.command()(influence)
