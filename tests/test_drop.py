@@ -28,7 +28,6 @@ MODELS = {
     "Llama": SMALL,
     "Gemma3Text": SMALL | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8},
     "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
-    "Mixtral": SMALL | {"num_local_experts": 3, "num_experts_per_tok": 2},
 }
 
 
