@@ -13,6 +13,7 @@ from networks import DataDependent, KeywordNet, PreNorm, perturbed
 from torch import nn
 
 import neutralize as nz
+from neutralize.apply import aliases_of
 from neutralize.dataflow import op_name, trace
 
 
@@ -291,3 +292,99 @@ def test_an_op_that_writes_a_list_and_returns_nothing_is_recorded():
     assert trace(model, nz.select(model, "block"), x8()).is_recorded
     with pytest.raises(nz.NeutralizeError, match="expected a layer that can hand its input on"):
         nz.plan(model, "block", example_inputs=x8())
+
+
+def write_nothing(y):
+    pass
+
+
+def write_array(y):
+    y.detach().numpy()[:] *= 2
+
+
+def write_part(y):
+    y.detach().numpy()[:, :2] += 1
+
+
+def turn_around(y):
+    array = y.detach().numpy()
+    array[:] = array[:, ::-1].copy()
+
+
+def write_view(y):
+    y.detach().view(-1).numpy()[:] *= 3
+
+
+def write_data(y):
+    y.data = y * 2
+
+
+class OutOfSight(nn.Module):
+    """A residual block that writes past the dispatcher, in a model whose control flow depends on data."""
+
+    def __init__(self, write, place):
+        super().__init__()
+        self.norm, self.lin, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.block = nn.Module()
+        self.block.norm, self.block.lin = self.norm, self.lin
+        self.block.forward = self.residual
+        self.write, self.place = write, place
+
+    def residual(self, x):
+        carried, zeros = x.clone(), torch.zeros_like(x)
+        for place, tensor in (("input", x), ("copy", carried), ("zeros", zeros)):
+            if place == self.place:
+                self.write(tensor)
+        y = carried + zeros + self.lin(self.norm(x))
+        if self.place == "output":
+            self.write(y)
+        return y
+
+    def forward(self, x):
+        x = x + 0 if float(x.sum()) < 1e9 else x
+        return self.head(self.block(x)) + x.sum()
+
+
+@pytest.mark.parametrize(
+    ("write", "place"),
+    [
+        *((write, place) for write in (write_array, write_part, turn_around, write_view, write_data)
+          for place in ("copy", "output")),
+        (write_part, "zeros"),
+    ],
+)  # fmt: skip
+def test_what_is_written_past_the_dispatcher_is_not_proven(write, place):
+    with pytest.raises(nz.NeutralizeError, match=r"written .*out of torch's sight"):
+        nz.plan(perturbed(OutOfSight(write, place)), "block", example_inputs=x8())
+    assert nz.plan(perturbed(OutOfSight(write_nothing, place)), "block", example_inputs=x8()).certificates[0].kind == (
+        "exact"
+    )
+
+
+def test_an_input_that_is_written_past_the_dispatcher_is_said_to_be():
+    plan = nz.plan(perturbed(OutOfSight(write_array, "input")), "block", example_inputs=x8(), edit="outgoing")
+    assert plan.certificates[0].kind == "measured"
+    assert "writes into its input" in plan.certificates[0].reason
+
+
+def test_a_number_that_a_run_computed_from_its_data_proves_nothing():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + torch.zeros_like(x).add_(int(x.sum() > 1e9)) + self.lin(x)
+
+    with pytest.raises(nz.NeutralizeError, match="not proven"):
+        nz.plan(nn.Sequential(Counting(), nn.Linear(8, 2)).eval(), "0", example_inputs=x8())
+
+
+def test_parameters_in_one_piece_of_memory_are_tied_though_their_storages_differ():
+    array = torch.randn(16).numpy()
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8))
+    model[0].weight, model[2].weight = (nn.Parameter(torch.from_numpy(array[start : start + 8])) for start in (0, 4))
+    model[1].bias = nn.Parameter(torch.from_numpy(array[12:14]).new_zeros(8))
+    tied = aliases_of(dict(model.named_parameters()))
+    assert tied["0.weight"] == ("0.weight", "2.weight")
+    assert tied["1.bias"] == ("1.bias",)

@@ -151,3 +151,23 @@ def test_a_plan_says_how_long_it_took_and_neither_json_nor_digest_do():
     read = nz.Plan.from_json(plan.to_json())
     assert read == plan
     assert "planned in" not in str(read)
+
+
+class Divided(Branch):
+    """A block that divides by the gain of another one, which lies behind it."""
+
+    def forward(self, x):
+        branch = self.norm(x) if self.divisor is None else self.norm(x) / self.divisor[0].norm.weight
+        return x + self.down(self.up(branch))
+
+
+def test_a_block_that_divides_by_what_is_nulled_for_another_is_refused():
+    model = stack(*(Divided() for _ in range(3)))
+    for place in (1, 2, 3):
+        model[place].divisor = [model[place + 1]] if place < 3 else None
+    with pytest.raises(nz.NeutralizeError, match=r"'2\.norm\.weight', written for another, and may divide by it"):
+        nz.plan(model, ["1", "2"], example_inputs=X, edit="incoming")
+    plan = nz.plan(model, ["1", "2", "3"], example_inputs=X, edit="outgoing")
+    intact = model[-1](model[0](X))
+    with plan.applied(model):
+        assert torch.equal(model(X), intact)

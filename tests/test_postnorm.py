@@ -93,6 +93,13 @@ class Joined(Block):
         return self.norm(torch.cat([one, 2.0 * other], -1))
 
 
+class Turned(Block):
+    """Normalised with its features the other way around: the gain of its norm meets others than its output has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.flip(-1) + torch.tanh(self.branch(x))).flip(-1)
+
+
 class Stack(nn.Module):
     def __init__(self, norms: tuple[type[nn.Module], ...], skips_first: bool = False) -> None:
         super().__init__()
@@ -428,6 +435,12 @@ def test_deep_norm() -> None:
 
 def test_a_stream_of_two_multiples_is_refused() -> None:
     model = perturbed(nn.Sequential(nn.LayerNorm(16), Joined(nn.LayerNorm)))
+    with pytest.raises(NeutralizeError, match="got '1'"):
+        nz.plan(model, "1", example_inputs=torch.randn(5, 16))
+
+
+def test_a_gain_that_meets_other_features_is_not_folded() -> None:
+    model = perturbed(nn.Sequential(nn.LayerNorm(16), Turned(nn.LayerNorm)))
     with pytest.raises(NeutralizeError, match="got '1'"):
         nz.plan(model, "1", example_inputs=torch.randn(5, 16))
 

@@ -54,9 +54,10 @@ def aliases_of(named: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def _span(tensor: torch.Tensor) -> tuple[object, int, int]:
-    """What holds the tensor's elements, and the bytes of it from the first to past the last.
+    """The device that holds the tensor's elements, and its addresses from the first to past the last.
 
-    A tensor without memory that could be looked at (meta, lazy, sparse, empty, a subclass) is its own holder.
+    Two storages may lie in the same memory, as those of slices of a numpy array do. A tensor without memory that could
+    be looked at (meta, lazy, sparse, empty, a subclass) is its own holder.
     """
     itself = (id(tensor), 0, 1)
     if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta:
@@ -68,9 +69,9 @@ def _span(tensor: torch.Tensor) -> tuple[object, int, int]:
     if address == 0 or tensor.numel() == 0:
         return itself
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = int(tensor.storage_offset())
     itemsize = tensor.element_size()
-    return (tensor.device, address), begin * itemsize, (begin + last + 1) * itemsize
+    begin = address + int(tensor.storage_offset()) * itemsize
+    return tensor.device, begin, begin + (last + 1) * itemsize
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ A value that may not be finite under the edits (``finite.may_break``) is unknown
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,6 +37,7 @@ from neutralize.rules import (
 )
 from neutralize.search import IDENTITY, Assignment
 
+_SUMS = frozenset(("aten::add", "aten::sub"))
 _FILLED = -1  # index of an element that is zero and comes from nowhere
 
 
@@ -71,6 +72,7 @@ class Interpretation:
         assignment: Assignment,
         cut: Mapping[fx.Node, fx.Node],
         normalised: fx.Node | None = None,
+        changed: Collection[str] = (),
     ) -> None:
         """Evaluate the block.
 
@@ -81,11 +83,13 @@ class Interpretation:
             cut: results of the layers that are cut out with it, with what enters them.
             normalised: the norm, with gain 1 and bias 0, whose output enters the block as it is; norms of it inside
                 hand it on, up to their ε.
+            changed: parameters that something else writes.
         """
         self._non_negative_entry = non_negative(call.entry, cut)
         self.flow = flow
         self.call = call
         self.assignment = {alias: value for name, value in assignment.items() for alias in flow.tied.get(name, (name,))}
+        self._changed_elsewhere = changed
         self.uses_identity = False
         self.uses_number = False
         self._normalised = normalised
@@ -94,6 +98,7 @@ class Interpretation:
         self._constants: dict[fx.Node, float] = {}
         self._broken: set[fx.Node] = set()  # may not be finite
         self._numbered: set[fx.Node] = set()  # zero by a number in the graph, which may be another for other inputs
+        self._parametric: set[fx.Node] = set()  # computed from parameters alone
         self._changed: set[fx.Node] = set()  # may not be what they are without the edits, nor the block's input
         shape = shape_of(call.entry)
         if shape is not None:
@@ -118,6 +123,19 @@ class Interpretation:
         if not isinstance(held, Rearranged) or not isinstance(start, Rearranged):
             return False
         return torch.equal(held.indices, start.indices)
+
+    def holds_features(self, node: fx.Node, width: int) -> bool:
+        """Whether a node of the block is proven to hold elements of its input, each at its place within its row.
+
+        Args:
+            node: the node.
+            width: elements of a row, the last dimensions of node and input.
+        """
+        held = self._values.get(node)
+        if not isinstance(held, Rearranged):
+            return False
+        rows = held.indices.reshape(-1, width) % width
+        return torch.equal(rows, torch.arange(width).expand_as(rows))
 
     def is_known(self, node: fx.Node) -> bool:
         """Whether a node of the block is known to be a constant, or elements of the input."""
@@ -195,11 +213,22 @@ class Interpretation:
         value = self._values[node]
         if isinstance(value, Constant):
             self._constants[node] = value.value
+        if node.all_input_nodes and all(map(self._is_parametric, node.all_input_nodes)):
+            self._parametric.add(node)
         if not isinstance(value, Rearranged) and any(map(self._is_changed, node.all_input_nodes)):
             self._changed.add(node)
 
     def _is_changed(self, node: fx.Node) -> bool:
-        return node in self._changed or self.flow.names.get(node) in self.assignment
+        name = self.flow.names.get(node)
+        return node in self._changed or name in self.assignment or name in self._changed_elsewhere
+
+    def _has_number(self, node: fx.Node) -> bool:
+        """Whether a number enters an op beside data: that of ``1 + w`` is part of the model."""
+        return any(map(is_number, node.args)) and not all(map(self._is_parametric, node.all_input_nodes))
+
+    def _is_parametric(self, node: fx.Node) -> bool:
+        """Whether a node of the block is a parameter, or computed from parameters alone."""
+        return node in self.flow.names or node in self._parametric
 
     def _evaluate(self, node: fx.Node) -> Value:
         if any(operand in self._broken for operand in node.all_input_nodes) or may_break(
@@ -213,8 +242,8 @@ class Interpretation:
             return constant
         zeros = next((zeros for zeros in zero_clauses(node) if all(self._is(operand, 0.0) for operand in zeros)), None)
         if zeros is not None:
-            if is_fill(node) and self.flow.is_recorded:
-                return None  # the run may have computed it from its data
+            if self.flow.is_recorded and (is_fill(node) or (op in _SUMS and self._has_number(node))):
+                return None  # the run may have computed the number from its data
             if is_fill(node) or any(operand in self._numbered for operand in zeros):
                 self._numbered.add(node)
             return Constant(0.0)
@@ -247,7 +276,8 @@ class Interpretation:
 
     def _constant(self, node: fx.Node, op: str) -> Constant | None:
         """Functions of constants: what ``1 + w`` is when w is -1, and ``sigmoid(w)`` when w is -128."""
-        if op in POINTWISE and node.all_input_nodes:
+        is_by_data = self.flow.is_recorded and self._has_number(node)
+        if op in POINTWISE and node.all_input_nodes and not is_by_data:
             values = [self.value(operand) for operand in node.all_input_nodes]
             if all(isinstance(value, Constant) for value in values):
                 value = pointwise_value(node, [value.value for value in values])  # type: ignore[union-attr]

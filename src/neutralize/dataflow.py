@@ -107,9 +107,12 @@ class Dataflow:
     @property
     def is_patchy(self) -> bool:
         """Whether a selected layer reads a value that was lost."""
-        readers = [self.position[user] for node in self.lost for user in node.users]
-        calls = [call for calls in self.calls.values() for call in calls]
-        return any(call.first < place <= call.last for call in calls for place in readers)
+        return any(self.reads_lost(call) for calls in self.calls.values() for call in calls)
+
+    def reads_lost(self, call: Call) -> bool:
+        """Whether a call reads a value that was lost."""
+        readers = (self.position[user] for node in self.lost for user in node.users)
+        return any(call.first < place <= call.last for place in readers)
 
     def nbytes(self, name: str) -> int:
         """Size of a parameter in bytes."""
@@ -453,16 +456,19 @@ def _erase_checks(graph: fx.Graph) -> None:
 
 def _recorded(wrapped: _TensorsOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
     """Run once on the real inputs and record the ops, for models whose control flow depends on data."""
-    from neutralize.record import Recorder
+    from neutralize.record import Recorder, print_of
 
     with untouched(wrapped):
         tensors: dict[str, torch.Tensor] = dict(wrapped.model.named_parameters(remove_duplicate=False))
         tensors.update(wrapped.model.named_buffers(remove_duplicate=False))
         recorder = Recorder(tensors)
+        prints = {name: print_of(tensor) for name, tensor in tensors.items()}
         with recorder:
             outputs = wrapped(*pytree.tree_map(copied, args), **pytree.tree_map(copied, kwargs))
+        mutated = {name for name, tensor in tensors.items() if print_of(tensor) != prints[name]}
     memory = _Memory(recorder.finish(outputs))
-    flow = _dataflow(wrapped.model, memory, recorder.names, memory.overwriting(), set())
+    overwriting = {**dict.fromkeys(recorder.overwritten, ()), **memory.overwriting()}
+    flow = _dataflow(wrapped.model, memory, recorder.names, overwriting, mutated)
     return replace(flow, is_recorded=True, lost=frozenset(recorder.lost))
 
 

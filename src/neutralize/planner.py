@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from neutralize import ops
+from neutralize.certify import Interpretation
 from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, own_inputs, placed_inputs, trace
 from neutralize.distributed.wrapped import as_whole
 from neutralize.errors import NeutralizeError
@@ -441,6 +442,7 @@ def _merge(request: Request, strategy: str, drafts: list[Draft]) -> Plan:
                 kept.append(edits.index(edit))
         places[place] = tuple(kept)
     _check_range(edits)
+    _check_neighbours(request, edits, {draft.layer.layer: places[place] for place, draft in enumerate(drafts)})
     written = {name for edit in edits for name in edit.parameters}
     tied = _accepted_ties(request, written)
     entries = tuple(_with_edits(draft.layer, places[place]) for place, draft in enumerate(drafts))
@@ -472,6 +474,27 @@ def _check_conflict(request: Request, edits: list[Edit], edit: Edit) -> None:
                 f"plan: expected layers that agree on {edit.parameters[0]!r}, got '{earlier.describe()}' for one and "
                 f"'{edit.describe()}' for another; plan them one after the other"
             )
+
+
+def _check_neighbours(request: Request, edits: list[Edit], places: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that no layer divides by what is written for another one.
+
+    Raises:
+        NeutralizeError: one does, and what it hands on may not be finite.
+    """
+    if "flow" not in request.__dict__ or len(places) < 2:
+        return
+    for layer, own in places.items():
+        ours = {alias for place in own for name in edits[place].parameters for alias in request.aliases[name]}
+        others = {alias for edit in edits for name in edit.parameters for alias in request.aliases[name]} - ours
+        for call in request.calls(layer):
+            reads = {request.flow.names.get(operand) for node in call.nodes for operand in node.all_input_nodes}
+            shared = [name for name in others if name in reads]
+            if shared and Interpretation(request.flow, call, {}, request.cut, changed=shared).may_break(call.exit):
+                raise NeutralizeError(
+                    f"plan: expected layers that stay finite when the others are off, got {layer!r}, which reads "
+                    f"{shared[0]!r}, written for another, and may divide by it; use edit='outgoing', or select one"
+                )
 
 
 def _check_range(edits: list[Edit]) -> None:

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neutralize.dataflow import is_mark
+
 
 class Recorder(TorchDispatchMode):
     """A dispatch mode that writes down every op with what it read and returned.
@@ -19,12 +21,16 @@ class Recorder(TorchDispatchMode):
     and
     every other view of its memory becomes unknown.
 
+    What is written past the dispatcher (through a numpy array, say, or by a kernel that torch does not know) shows in
+    the bits of what is read next: that value becomes unknown too.
+
     On the meta device, what comes of no parameter and no input (positions, masks) is computed beside it, and control
     flow may depend on that.
 
     Attributes:
         names: placeholder to qualified name, for parameters and buffers.
         lost: placeholders of what became unknown.
+        overwritten: selected layers that write past the dispatcher into what enters them.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -36,9 +42,11 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: dict[fx.Node, str] = {}
         self.lost: set[fx.Node] = set()
+        self.overwritten: set[str] = set()
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
         self._values: dict[int, torch.Tensor] = {}  # of meta tensors, where they are known
+        self._prints: dict[int, int | None] = {}  # of what ops returned: the bits that it had then
         self._kept: list[torch.Tensor] = []  # an id stays that of its tensor as long as the tensor lives
         self._count = 0
         self._is_paused = False
@@ -54,6 +62,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._values:
             return self._values[id(args[0])].item()
+        if not self._is_paused:
+            self._look_at(args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.is_meta and result.numel() <= _MOST_KNOWN:
             self._note_value(func, args, kwargs, result)
@@ -76,6 +86,7 @@ class Recorder(TorchDispatchMode):
         """Run a function and write it down as one op, whatever it is made of."""
         self._is_paused = True
         try:
+            self._look_at(args, kwargs)
             result = func(*args, **kwargs)
             self._write_down(op, args, kwargs, result)
         finally:
@@ -93,13 +104,23 @@ class Recorder(TorchDispatchMode):
             self._values.clear()  # some may be views of what was written
             self._forget_views_of(_written(func, args, kwargs), result)
         if isinstance(result, torch.Tensor):
-            self._remember(result, node)
+            self._note_result(result, node)
         else:
             for place, part in enumerate(result or ()):
                 if isinstance(part, torch.Tensor):
                     picked = self._graph.create_node("call_function", operator.getitem, (node, place))
                     picked.meta["val"] = _shape_only(part)
-                    self._remember(part, picked)
+                    self._note_result(part, picked)
+
+    def _look_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make the operands unknown that are no more what the op that returned them made them."""
+        for operand in pytree.tree_leaves((args, kwargs)):
+            if isinstance(operand, torch.Tensor) and self._prints.get(id(operand)) not in (None, print_of(operand)):
+                node = self._nodes[id(operand)]
+                layer, _, side = str(node.args[1]).rpartition(":") if is_mark(node) else ("", "", "")
+                if side == "in":
+                    self.overwritten.add(layer)
+                self._lose(operand)
 
     def _note_value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
         """Compute a meta tensor that is made of known ones alone, or of none."""
@@ -118,6 +139,7 @@ class Recorder(TorchDispatchMode):
 
     def finish(self, outputs: Any) -> fx.Graph:
         """Close the graph with what the model returned."""
+        self._look_at((outputs, [tensor for tensor in self._kept if is_mark(self._nodes[id(tensor)])]), {})
         self._graph.output(pytree.tree_map(self._node_of, outputs))
         return self._graph
 
@@ -144,6 +166,16 @@ class Recorder(TorchDispatchMode):
         self._nodes[id(tensor)] = node
         return node
 
+    def _note_result(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        self._remember(tensor, node)
+        self._prints[id(tensor)] = print_of(tensor)
+
+    def _lose(self, tensor: torch.Tensor) -> None:
+        """Make a tensor unknown."""
+        self._nodes[id(tensor)] = self._placeholder(tensor)
+        self._prints.pop(id(tensor), None)
+        self.lost.add(self._nodes[id(tensor)])
+
     def _forget_views_of(self, written: list[torch.Tensor], result: Any) -> None:
         """Make every other tensor in the memory of a written one unknown: it holds something new."""
         memory = {_memory_of(tensor) for tensor in written if tensor.numel()}
@@ -151,10 +183,23 @@ class Recorder(TorchDispatchMode):
         for tensor in self._kept:
             other = id(tensor) not in returned and self._nodes[id(tensor)] not in self.names
             if other and tensor.numel() and _memory_of(tensor) in memory:
-                self._nodes[id(tensor)] = self._placeholder(tensor)
-                self.lost.add(self._nodes[id(tensor)])
+                self._lose(tensor)
 
 
+def print_of(tensor: torch.Tensor) -> int | None:
+    """A number that tells the bits of a tensor, and their order; ``None`` where it has none to look at."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    content = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    lanes = (torch.view_as_real(content) if content.is_complex() else content).view(-1)
+    try:
+        lanes = lanes.view(_LANES[lanes.element_size()])
+    except (KeyError, RuntimeError):  # a dtype or a subclass without plain memory
+        return None
+    return int((lanes * torch.arange(1, 2 * lanes.numel(), 2, device=lanes.device)).sum())
+
+
+_LANES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_KNOWN = 1 << 20  # elements of what is computed on the meta device
 
 

@@ -434,10 +434,17 @@ def owner_of(node: fx.Node) -> str:
     return "" if owner == "model" else owner
 
 
+UNSEEN = "a value that was written through another view of its memory, or out of torch's sight"
+
+
 def describe(node: fx.Node, flow: Dataflow) -> str:
     """Say what a node is, for an error message: the op, and where it belongs."""
     if node.op == "output":
         return "the model's output"
+    if node in flow.names:
+        return repr(flow.names[node])
+    if node.op == "placeholder":
+        return UNSEEN if node in flow.lost else "an input of the model, or a constant of it"
     if op_name(node) in DROPOUT:
         return "an active dropout (the model is in training mode: call model.eval())"
     owner = owner_of(node)

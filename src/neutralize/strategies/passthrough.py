@@ -21,7 +21,7 @@ from neutralize.readers import Read, per_dim, reads_of
 from neutralize.regime import Regime, choose, unit_roundoff
 from neutralize.rules import non_negative
 from neutralize.search import IDENTITY, Assignment, Preference, joint
-from neutralize.sites import AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
+from neutralize.sites import UNSEEN, AffineSite, affine_site, describe, is_own_layer, norm_of, stays_in_place, widths
 from neutralize.spread import SPREAD_MARGIN, Spread
 from neutralize.strategies.consumers import (
     check_readers,
@@ -455,6 +455,8 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
             f"{start}of type {kind}, on whose residual stream stands {stopped}, which no parameters make the identity; "
             "use strategy='zero' or 'damp', or select the branch beside it"
         )
+    if request.flow.reads_lost(blocked[0].call):
+        return f"{start}of type {kind}, which reads {UNSEEN}; use strategy='zero' or 'damp'"
     return (
         f"{start}of type {kind}, with no skip connection around parameters that could be nulled; use strategy='zero' "
         "or 'damp', or select the block that adds it to the residual stream"

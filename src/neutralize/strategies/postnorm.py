@@ -197,6 +197,8 @@ def _find(request: Request, layer: str, edit: Preference) -> _PostNorm | str | N
         inside, factors = _norms_on(flow, proof.stream)
         if not inside or inside[-1].core.node is not last.core.node or factors.pop() != 1.0:
             continue
+        if not proof.holds_features(last.core.node, math.prod(last.core.over)):
+            continue  # its gain and bias, those of the norm before the block, would meet other features
         reason = _why_not(request, layer, call, before, inside)
         if reason:
             return reason
