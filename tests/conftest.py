@@ -4,8 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from neutralize import _native
+
+# A busy machine is no fault of a test.
+settings.register_profile("neutralize", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("neutralize")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
