@@ -13,12 +13,23 @@ import torch
 import torch.distributed as dist
 
 
+_PRELOADED = (  # once, and not in each process
+    "neutralize.influence.sweep",
+    "neutralize.strategies",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.export._trace",
+    "transformers.models.llama.modeling_llama",
+)
+
+
 class Ranks:
     """Processes of one gloo group, each of which runs the functions that it is sent."""
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["neutralize.apply", "torch.distributed.tensor", "torch.distributed.fsdp"])
+        context.set_forkserver_preload(list(_PRELOADED))
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
