@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 _PRELOADED = (  # once, and not in each process
     "neutralize.influence.sweep",
     "neutralize.strategies",
@@ -30,9 +29,7 @@ class Ranks:
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOADED))
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        port = free_port()
         self.count = count
         self._pipes, self.processes = [], []
         for rank in range(count):
@@ -69,6 +66,14 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def _serve(pipe: Any, rank: int, count: int, port: int) -> None:

@@ -155,9 +155,15 @@ def started() -> Iterator[bool]:
     if dist.is_initialized() or not (world.isdecimal() and int(world) > 1 and "RANK" in os.environ):
         yield not dist.is_initialized() or dist.get_rank() == 0
         return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the addresses of killed processes may be in the store
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=PrefixStore(attempt, store), rank=rank, world_size=size)
     try:
         yield dist.get_rank() == 0
     finally:
