@@ -1,6 +1,7 @@
 """Sharded models in real processes: the same bits as in the whole model, all or none of the processes writing."""
 
 import copy
+import functools
 import os
 import signal
 import time
@@ -211,23 +212,31 @@ STRATEGIES = {
 }
 
 
-def neutralized(wrap, layers, strategy, options):
-    """Plan on the sharded model, apply, run, restore; beside it the whole model."""
-    whole, model = stack(), wrap(stack())
-    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1))
-    expected_plan = nz.plan(whole, layers, strategy, example_inputs=x, **options)
+X = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def whole_plan(strategy):
+    """The plan that is made for the whole model."""
+    layers, name, options = STRATEGIES[strategy]
+    return nz.plan(stack(), layers, name, example_inputs=X, **options)
+
+
+def neutralized(wrap, strategy, expected_plan, *, plans):
+    """Plan on the sharded model (or take the plan of the whole one), apply, run, restore; beside it the whole model."""
+    whole, model, x = stack(), wrap(stack()), X
+    layers, name, options = STRATEGIES[strategy]
     with torch.no_grad():
         intact, excised = model(x), model(x, without=(1,))
-    plan = nz.plan(model, layers, strategy, example_inputs=x, **options)
+    plan = nz.plan(model, layers, name, example_inputs=x, **options) if plans else expected_plan
     before = whole_of(model)
-    undo = plan.apply(model)
     expected = copy.deepcopy(whole)
     expected_plan.apply(expected)
-    after = whole_of(model)
-    names = {name.removeprefix("module."): tensor for name, tensor in after.items()}
-    with torch.no_grad():
-        off = model(x)
-    undo.restore()
+    with plan.applied(model, timeout=90.0):
+        after = whole_of(model)
+        names = {name.removeprefix("module."): tensor for name, tensor in after.items()}
+        with torch.no_grad():
+            off = model(x)
     with torch.no_grad():
         again = model(x)
     return {
@@ -248,7 +257,8 @@ WRAPS = {"fsdp": as_fsdp, "tensor parallel": as_tensor_parallel, "both": as_both
     + [("replicas", "auto")],
 )
 def test_a_sharded_model_is_planned_for_written_and_restored(four, wrap, strategy):
-    answers = four.run(neutralized, WRAPS[wrap], *STRATEGIES[strategy])
+    plans = strategy in ("auto", "a head")  # what a model is wrapped in is no matter of the strategy
+    answers = four.run(functools.partial(neutralized, plans=plans), WRAPS[wrap], strategy, whole_plan(strategy))
     for answer in answers:
         exact = strategy in ("auto", "outgoing", "incoming")
         assert answer | {"off": True} == {
@@ -443,7 +453,8 @@ def test_a_process_that_cannot_fails_all(two, case, said):
         assert said in text
         assert unwritten
         assert seconds < 30
-    assert two.run(neutralized, as_fsdp, *STRATEGIES["auto"])[0]["restored"]  # and the next goes well
+    again = functools.partial(neutralized, plans=False)
+    assert two.run(again, as_fsdp, "auto", whole_plan("auto"))[0]["restored"]  # and the next goes well
 
 
 @pytest.mark.parametrize("case", ["late", "dead"])
