@@ -14,7 +14,7 @@ from edits import Every, every_edit, made_live, same_bits
 from networks import GatedBlock, perturbed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -175,11 +175,26 @@ def stack():
     return perturbed(Stack())
 
 
-def as_fsdp(model):
+def as_fsdp(model, **options):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def as_mixed(model):
+    return as_fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+def as_kept(model):
+    return as_fsdp(model, reshard_after_forward=False)
+
+
+def as_compiled(model):
+    model = as_fsdp(model)
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    return model
 
 
 def as_tensor_parallel(model, mesh=None):
@@ -249,6 +264,42 @@ def neutralized(wrap, strategy, expected_plan, *, plans):
 
 
 WRAPS = {"fsdp": as_fsdp, "tensor parallel": as_tensor_parallel, "both": as_both, "replicas": as_replicas}
+FSDP_WRAPS = {"mixed precision": as_mixed, "kept whole": as_kept, "compiled": as_compiled}
+
+
+@pytest.mark.parametrize("wrap", FSDP_WRAPS)
+def test_what_fsdp_is_told_does_not_matter(two, wrap):
+    run = functools.partial(neutralized, plans=False)
+    assert all(all(answer.values()) for answer in two.run(run, FSDP_WRAPS[wrap], "outgoing", whole_plan("outgoing")))
+
+
+def written_before_backward(plan):
+    """A backward pass after the shards that its forward pass saw were written, and one of a new forward pass."""
+    model = as_fsdp(stack())
+    loss = model(X).sum()
+    undo = plan.apply(model)
+    stale = failure(loss.backward)
+    model = as_fsdp(stack())
+    model(X).sum().backward()
+    undo = plan.apply(model)
+    fresh = failure(lambda: model(X).sum().backward())
+    undo.restore()
+    return stale, fresh, failure(lambda: model(X).sum().backward())
+
+
+def test_a_backward_pass_of_weights_that_are_gone_fails(two):
+    for stale, fresh, restored in two.run(written_before_backward, whole_plan("outgoing")):
+        assert "modified by an inplace operation" in stale
+        assert (fresh, restored) == ("", "")
+
+
+def verified(plan):
+    found = nz.verify(as_fsdp(stack()), plan, X)
+    return found.exact, found.relative_error
+
+
+def test_a_sharded_model_is_verified(two):
+    assert two.run(verified, whole_plan("outgoing")) == [(True, 0.0)] * 2
 
 
 @pytest.mark.parametrize(
