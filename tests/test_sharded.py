@@ -293,13 +293,18 @@ def test_a_backward_pass_of_weights_that_are_gone_fails(two):
         assert (fresh, restored) == ("", "")
 
 
-def verified(plan):
-    found = nz.verify(as_fsdp(stack()), plan, X)
-    return found.exact, found.relative_error
+def verified_and_guarded(plan):
+    model = as_fsdp(stack())
+    found = nz.verify(model, plan, X)
+    plan.apply(model)
+    refused = failure(lambda: nz.guard(model, plan, torch.optim.AdamW(model.parameters())))
+    return found.exact, found.relative_error, refused
 
 
-def test_a_sharded_model_is_verified(two):
-    assert two.run(verified, whole_plan("outgoing")) == [(True, 0.0)] * 2
+def test_a_sharded_model_is_verified_and_no_guard_holds_it(two):
+    for exact, error, refused in two.run(verified_and_guarded, whole_plan("outgoing")):
+        assert (exact, error) == (True, 0.0)
+        assert "guard: expected parameters that this process holds in whole" in refused
 
 
 @pytest.mark.parametrize(
