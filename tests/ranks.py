@@ -12,16 +12,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_PRELOADED = (  # once, and not in each process
+    "neutralize.influence.sweep",
+    "neutralize.strategies",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.export._trace",
+    "transformers.models.llama.modeling_llama",
+)
+
 
 class Ranks:
     """Processes of one gloo group, each of which runs the functions that it is sent."""
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["neutralize.apply", "torch.distributed.tensor", "torch.distributed.fsdp"])
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        context.set_forkserver_preload(list(_PRELOADED))
+        port = free_port()
         self.count = count
         self._pipes, self.processes = [], []
         for rank in range(count):
@@ -58,6 +66,14 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def _serve(pipe: Any, rank: int, count: int, port: int) -> None:

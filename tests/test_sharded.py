@@ -1,6 +1,7 @@
 """Sharded models in real processes: the same bits as in the whole model, all or none of the processes writing."""
 
 import copy
+import functools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from edits import Every, every_edit, made_live, same_bits
 from networks import GatedBlock, perturbed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -174,11 +175,26 @@ def stack():
     return perturbed(Stack())
 
 
-def as_fsdp(model):
+def as_fsdp(model, **options):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def as_mixed(model):
+    return as_fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+def as_kept(model):
+    return as_fsdp(model, reshard_after_forward=False)
+
+
+def as_compiled(model):
+    model = as_fsdp(model)
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    return model
 
 
 def as_tensor_parallel(model, mesh=None):
@@ -211,23 +227,31 @@ STRATEGIES = {
 }
 
 
-def neutralized(wrap, layers, strategy, options):
-    """Plan on the sharded model, apply, run, restore; beside it the whole model."""
-    whole, model = stack(), wrap(stack())
-    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1))
-    expected_plan = nz.plan(whole, layers, strategy, example_inputs=x, **options)
+X = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def whole_plan(strategy):
+    """The plan that is made for the whole model."""
+    layers, name, options = STRATEGIES[strategy]
+    return nz.plan(stack(), layers, name, example_inputs=X, **options)
+
+
+def neutralized(wrap, strategy, expected_plan, *, plans):
+    """Plan on the sharded model (or take the plan of the whole one), apply, run, restore; beside it the whole model."""
+    whole, model, x = stack(), wrap(stack()), X
+    layers, name, options = STRATEGIES[strategy]
     with torch.no_grad():
         intact, excised = model(x), model(x, without=(1,))
-    plan = nz.plan(model, layers, strategy, example_inputs=x, **options)
+    plan = nz.plan(model, layers, name, example_inputs=x, **options) if plans else expected_plan
     before = whole_of(model)
-    undo = plan.apply(model)
     expected = copy.deepcopy(whole)
     expected_plan.apply(expected)
-    after = whole_of(model)
-    names = {name.removeprefix("module."): tensor for name, tensor in after.items()}
-    with torch.no_grad():
-        off = model(x)
-    undo.restore()
+    with plan.applied(model, timeout=90.0):
+        after = whole_of(model)
+        names = {name.removeprefix("module."): tensor for name, tensor in after.items()}
+        with torch.no_grad():
+            off = model(x)
     with torch.no_grad():
         again = model(x)
     return {
@@ -240,6 +264,47 @@ def neutralized(wrap, layers, strategy, options):
 
 
 WRAPS = {"fsdp": as_fsdp, "tensor parallel": as_tensor_parallel, "both": as_both, "replicas": as_replicas}
+FSDP_WRAPS = {"mixed precision": as_mixed, "kept whole": as_kept, "compiled": as_compiled}
+
+
+@pytest.mark.parametrize("wrap", FSDP_WRAPS)
+def test_what_fsdp_is_told_does_not_matter(two, wrap):
+    run = functools.partial(neutralized, plans=False)
+    assert all(all(answer.values()) for answer in two.run(run, FSDP_WRAPS[wrap], "outgoing", whole_plan("outgoing")))
+
+
+def written_before_backward(plan):
+    """A backward pass after the shards that its forward pass saw were written, and one of a new forward pass."""
+    model = as_fsdp(stack())
+    loss = model(X).sum()
+    undo = plan.apply(model)
+    stale = failure(loss.backward)
+    model = as_fsdp(stack())
+    model(X).sum().backward()
+    undo = plan.apply(model)
+    fresh = failure(lambda: model(X).sum().backward())
+    undo.restore()
+    return stale, fresh, failure(lambda: model(X).sum().backward())
+
+
+def test_a_backward_pass_of_weights_that_are_gone_fails(two):
+    for stale, fresh, restored in two.run(written_before_backward, whole_plan("outgoing")):
+        assert "modified by an inplace operation" in stale
+        assert (fresh, restored) == ("", "")
+
+
+def verified_and_guarded(plan):
+    model = as_fsdp(stack())
+    found = nz.verify(model, plan, X)
+    plan.apply(model)
+    refused = failure(lambda: nz.guard(model, plan, torch.optim.AdamW(model.parameters())))
+    return found.exact, found.relative_error, refused
+
+
+def test_a_sharded_model_is_verified_and_no_guard_holds_it(two):
+    for exact, error, refused in two.run(verified_and_guarded, whole_plan("outgoing")):
+        assert (exact, error) == (True, 0.0)
+        assert "guard: expected parameters that this process holds in whole" in refused
 
 
 @pytest.mark.parametrize(
@@ -248,7 +313,8 @@ WRAPS = {"fsdp": as_fsdp, "tensor parallel": as_tensor_parallel, "both": as_both
     + [("replicas", "auto")],
 )
 def test_a_sharded_model_is_planned_for_written_and_restored(four, wrap, strategy):
-    answers = four.run(neutralized, WRAPS[wrap], *STRATEGIES[strategy])
+    plans = strategy in ("auto", "a head")  # what a model is wrapped in is no matter of the strategy
+    answers = four.run(functools.partial(neutralized, plans=plans), WRAPS[wrap], strategy, whole_plan(strategy))
     for answer in answers:
         exact = strategy in ("auto", "outgoing", "incoming")
         assert answer | {"off": True} == {
@@ -443,7 +509,8 @@ def test_a_process_that_cannot_fails_all(two, case, said):
         assert said in text
         assert unwritten
         assert seconds < 30
-    assert two.run(neutralized, as_fsdp, *STRATEGIES["auto"])[0]["restored"]  # and the next goes well
+    again = functools.partial(neutralized, plans=False)
+    assert two.run(again, as_fsdp, "auto", whole_plan("auto"))[0]["restored"]  # and the next goes well
 
 
 @pytest.mark.parametrize("case", ["late", "dead"])

@@ -16,7 +16,7 @@ from neutralize import ops, reference
 from neutralize.distributed.folds import own_pairs, own_sums, total
 from neutralize.distributed.part import Block, Held, Part, Shard, Window, names_in, own_tensors, parts_of, whole_shape
 from neutralize.distributed.team import Team, TeamError, team_of
-from neutralize.distributed.wrapped import resharded
+from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
@@ -168,6 +168,7 @@ def apply_plan(
             undo.restore()
             raise
     torch.clear_autocast_cache()  # it holds casts of the old weights for as long as the caller's autocast lasts
+    note_written(module, (entry.tensor for entry in saved))
     return undo
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from neutralize import ops
 from neutralize.apply import aliases_of, tensors_of
+from neutralize.distributed.part import is_dtensor
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite
 from neutralize.select import unwrap
@@ -139,7 +140,8 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
             With ``False`` these go on training; the layer itself stays off.
 
     Raises:
-        NeutralizeError: no optimizer is given, or the plan is not applied to the model at the moment.
+        NeutralizeError: no optimizer is given, the plan is not applied to the model at the moment, or a written
+            parameter is sharded.
     """
     if not optimizers:
         raise NeutralizeError("guard: expected an optimizer to watch, got none; pass those that train the model")
@@ -149,6 +151,12 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
                 f"guard: expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer itself"
             )
     named = tensors_of(unwrap(model))
+    sharded = [name for name in plan.parameters if name in named and is_dtensor(named[name])]
+    if sharded:
+        raise NeutralizeError(
+            f"guard: expected parameters that this process holds in whole, got {sharded[0]!r}, which is sharded; apply "
+            "with freeze=True"
+        )
     aliases = aliases_of(named)
     held = [_hold(named, plan, place, name, aliases, rescaled=rescaled) for place, name in _written(plan)]
     return Guard([entry for entry in held if entry is not None], optimizers)

@@ -547,7 +547,9 @@ class Plan:
     ) -> Undo: ...
 
     @overload
-    def apply(self, model: Checkpoint | str | PathLike[str]) -> FileUndo: ...
+    def apply(
+        self, model: Checkpoint | str | PathLike[str], *, group: Any = None, timeout: float = TIMEOUT
+    ) -> FileUndo: ...
 
     def apply(
         self,
@@ -576,8 +578,9 @@ class Plan:
                 keep them; by name of the parameter, or by a glob with one ``*``.
             partial: of a model: it is one stage of a pipeline; edits of parameters that it lacks are left to the other
                 stages, and it is an error if no stage has them.
-            group: of a model: the process group whose members hold it together, if it is not to be taken from its
-                DTensors; with ``shards`` or ``partial`` all processes by default.
+            group: the process group whose members hold the model together, if it is not to be taken from its
+                DTensors; with ``shards`` or ``partial`` all processes by default. Of a checkpoint's path: all members
+                call this, and each writes files of its own; without it one process alone edits.
             timeout: seconds to wait for the other processes.
 
         Returns:
@@ -587,8 +590,14 @@ class Plan:
             NeutralizeError: the plan does not fit the model; all problems are listed, and nothing was written.
         """
         if not isinstance(model, nn.Module):
-            from neutralize.checkpoint.handle import as_checkpoint
+            from neutralize.checkpoint.handle import Checkpoint, as_checkpoint
 
+            if group is not None and isinstance(model, str | PathLike):
+                from neutralize.distributed.team import team_of
+
+                if (team := team_of(model, (), group, timeout)) is not None:
+                    with team.telling("apply"):
+                        return Checkpoint(model).apply_together(self, team)
             checkpoint = as_checkpoint(model)
             if checkpoint is not None:
                 return checkpoint.apply(self)
@@ -598,10 +607,24 @@ class Plan:
 
     @contextmanager
     def applied(
-        self, model: nn.Module | Checkpoint | str | PathLike[str], *, freeze: bool = False
+        self, model: nn.Module | Checkpoint | str | PathLike[str], *, freeze: bool = False, **team: Any
     ) -> Iterator[Undo | FileUndo]:
-        """Apply the plan for the length of a ``with`` block; restored on exit, also on an exception."""
-        undo = self.apply(model, freeze=freeze) if isinstance(model, nn.Module) else self.apply(model)
+        """Apply the plan for the length of a ``with`` block; restored on exit, also on an exception.
+
+        Args:
+            model: see ``apply``.
+            freeze: see ``apply``.
+            **team: of a model: ``shards``, ``partial``, ``group`` and ``timeout``; see ``apply``.
+
+        Raises:
+            NeutralizeError: see ``apply``.
+        """
+        if team and not isinstance(model, nn.Module):
+            raise NeutralizeError(
+                f"applied: expected a model beside {', '.join(team)}, got a checkpoint; apply, and restore in one "
+                "process"
+            )
+        undo = self.apply(model, freeze=freeze, **team) if isinstance(model, nn.Module) else self.apply(model)
         try:
             yield undo
         finally:

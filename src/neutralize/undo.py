@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from neutralize.distributed.part import Block, Window
-from neutralize.distributed.wrapped import resharded
+from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 from neutralize.select import unwrap
@@ -128,6 +128,8 @@ class Undo:
             if entry.tensor.requires_grad != entry.requires_grad and entry.tensor.is_leaf:
                 entry.tensor.requires_grad_(entry.requires_grad)
         torch.clear_autocast_cache()  # as after an application
+        if model is not None:
+            note_written(model, self._tensors())
         for tensor in self._tensors():
             later = [undo for reference in _OPEN.pop(tensor, []) if (undo := reference()) is not None]
             for undo in later[later.index(self) + 1 :]:

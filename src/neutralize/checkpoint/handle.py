@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from neutralize.checkpoint.output import Written
     from neutralize.checkpoint.streamed import StreamedVerification
     from neutralize.dataflow import Inputs
+    from neutralize.distributed.team import Team
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,30 @@ class Checkpoint:
             self.journal.recover(advance)
             patches = self.patches(edits)
             if isinstance(edits, Plan):
-                digest, about = (
-                    edits.digest,
-                    about or f"{edits.strategy}: {', '.join(entry.layer for entry in edits.layers)}",
-                )
+                digest, about = edits.digest, about or _about(edits)
             edition = self.journal.edit(patches, self._marks(patches), digest, about, advance)
+        return FileUndo(self, edition)
+
+    def apply_together(self, plan: Plan, team: Team, advance: Advance = silent) -> FileUndo:
+        """Edit in place in all processes of a team at once, each of which writes files of its own; see ``apply``.
+
+        Raises:
+            NeutralizeError: as for ``apply``, in any of them: all get the error, and nothing has changed.
+        """
+        from neutralize.checkpoint.together import Together
+
+        together = Together(team)
+        with self.journal.locked() if together.leads else nullcontext():
+            if together.leads:
+                self.journal.recover(advance)
+            together.agree(plan)
+            self.__dict__.pop("layout", None)
+            patches = self.patches(plan)
+            together.see(patches)
+            if not together.leads:
+                return FileUndo(self, together.follow(self, patches, advance))
+            edition = self.journal.edit(patches, self._marks(patches), plan.digest, _about(plan), advance, together)
+        together.committed(edition)
         return FileUndo(self, edition)
 
     def _marks(self, patches: Sequence[Patch]) -> dict[str, tuple[int, bytes]]:
@@ -318,6 +339,10 @@ class Checkpoint:
     def __repr__(self) -> str:
         """Name the path."""
         return f"Checkpoint({str(self.path)!r})"
+
+
+def _about(plan: Plan) -> str:
+    return f"{plan.strategy}: {', '.join(entry.layer for entry in plan.layers)}"
 
 
 _BUILT: dict[tuple[object, ...], tuple[nn.Module, Names]] = {}

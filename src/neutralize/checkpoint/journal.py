@@ -18,11 +18,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -114,6 +116,19 @@ class Edition:
         return any(reach.meets(entry.region) for entry in self.kept)
 
 
+class Shared(Protocol):
+    """Several processes that carry out patches together."""
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds to wait until the others have ended their writing, if something fails."""
+        ...
+
+    def run(self, patches: Sequence[Patch], files: Files, advance: Advance) -> None:
+        """Return when all patches have been carried out, each by one process."""
+        ...
+
+
 class Journal:
     """The edits of the checkpoints in one folder. Open it with ``opened``: it is locked as long as it is used."""
 
@@ -162,14 +177,40 @@ class Journal:
 
     def is_locked(self) -> bool:
         """Whether some process is editing the checkpoint now."""
+        return self._is_taken("lock", fcntl.LOCK_SH) or self._is_taken("team", fcntl.LOCK_EX)
+
+    def _is_taken(self, name: str, kind: int) -> bool:
         try:
-            descriptor = os.open(self.folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return False
         try:
-            return not take(descriptor, self.root, fcntl.LOCK_SH)
+            return not take(descriptor, self.root, kind)
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Write beside the process that has locked the checkpoint: nobody puts bytes back as long as others write."""
+        descriptor = os.open(self.folder / "team", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            while not take(descriptor, self.root, fcntl.LOCK_SH):
+                time.sleep(0.01)  # somebody looks whether anybody writes
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _outwait(self, seconds: float, edition: Edition, error: BaseException) -> None:
+        """Wait until no other process writes: old bytes are put back after that."""
+        until = time.monotonic() + seconds
+        while self._is_taken("team", fcntl.LOCK_EX):
+            if time.monotonic() > until:
+                raise NeutralizeError(
+                    f"checkpoint: expected the other processes to end their writing under {str(self.root)!r} within "
+                    f"{seconds:g} s, got one that goes on; the old bytes are in {str(edition.path)!r}: run neutralize "
+                    "restore when it has ended"
+                ) from error
+            time.sleep(0.01)
 
     def _lock(self) -> int:
         path = self.folder / "lock"
@@ -191,7 +232,7 @@ class Journal:
                     f"{error.strerror}; use --output"
                 ) from error
             try:
-                if not take(descriptor, self.root):
+                if not take(descriptor, self.root) or self._is_taken("team", fcntl.LOCK_EX):
                     holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
                     raise NeutralizeError(
                         f"checkpoint: expected {str(self.root)!r} to be free, got one that is being edited by "
@@ -216,6 +257,7 @@ class Journal:
         digest: str,
         about: str,
         advance: Advance = silent,
+        crew: Shared | None = None,
     ) -> Edition:
         """Carry out patches so that every byte can be put back; the journal must be locked.
 
@@ -225,6 +267,7 @@ class Journal:
             digest: of the plan.
             about: what is done, in words.
             advance: told the bytes kept and the bytes written as they are done.
+            crew: the processes that carry them out together, this one the first of them.
 
         Raises:
             NeutralizeError: a file may not be written, or the disk is full or fails; the old bytes are back, or the
@@ -243,13 +286,16 @@ class Journal:
             edition = self._keep(files, regions, marks, digest, about, advance)
             try:
                 self._lay(files, edition)
-                for patch in patches:
-                    for count in patch.run(files):
-                        advance(count)
+                if crew is None:
+                    run(patches, files, advance)
+                else:
+                    crew.run(patches, files, advance)
                 written = tuple(files.digest(region) for region in regions)
                 self._finish(files, edition)
                 _write_whole(self._done(edition.number), json.dumps({"written": written}).encode())
             except BaseException as error:
+                if crew is not None:
+                    self._outwait(crew.patience_s, edition, error)
                 self._roll_back_after(error, files, edition)
                 raise
         return replace(edition, written=written)
@@ -447,6 +493,13 @@ class Journal:
                 f"checkpoint: expected to write {edition.nbytes} bytes under {str(self.root)!r}, got {_reason(error)}; "
                 "every old byte is back: make room or check the disk, and apply again"
             ) from error
+
+
+def run(patches: Sequence[Patch], files: Files, advance: Advance) -> None:
+    """Carry out patches in their order."""
+    for patch in patches:
+        for count in patch.run(files):
+            advance(count)
 
 
 def take(descriptor: int, place: Path, kind: int = fcntl.LOCK_EX) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -220,24 +219,26 @@ class _Lines:
     """Prints a line for each evaluation that is done."""
 
     def __init__(self) -> None:
-        self._started, self._begun = 0.0, 0.0
-        self._seen = math.inf  # how far it was; infinite where the clock starts at the next evaluation
-        self._is_going_on = False  # an evaluation; one that is finished without was taken from the log
+        self._started: float | None = None  # when the clock started, which taking evaluations from the log stops
+        self._begun, self._seen = 0.0, 0.0
 
     def __call__(self, progress: Progress) -> None:
         """Print the line, with the time left."""
+        if progress.done < self._seen:  # the next sweep
+            self._started = None
+        self._seen = progress.done
         if progress.finished is None:
-            if progress.done < self._seen:  # the first one, or that of the next sweep
+            if self._started is None:
                 self._started, self._begun = time.perf_counter(), progress.done
-            self._is_going_on, self._seen = True, progress.done
             return
-        about = "from the log"
-        self._seen = progress.done if self._is_going_on else math.inf
-        if self._is_going_on:
+        if progress.resumed:
+            about, self._started = "from the log", None
+        elif self._started is None:
+            about = "by another process"
+        else:
             rate = (progress.done - self._begun) / max(1e-9, time.perf_counter() - self._started)
             left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
             about = f"{60 * rate:.1f} evaluations/min{left}"
-        self._is_going_on = False
         what = f"[{progress.done:.0f}/{progress.total}] {_off(progress.doing)}: loss {progress.finished.loss:.4f}"
         print(f"{what} ({about})", file=sys.stderr, flush=True)
 

@@ -7,6 +7,7 @@ once more when all are done. A process that fails, dies or comes too late is so 
 from __future__ import annotations
 
 import datetime
+import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -108,7 +109,8 @@ def store_of(prefix: str) -> Any:
     """The store of the default process group, for keys of our own."""
     from torch.distributed import distributed_c10d
 
-    return distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store when it starts all again
+    return distributed_c10d.PrefixStore(f"{prefix}/{attempt}", distributed_c10d._get_default_store())
 
 
 def team_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,26 @@ def resharded(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def note_written(model: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
+    """Let a backward pass fail that FSDP2 would gather written shards for: its forward pass has seen the old ones.
+
+    Args:
+        model: the model.
+        tensors: its sharded parameters that were written.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    written = {id(tensor) for tensor in tensors}
+    for module in model.modules():
+        group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None) if isinstance(module, FSDPModule) else None
+        for parameter in getattr(group, "fsdp_params", ()):
+            whole = getattr(parameter, "_unsharded_param", None)  # FSDP2 fills it and keeps its version
+            if whole is not None and not whole.is_inference() and id(parameter.sharded_param) in written:
+                torch.autograd.graph.increment_version(whole)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.progress import Advance, silent
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Message = TypeVar("Message")
 
 _PATIENCE = 10.0
 """How many times as long as its own longest candidate took a process waits for the others', at the end of a phase."""
@@ -50,6 +51,7 @@ class Crew:
         self._team = Team(range(dist.get_world_size()), _LEAST_TIMEOUT) if grouped else None
         self.rank = dist.get_rank() if grouped else 0
         self.is_sharded = grouped and model is not None and any(map(is_dtensor, model.parameters()))
+        self._phase, self._heard = 0, 0
 
     @property
     def is_one(self) -> bool:
@@ -92,6 +94,10 @@ class Crew:
         with self._team.telling("influence"):
             yield
 
+    def begin(self) -> None:
+        """Begin a phase: work that all processes share, or that each does in full."""
+        self._phase, self._heard = next(_PHASES), 0
+
     def share(self, items: Sequence[Item]) -> Iterator[Item]:
         """Yield those of the items that this process is to work on, one when the one before is done.
 
@@ -100,26 +106,41 @@ class Crew:
         if self._team is None or self.is_sharded:
             yield from items
             return
-        store, key = store_of("neutralize/influence"), f"{next(_PHASES)}/taken"
-        while (place := store.add(key, 1) - 1) < len(items):
+        while (place := self._store().add("taken", 1) - 1) < len(items):
             yield items[place]
 
-    def pool(self, found: dict[Item, Found], longest_s: float) -> dict[Item, Found]:
-        """Hand what this process found to all others, and return what all found; the first one's where several did.
+    def tell(self, found: object) -> None:
+        """Hand what this process found to all others, who hear of it when they ask.
 
         Args:
-            found: by item.
-            longest_s: seconds that the longest of them took.
+            found: anything that pickles, small.
         """
-        if self._team is None:
-            return found
-        self._team.timeout = max(_LEAST_TIMEOUT, _PATIENCE * longest_s)
-        pooled: dict[Item, Found] = {}
-        for part in self._exchange("the results", found):
-            pooled = {**part, **pooled}
-        return pooled
+        if self._team is not None:
+            store = self._store()
+            store.set(f"told/{store.add('told', 1) - 1}", pickle.dumps(found))
 
-    def _exchange(self, stage: str, message: Found) -> list[Found]:
+    def heard(self) -> Iterator[Any]:
+        """Yield what any process has told in this phase since this was last asked."""
+        if self._team is not None:
+            store = self._store()
+            while store.check([f"told/{self._heard}"]):
+                yield pickle.loads(store.get(f"told/{self._heard}"))
+                self._heard += 1
+
+    def finish(self, longest_s: float) -> None:
+        """Wait until every process is through with the phase, and has told all that it found.
+
+        Args:
+            longest_s: seconds that the longest candidate of this process took.
+        """
+        if self._team is not None:
+            self._team.timeout = max(_LEAST_TIMEOUT, _PATIENCE * longest_s)
+            self._exchange("the results", None)
+
+    def _store(self) -> Any:
+        return store_of(f"neutralize/influence/{self._phase}")
+
+    def _exchange(self, stage: str, message: Message) -> list[Message]:
         assert self._team is not None
         return self._team.exchange("influence", stage, message)
 
@@ -134,9 +155,15 @@ def started() -> Iterator[bool]:
     if dist.is_initialized() or not (world.isdecimal() and int(world) > 1 and "RANK" in os.environ):
         yield not dist.is_initialized() or dist.get_rank() == 0
         return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the addresses of killed processes may be in the store
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=PrefixStore(attempt, store), rank=rank, world_size=size)
     try:
         yield dist.get_rank() == 0
     finally:

@@ -133,11 +133,13 @@ class Task:
         Raises:
             NeutralizeError: also where the model does not run on the text, for want of memory say.
         """
+        with Crew().telling():
+            tokens = language.tokens(self.read())
         try:
             return influence(
                 language.model,
                 list(self.layers) or blocks(language.model),
-                language.tokens(self.read()),
+                tokens,
                 window=self.window,
                 strategy=self.strategy,
                 k=self.k,

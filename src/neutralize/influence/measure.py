@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from neutralize.dataflow import Inputs, first_tensor, placed_inputs
+from neutralize.distributed.part import is_dtensor
 from neutralize.errors import NeutralizeError
 from neutralize.language import next_token_losses
 from neutralize.parts import part_of
@@ -232,7 +233,7 @@ class Windows(Batches):
     """The mean loss of the next token over windows of a text, for causal language models, and the divergence.
 
     On a CPU the windows are worked on side by side, each on one thread: quicker on a machine that is busy otherwise,
-    and the same bits each time.
+    and the same bits each time. Those of a sharded model come one after the other, in the same order in each process.
     """
 
     def __init__(self, windows: Sequence[torch.Tensor], *, kl: bool, kept_bytes: int) -> None:
@@ -247,7 +248,7 @@ class Windows(Batches):
         self._windows = windows
 
     def _map(self, model: nn.Module, work: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
-        if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        if all(parameter.device.type == "cpu" and not is_dtensor(parameter) for parameter in model.parameters()):
             return side_by_side(work, indices)
         return super()._map(model, work, indices)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from neutralize.dataflow import Inputs, own_inputs
+from neutralize.distributed.wrapped import as_whole
 from neutralize.errors import NeutralizeError, require_finite
 from neutralize.influence.crew import Crew
 from neutralize.influence.log import Identity, Log, Measurement, jsonable
@@ -146,13 +147,15 @@ class Progress:
         done: evaluations done, with the part of the one that is going on.
         total: evaluations in all, as far as is known: the greedy search may stop earlier.
         doing: the layers that are off at the moment.
-        finished: what was just finished, or ``None``.
+        finished: what was just finished, here or in another process, or ``None``.
+        resumed: whether that was taken from the log.
     """
 
     done: float
     total: int
     doing: tuple[str, ...]
     finished: Measurement | None = None
+    resumed: bool = False
 
 
 Report: TypeAlias = Callable[[Progress], None]
@@ -333,11 +336,13 @@ class _Plans:
 
     def plan(self, off: tuple[str, ...]) -> Plan:
         """The plan that switches these layers off, and no other."""
-        if len(off) > 1:
-            return drafted(self._request.part(off), self._strategy)
-        if off not in self._made:
-            self._made[off] = drafted(self._request.part(off), self._strategy)
-        return self._made[off]
+        if off in self._made:
+            return self._made[off]
+        with as_whole(self._request.model):
+            made = drafted(self._request.part(off), self._strategy)
+        if len(off) == 1:
+            self._made[off] = made
+        return made
 
     def digest(self) -> str:
         """SHA-256 of the digests of the single plans: it differs for another strategy or other options."""
@@ -442,27 +447,36 @@ class _Run:
         for off in sets:
             if off not in self._used and off in self._known:
                 self._resumed += 1
-                self._note(self._known[off])
+                self._note(self._known[off], resumed=True)
         missing = [off for off in dict.fromkeys(sets) if off not in self._used]
         if missing:
-            found, longest = {}, 0.0
+            self._crew.begin()
+            longest = 0.0
             for off in missing if everywhere else self._crew.share(missing):
-                found[off] = self._measured(off)
-                longest = max(longest, found[off].evaluating_s + found[off].rewriting_s)
-                if self._log is not None and (self._crew.rank == 0 or (self._crew.writes and not everywhere)):
-                    self._log.add(found[off])
-                self._note(found[off])
-            for measurement in self._crew.pool(found, longest).values():
-                self._note(measurement)
+                found = self._measured(off)
+                longest = max(longest, found.evaluating_s + found.rewriting_s)
+                if self._crew.rank == 0 or (self._crew.writes and not everywhere):
+                    if self._log is not None:
+                        self._log.add(found)
+                    self._crew.tell(found)
+                self._note(found)
+                self._listen()
+            self._crew.finish(longest)
+            self._listen()
         return [self._used[off] for off in sets]
 
-    def _note(self, found: Measurement) -> None:
-        """Take a measurement in; one that another process has made again is the same for all."""
+    def _listen(self) -> None:
+        """Take in what other processes have found; of what several did, all take the one that was told."""
+        for found in self._crew.heard():
+            self._note(found)
+
+    def _note(self, found: Measurement, *, resumed: bool = False) -> None:
+        """Take a measurement in."""
         is_new = found.off not in self._used
         self._used[found.off] = found
         if is_new:
             self._done = len(self._used)
-            self._report(Progress(self._done, self.total, found.off, found))
+            self._report(Progress(self._done, self.total, found.off, found, resumed))
 
     def _measured(self, off: tuple[str, ...]) -> Measurement:
         self._report(Progress(self._done, self.total, off))
