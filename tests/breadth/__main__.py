@@ -143,7 +143,7 @@ def _run(todo: list[tuple[str, str]], results: dict[str, Any], options: argparse
             receiver.close()
             del running[receiver]
             done += 1
-            results[f"{family}/{kind}"] = result
+            results[f"{family}/{kind}"] = result | {"run": table.today()}
             reason = result.get("reason") or next((row["reason"] for row in result["rows"] if row["reason"]), "")
             seconds = time.monotonic() - started
             print(

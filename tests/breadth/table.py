@@ -14,14 +14,18 @@ from typing import Any
 def save(results: dict[str, Any], path: Path) -> None:
     """Write both files, whole or not at all."""
     ordered = dict(sorted(results.items()))
-    about = {"date": date.today().isoformat(), "versions": _versions()}
     for file, text in (
-        (path, json.dumps({**about, "types": ordered}, indent=1) + "\n"),
-        (path.with_suffix(".md"), _page(ordered, about)),
+        (path, json.dumps({"types": ordered}, indent=1) + "\n"),
+        (path.with_suffix(".md"), _page(ordered)),
     ):
         draft = file.with_name(f".{file.name}")
         draft.write_text(text)
         draft.replace(file)
+
+
+def today() -> str:
+    """The day and the versions that a type is run with."""
+    return f"{date.today().isoformat()}, {', '.join(f'{name} {version}' for name, version in _versions().items())}"
 
 
 def _versions() -> dict[str, str]:
@@ -47,7 +51,8 @@ def headline(results: dict[str, Any], family: str = "") -> str:
     return f"{len(built)} types built of {len(chosen)}: {share} ({listing})"
 
 
-def _page(results: dict[str, Any], about: dict[str, Any]) -> str:
+def _page(results: dict[str, Any]) -> str:
+    runs = Counter(each["run"] for each in results.values())
     built = {name: each for name, each in results.items() if each["rows"]}
     lines = [
         "# Breadth",
@@ -62,7 +67,7 @@ def _page(results: dict[str, Any], about: dict[str, Any]) -> str:
         "",
         f"**timm**: {headline(results, 'timm/')}.",
         "",
-        f"{about['date']}, {', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
+        *(f"Run on {run}: {count} types." for run, count in sorted(runs.items())),
         "",
         "| verdict | meaning |",
         "|-|-|",
