@@ -191,18 +191,19 @@ def test_a_layer_that_is_not_reached_is_named():
 
 
 _SEVENTY_BILLION = """
-import json, resource, torch, transformers, neutralize as nz
+import json, resource, time, torch, transformers, neutralize as nz
 config = transformers.LlamaConfig(
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
 )
 with torch.device("meta"):
     model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+began = time.process_time()  # what other processes take of the machine is not the planner's
 plan = nz.plan(model, "model.layers[:]")
 print(json.dumps({
     "parameters": sum(each.numel() for each in model.parameters()),
     "written": plan.written_bytes,
     "kinds": [certificate.kind for certificate in plan.certificates],
-    "seconds": plan.planning_s,
+    "seconds": time.process_time() - began,
     "kilobytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
 }))
 """

@@ -196,9 +196,14 @@ def print_of(tensor: torch.Tensor) -> int | None:
         lanes = lanes.view(_LANES[lanes.element_size()])
     except (KeyError, RuntimeError):  # a dtype or a subclass without plain memory
         return None
-    return int((lanes * torch.arange(1, 2 * lanes.numel(), 2, device=lanes.device)).sum())
+    odd = torch.arange(1, 2 * min(lanes.numel(), _LANES_AT_ONCE) + 1, 2, device=lanes.device)
+    total = 0
+    for chunk in lanes.split(_LANES_AT_ONCE) if lanes.numel() else ():
+        total = total * 3 + int((chunk * odd[: chunk.numel()]).sum())
+    return total
 
 
+_LANES_AT_ONCE = 1 << 22  # what is multiplied takes 8 bytes each
 _LANES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_KNOWN = 1 << 20  # elements of what is computed on the meta device
 
