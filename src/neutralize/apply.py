@@ -282,7 +282,7 @@ def _overflows(edits: list[Edit], parts: dict[str, Part]) -> Iterator[str]:
         if rescales and limit < _SMALL_RANGE and not written & set(edit.parameters):
             assert isinstance(edit, Rewrite | Fold)
             local = weight.local
-            peaks = [float(_largest(placed.window(local))) for placed in weight.block(edit)]
+            peaks = [float(_largest(placed.window(local))) for placed in weight.block(_rewriting(edit))]
             grown = {edit.parameter: abs(edit.scale) * max(peaks, default=0.0)}
             for rows, bias in (own_pairs(edit, *_of(edit, parts)) or ()) if isinstance(edit, Fold) else ():
                 assert isinstance(edit, Fold)
@@ -393,7 +393,7 @@ def _has_block(edit: Edit, part: Part) -> bool:
     if isinstance(edit, Assign | Copy):
         return True
     try:
-        for placed in part.block(edit):
+        for placed in part.block(_rewriting(edit)):
             placed.window(part.local)
     except RuntimeError:  # no view of these strides
         return False
@@ -425,6 +425,11 @@ def _first_writes(edits: Iterable[Edit]) -> Iterable[tuple[Edit, str]]:
             if not isinstance(edit, Rewrite) or (edit.rows is None and edit.columns is None):
                 whole.add(name)
             yield edit, name
+
+
+def _rewriting(edit: Rewrite | Fold) -> Rewrite:
+    """What becomes of the edit's parameter, as a rewrite."""
+    return edit.rescale if isinstance(edit, Fold) else edit
 
 
 def _save(part: Part, edit: Edit, name: str) -> Iterator[Saved]:
@@ -465,7 +470,7 @@ def _write(
             added = reference.compute_dtype(bias.tensor.dtype)
             shifted = bias.pick(sums[edit]).to(bias.local.device, added).mul_(edit.shift).add_(bias.local.to(added))
             overwrite_(bias.local, shifted)
-    rewrite_parts_(rewrites + [(edit, parts[edit.parameter]) for edit in folds if edit in sums])
+    rewrite_parts_(rewrites + [(edit.rescale, parts[edit.parameter]) for edit in folds if edit in sums])
     pairs = [(edit, *pair) for edit in folds if edit not in sums for pair in own_pairs(edit, *_of(edit, parts)) or ()]
     if pairs:
         ops.rescale_fold_(
@@ -482,16 +487,15 @@ def _write(
             overwrite_(part.local, copies[other])
 
 
-def rewrite_parts_(edits: list[tuple[Rewrite | Fold, Part]]) -> None:
-    """Rewrite blocks; of folds, whose biases are done, the weight is left to scale."""
+def rewrite_parts_(edits: list[tuple[Rewrite, Part]]) -> None:
+    """Rewrite the blocks that a process holds."""
     found = [(edit, placed, placed.window(part.local)) for edit, part in edits for placed in part.block(edit)]
     if found:
-        plain = [(edit, placed) if isinstance(edit, Rewrite) else None for edit, placed, _ in found]
         ops.rewrite_(
             [block for _, _, block in found],
             scale=[edit.scale for edit, _, _ in found],
-            diagonal=[of[0].diagonal if of else 0.0 for of in plain],
-            fill=[of[0].fill if of else 0.0 for of in plain],
-            start=[of[0].start + of[1].row * of[0].step - of[1].column if of else 0 for of in plain],
-            step=[of[0].step if of else 1 for of in plain],
+            diagonal=[edit.diagonal for edit, _, _ in found],
+            fill=[edit.fill for edit, _, _ in found],
+            start=[edit.start + placed.row * edit.step - placed.column for edit, placed, _ in found],
+            step=[edit.step for edit, _, _ in found],
         )

@@ -221,6 +221,12 @@ class Fold:
             return tensor
         return tensor.view(matrix_extent(self.shape))[:, slice(*self.columns)]
 
+    @property
+    def rescale(self) -> Rewrite:
+        """What becomes of the weight, as a rewrite."""
+        rows, columns = (self.columns, None) if self.transposed else (None, self.columns)
+        return Rewrite(self.parameter, self.shape, self.dtype, self.scale, rows=rows, columns=columns)
+
     def pairs(self, weight: torch.Tensor, bias: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the views (out, ...) of the weight and (out,) of the bias, one pair per group."""
         if self.groups == 1:

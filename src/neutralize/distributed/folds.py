@@ -31,11 +31,7 @@ def own_pairs(edit: Fold, weight: Part, bias: Part) -> list[tuple[torch.Tensor, 
     local = weight.local
     if 0 in local.shape:
         return []
-    if edit.transposed:
-        return [(local[slice(*(edit.columns or (None,)))].transpose(0, 1), bias.local)]
-    if edit.columns is None:
-        return [(local, bias.local)]
-    return [(local.view(local.shape[0], -1)[:, slice(*edit.columns)], bias.local)]
+    return [(replace(edit, shape=tuple(local.shape)).block(local), bias.local)]
 
 
 def own_sums(edit: Fold, weight: Part) -> torch.Tensor:
@@ -46,7 +42,7 @@ def own_sums(edit: Fold, weight: Part) -> torch.Tensor:
         return sums
     if not edit.transposed:
         by_row = replace(edit, columns=edit.columns or (0, math.prod(edit.shape[1:])))  # which row is which matters
-        for placed in weight.block(by_row):
+        for placed in weight.block(by_row.rescale):
             matrix = placed.window(local)
             part = matrix.to(compute_dtype(matrix.dtype)).sum(1, dtype=torch.float64)
             sums[placed.row : placed.row + len(part)] += part.cpu()

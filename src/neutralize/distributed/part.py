@@ -135,21 +135,14 @@ class Part:
         """What is held, as a plain tensor that shares its memory with the live one."""
         return self.inside(plain(self.tensor.detach()))
 
-    def block(self, edit: Rewrite | Fold) -> list[Placed]:
-        """Where the elements lie that an edit rewrites, or that a fold scales: their views cover the part once.
-
-        Args:
-            edit: of the whole parameter.
-        """
-        if isinstance(edit, Fold) and edit.transposed:
-            rows, columns = edit.columns, None
-        else:
-            rows, columns = (None if isinstance(edit, Fold) else edit.rows), edit.columns
+    def block(self, edit: Rewrite) -> list[Placed]:
+        """Where the elements lie that a rewrite of the whole parameter writes: the views cover the part once."""
+        rows, columns = edit.rows, edit.columns
         if self.is_whole:
             return [Placed(Window(None, rows, columns))]
         if 0 in self.local.shape:
             return []
-        if rows is None and columns is None and (isinstance(edit, Fold) or edit.diagonal == 0):
+        if rows is None and columns is None and edit.diagonal == 0:
             return [Placed(Window())]  # one value for all: no need to know which is where
         return list(self._clipped(rows, columns))
 
