@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from neutralize import _native
+from ranks import Ranks
 
 # A busy machine is no fault of a test.
 settings.register_profile("neutralize", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,3 +32,11 @@ def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.use_cpu_isa(name)
     yield name
     _native.use_cpu_isa("auto")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    """Two processes of one group, kept for all tests of a file."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()

@@ -19,17 +19,10 @@ from tokenizers.models import BPE
 from typer.testing import CliRunner
 
 from neutralize import cli
-from ranks import Ranks, free_port
+from ranks import free_port
 
 DEPTH = 4
 SHORT = ("--characters", 600, "--window", 32)
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")

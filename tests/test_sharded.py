@@ -36,13 +36,6 @@ def four():
     ranks.close()
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
 def whole_of(model):
     """Every tensor of a sharded model, gathered by torch."""
     return {

@@ -22,13 +22,6 @@ SHARDED, DCP = "safetensors", "torch.distributed.checkpoint"
 
 
 @pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> dict[str, Path]:
     """A tiny Llama in files of two kinds, several of each."""
     torch.manual_seed(0)
