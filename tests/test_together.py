@@ -4,6 +4,8 @@ import hashlib
 import os
 import shutil
 import signal
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from networks import perturbed
 
 import neutralize as nz
 from neutralize.checkpoint import Checkpoint, together
+from neutralize.checkpoint.journal import Journal
 from neutralize.errors import NeutralizeError
 from ranks import Ranks
 
@@ -64,13 +67,20 @@ def applied(folder: Path, plans: list[nz.Plan], failing: str = "", timeout: floa
         if failing == f"die {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    together.run = watched
+    @contextmanager
+    def late(journal):
+        time.sleep(0.5)  # the other process may have failed meanwhile
+        with joined(journal):
+            yield
+
+    joined, together.run = Journal.joined, watched
+    Journal.joined = late
     try:
         undo = plans[rank].apply(folder, group=dist.group.WORLD, timeout=timeout)
     except NeutralizeError as error:
         return str(error), wrote, ""
     finally:
-        together.run = running
+        together.run, Journal.joined = running, joined
     return "", wrote, undo.digest
 
 

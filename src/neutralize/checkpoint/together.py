@@ -56,15 +56,17 @@ class Together:
 
     def run(self, patches: Sequence[Patch], files: Files, advance: Advance) -> None:
         """Carry out this process's share, and wait for the others; the undo is kept."""
+        self._team.exchange("apply", "its undo", None)
         self._team.exchange("apply", "its writing", None)
         self._share(patches, files, advance)
         self._team.exchange("apply", "its end", None)
 
     def follow(self, checkpoint: Checkpoint, patches: Sequence[Patch], advance: Advance) -> Edition:
         """Carry out the share of a process that does not lead, and return the edit when it is whole."""
-        self._team.exchange("apply", "its writing", None)
+        self._team.exchange("apply", "its undo", None)
         journal = checkpoint.journal
         with explained("checkpoint"), journal.joined(), Files(journal.root, writable=True) as files:
+            self._team.exchange("apply", "its writing", None)  # who leads must see all who may write, should it fail
             self._share(patches, files, advance)
         self._team.exchange("apply", "its end", None)
         number = self.committed(None)
