@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from neutralize import ops, reference
 from neutralize.distributed.folds import own_pairs, own_sums, total
 from neutralize.distributed.part import Block, Held, Part, Shard, Window, names_in, own_tensors, parts_of, whole_shape
-from neutralize.distributed.team import Team, TeamError, team_of
+from neutralize.distributed.team import Team, TeamError, same_plan, team_of
 from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
@@ -187,13 +187,7 @@ def _intent(plan: Plan, here: frozenset[int], parts: dict[str, Part], aliases: d
 
 def _agreed(plan: Plan, intents: list[_Intent]) -> list[_Intent]:
     """The intents, if they are of one plan, and of all of it: what this finds every process finds."""
-    digests = {intent.digest for intent in intents}
-    if len(digests) > 1:
-        raise TeamError(
-            f"apply: expected the same plan in all {len(intents)} processes, got {len(digests)} different ones "
-            f"({', '.join(sorted(digest[:12] for digest in digests))}); make it once and hand it on, or plan from the "
-            "same model everywhere"
-        )
+    same_plan(intent.digest for intent in intents)
     missing = set(range(len(plan.edits))).difference(*(intent.here for intent in intents))
     if missing:
         names = dict.fromkeys(name for number in sorted(missing) for name in plan.edits[number].parameters)

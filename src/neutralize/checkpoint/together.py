@@ -10,7 +10,7 @@ from neutralize.checkpoint.handle import Checkpoint
 from neutralize.checkpoint.journal import Edition, explained, run
 from neutralize.checkpoint.patch import Patch, written_bytes
 from neutralize.checkpoint.region import Files
-from neutralize.distributed.team import Team, TeamError
+from neutralize.distributed.team import Team, TeamError, same_plan
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Plan
 from neutralize.progress import Advance
@@ -38,12 +38,7 @@ class Together:
 
     def agree(self, plan: Plan) -> None:
         """Check that all processes have the same plan."""
-        digests = set(self._team.exchange("apply", "its begin", plan.digest))
-        if len(digests) > 1:
-            raise TeamError(
-                f"apply: expected the same plan in all {len(self._team.ranks)} processes, got {len(digests)} different "
-                f"ones ({', '.join(sorted(digest[:12] for digest in digests))}); make it once and hand it on"
-            )
+        same_plan(self._team.exchange("apply", "its begin", plan.digest))
 
     def see(self, patches: Sequence[Patch]) -> None:
         """Check that all see the same files: none has been marked yet."""

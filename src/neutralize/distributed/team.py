@@ -32,6 +32,25 @@ _COUNTS: dict[tuple[int, ...], int] = {}
 """How many times each set of ranks has exchanged messages; never reset, for a store may outlive a process group."""
 
 
+def same_plan(digests: Iterable[str]) -> None:
+    """Check that the processes of a team have one plan: what this finds in one process it finds in all.
+
+    Args:
+        digests: of the plan of each.
+
+    Raises:
+        TeamError: they have several.
+    """
+    found = list(digests)
+    different = sorted(set(found))
+    if len(different) > 1:
+        raise TeamError(
+            f"apply: expected the same plan in all {len(found)} processes, got {len(different)} different ones "
+            f"({', '.join(digest[:12] for digest in different)}); make it once and hand it on, or plan from the same "
+            "model everywhere"
+        )
+
+
 class Team:
     """Processes that act together. They talk over the store through which the process group came together.
 
