@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 from neutralize import ops, reference
@@ -20,18 +19,11 @@ from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
-from neutralize.select import unwrap
+from neutralize.select import tensors_of, unwrap
 from neutralize.undo import Saved, Undo, overwrite_
 
 _SMALL_RANGE = 1e6
 """Formats whose largest number is below this: a weight times 1/ε may leave float16 and the 8-bit formats."""
-
-
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by every one of its qualified names."""
-    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named.update(model.named_buffers(remove_duplicate=False))
-    return named
 
 
 def aliases_of(named: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:

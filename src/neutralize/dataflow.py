@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from neutralize.errors import NeutralizeError
 from neutralize.offload import without_hooks
+from neutralize.select import tensors_of
 from neutralize.undo import untouched
 
 Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
@@ -558,7 +559,7 @@ def _dataflow(
     overwriting: dict[str, tuple[fx.Node, ...]],
     mutated: set[str],
 ) -> Dataflow:
-    from neutralize.apply import aliases_of, tensors_of
+    from neutralize.apply import aliases_of
 
     graph = memory.graph
     tensors = tensors_of(model)

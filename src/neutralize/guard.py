@@ -16,11 +16,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neutralize import ops
-from neutralize.apply import aliases_of, tensors_of
+from neutralize.apply import aliases_of
 from neutralize.distributed.part import is_dtensor
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite
-from neutralize.select import unwrap
+from neutralize.select import tensors_of, unwrap
 from neutralize.undo import overwrite_
 
 

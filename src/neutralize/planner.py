@@ -22,7 +22,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, part_of
 from neutralize.plan import Assign, Copy, Edit, Fold, LayerPlan, Plan, Rewrite, dtype_name
 from neutralize.search import IDENTITY, Assignment, Preference, Search
-from neutralize.select import Layers, select, unwrap
+from neutralize.select import Layers, select, tensors_of, unwrap
 from neutralize.sites import affine_site
 from neutralize.spread import Spread, measure
 from neutralize.stacked import place_of
@@ -113,8 +113,6 @@ class Request:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by every name."""
-        from neutralize.apply import tensors_of
-
         return tensors_of(self.model)
 
     @cached_property

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from neutralize import ops
-from neutralize.apply import tensors_of
 from neutralize.dataflow import Inputs
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Plan, Rewrite
 from neutralize.planner import plan
-from neutralize.select import Layers, unwrap
+from neutralize.select import Layers, tensors_of, unwrap
 from neutralize.strategies.damp import Damp
 from neutralize.undo import overwrite_
 

@@ -41,6 +41,13 @@ def unwrap(model: object) -> nn.Module:
     return unwrap(original) if isinstance(original, nn.Module) else model
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by every one of its qualified names."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    return named
+
+
 def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """Resolve a selection to modules, in the order in which the model lists them.
 

@@ -20,7 +20,7 @@ from neutralize.distributed.part import Block, Window
 from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
-from neutralize.select import unwrap
+from neutralize.select import tensors_of, unwrap
 
 
 @dataclass
@@ -251,9 +251,7 @@ class Undo:
 
 def _named(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that hold a model's weights, wherever they are."""
-    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named.update(model.named_buffers(remove_duplicate=False))
-    return named | offloaded(model)[0]
+    return tensors_of(model) | offloaded(model)[0]
 
 
 def _window(fields: dict[str, Any]) -> Window:

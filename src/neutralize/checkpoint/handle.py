@@ -19,6 +19,7 @@ from neutralize.checkpoint.region import Files
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Edit, Plan, dtype_name
 from neutralize.progress import Advance, silent
+from neutralize.select import tensors_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -174,8 +175,6 @@ class Checkpoint:
         Raises:
             NeutralizeError: it was made for another model; all problems are listed.
         """
-        from neutralize.apply import tensors_of
-
         named = tensors_of(self.model)
         problems = []
         for edit in plan.edits:

@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from neutralize import ops
-from neutralize.apply import tensors_of
 from neutralize.checkpoint.bounded import read_json
 from neutralize.checkpoint.gguf import KIND
 from neutralize.checkpoint.layout import Elements, Layout
@@ -29,6 +28,7 @@ from neutralize.checkpoint.naming import Names, Source
 from neutralize.checkpoint.provenance import Traced, traced
 from neutralize.checkpoint.region import Files, Region
 from neutralize.errors import NeutralizeError
+from neutralize.select import tensors_of
 
 _DEPTH, _LARGEST, _DEEPEST = 64, 1 << 24, 1 << 16
 _FREE = re.compile(r"theta|base|length|seq|window|seed|param|scale|id$|ids$")
