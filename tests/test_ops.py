@@ -273,11 +273,12 @@ def test_rounding_is_torchs(dtype: torch.dtype, cpu_isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_instruction_sets_agree(dtype: torch.dtype, cpu_isa: str) -> None:
-    for shape in ((513, 300), (5000,), (3, 5, 7), (70, 1)):
+    for shape in ((513, 300), (9, 1300), (5000,), (3, 5, 7), (70, 1)):
         for coefficients in COEFFICIENTS:
             both(values(shape, dtype), coefficients, (cpu_isa, shape, coefficients))
         if len(shape) > 1:
-            fold_both(finite(shape, dtype), finite(shape[:1], dtype), 0.7, 0.3, (cpu_isa, shape))
+            for scale in (0.7, -1.5, 1.0, 0.0):
+                fold_both(finite(shape, dtype), finite(shape[:1], dtype), scale, 0.3, (cpu_isa, shape, scale))
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "plain", "mmx"])

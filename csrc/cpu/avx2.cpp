@@ -12,6 +12,8 @@
 #pragma GCC target("avx2,f16c")
 #endif
 
+#include "x86.h"
+
 namespace neutralize::cpu {
 namespace {
 
@@ -42,10 +44,26 @@ struct Isa {
 
   static void half(half_bits* p, int64_t n, float scale, float offset, bool add);
   static void bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add);
+  static void fold(bfloat16_bits* p, int64_t groups, float* lanes, float scale, bool writes);
   static void decode(const half_bits* p, float* out, int64_t n);
   static void encode(const float* p, half_bits* out, int64_t n);
   static void lookup(uint8_t* p, int64_t n, const uint8_t* table) {
-    for (int64_t i = 0; i < n; ++i) p[i] = table[p[i]];
+    for (int64_t i = lookup_by_shuffles(p, n, table); i < n; ++i) p[i] = table[p[i]];
+  }
+
+  // Two float vectors of bfloat16 values, the even and the odd ones of sixteen, as these sixteen.
+  static __m256i joined(__m256 even, __m256 odd) {
+    const __m256i rounded = _mm256_blend_epi16(_mm256_srli_epi32(nearest(even), 16), nearest(odd), 0xaa);
+    const __m256i nan = _mm256_blend_epi16(_mm256_castps_si256(_mm256_cmp_ps(even, even, _CMP_UNORD_Q)),
+                                           _mm256_castps_si256(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)), 0xaa);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi16(0x7fc0), nan);
+  }
+
+  // As 32-bit words, the even ones of sixteen bfloat16 are floats once they are moved up, the odd ones once their
+  // neighbours are cleared: no unpacking.
+  static __m256 even_of(__m256i sixteen) { return _mm256_castsi256_ps(_mm256_slli_epi32(sixteen, 16)); }
+  static __m256 odd_of(__m256i sixteen) {
+    return _mm256_castsi256_ps(_mm256_and_si256(sixteen, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
 };
 
@@ -63,35 +81,71 @@ void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     auto* at = reinterpret_cast<__m128i*>(p + i);
+    ahead(at);
     __m256 value = _mm256_mul_ps(s, _mm256_cvtph_ps(_mm_loadu_si128(at)));
     if (add) value = _mm256_add_ps(value, o);
-    _mm_storeu_si128(at, rounded(value));
+    // A NaN is rare: a jump costs less than the cleaning.
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)), 0)) {
+      _mm_storeu_si128(at, rounded(value));
+    } else {
+      _mm_storeu_si128(at, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
   }
   one_by_one(p + i, n - i, scale, offset, add);
 }
 
-// Sixteen at a time, without unpacking: as 32-bit words, the odd ones are floats once their neighbours are cleared, and
-// the even ones once they are moved up. A NaN becomes the one that affine.h stores.
 void Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add) {
   const __m256 s = _mm256_set1_ps(scale);
   const __m256 o = _mm256_set1_ps(offset);
-  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     auto* at = reinterpret_cast<__m256i*>(p + i);
+    ahead(at);
     const __m256i old = _mm256_loadu_si256(at);
-    __m256 even = _mm256_mul_ps(s, _mm256_castsi256_ps(_mm256_slli_epi32(old, 16)));
-    __m256 odd = _mm256_mul_ps(s, _mm256_castsi256_ps(_mm256_and_si256(old, high)));
+    __m256 even = _mm256_mul_ps(s, even_of(old));
+    __m256 odd = _mm256_mul_ps(s, odd_of(old));
     if (add) {
       even = _mm256_add_ps(even, o);
       odd = _mm256_add_ps(odd, o);
     }
-    const __m256i rounded = _mm256_blend_epi16(_mm256_srli_epi32(nearest(even), 16), nearest(odd), 0xaa);
-    const __m256i nan = _mm256_blend_epi16(_mm256_castps_si256(_mm256_cmp_ps(even, even, _CMP_UNORD_Q)),
-                                           _mm256_castps_si256(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)), 0xaa);
-    _mm256_storeu_si256(at, _mm256_blendv_epi8(rounded, _mm256_set1_epi16(0x7fc0), nan));
+    _mm256_storeu_si256(at, joined(even, odd));
   }
   one_by_one(p + i, n - i, scale, offset, add);
+}
+
+// Inside the loop each sixteen lanes stand as eight even and eight odd ones: addition is lane by lane, so that the order
+// matters at the end alone. Two groups a pass: each lane still takes its columns one after the other.
+void Isa::fold(bfloat16_bits* p, int64_t groups, float* lanes, float scale, bool writes) {
+  constexpr int64_t kLanes = Fold<bfloat16_bits>::kLanes;
+  const __m256 s = _mm256_set1_ps(scale);
+  for (int64_t group = 0; group < groups;) {
+    const int64_t together = groups - group >= 2 ? 2 : 1;
+    for (int64_t lane = 0; lane < kLanes; lane += 16) {
+      __m256 even_sum = _mm256_loadu_ps(lanes + lane);
+      __m256 odd_sum = _mm256_loadu_ps(lanes + lane + 8);
+      for (int64_t k = 0; k < together; ++k) {
+        auto* at = reinterpret_cast<__m256i*>(p + (group + k) * kLanes + lane);
+        ahead(at);
+        const __m256i old = _mm256_loadu_si256(at);
+        const __m256 even = even_of(old);
+        const __m256 odd = odd_of(old);
+        even_sum = _mm256_add_ps(even_sum, even);
+        odd_sum = _mm256_add_ps(odd_sum, odd);
+        if (writes) _mm256_storeu_si256(at, joined(_mm256_mul_ps(s, even), _mm256_mul_ps(s, odd)));
+      }
+      _mm256_storeu_ps(lanes + lane, even_sum);
+      _mm256_storeu_ps(lanes + lane + 8, odd_sum);
+    }
+    group += together;
+  }
+  for (int64_t lane = 0; lane < kLanes; lane += 16) {
+    const __m256 even = _mm256_loadu_ps(lanes + lane);
+    const __m256 odd = _mm256_loadu_ps(lanes + lane + 8);
+    const __m256 low = _mm256_unpacklo_ps(even, odd);   // lanes 0 to 3 and 8 to 11
+    const __m256 high = _mm256_unpackhi_ps(even, odd);  // lanes 4 to 7 and 12 to 15
+    _mm256_storeu_ps(lanes + lane, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(lanes + lane + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
 }
 
 void Isa::decode(const half_bits* p, float* out, int64_t n) {

@@ -12,6 +12,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,prefer-vector-width=512")
 #endif
 
+#include "x86.h"
+
 namespace neutralize::cpu {
 namespace {
 
@@ -51,11 +53,12 @@ struct Isa {
 
   static void half(half_bits* p, int64_t n, float scale, float offset, bool add);
   static void bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add);
+  static void fold(bfloat16_bits* p, int64_t groups, float* lanes, float scale, bool writes);
   static void decode(const half_bits* p, float* out, int64_t n);
   static void encode(const float* p, half_bits* out, int64_t n);
   static void lookup(uint8_t* p, int64_t n, const uint8_t* table) {
     static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
-    for (int64_t i = vbmi ? lookup_vbmi(p, n, table) : 0; i < n; ++i) p[i] = table[p[i]];
+    for (int64_t i = (vbmi ? lookup_vbmi : lookup_by_shuffles)(p, n, table); i < n; ++i) p[i] = table[p[i]];
   }
 };
 
@@ -82,6 +85,10 @@ void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) {
 
 void Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add) {
   one_by_one(p, n, scale, offset, add);
+}
+
+void Isa::fold(bfloat16_bits* p, int64_t groups, float* lanes, float scale, bool writes) {
+  fold_one_by_one(p, groups, lanes, scale, writes);
 }
 
 void Isa::decode(const half_bits* p, float* out, int64_t n) {

@@ -4,6 +4,7 @@
 //   Isa::stream(char* p, int64_t lines, uint64_t pattern)     64-byte lines, written around the cache
 //   Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add)     n halves, rounded as affine.h does
 //   Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add)     the same
+//   Isa::fold(bfloat16_bits* p, int64_t groups, float* lanes, float scale, bool writes)     as fold_one_by_one below
 //   Isa::decode(const half_bits* p, float* out, int64_t n), Isa::encode(const float* p, half_bits* out, int64_t n)
 //   Isa::lookup(uint8_t* p, int64_t n, const uint8_t table[256])
 //
@@ -31,6 +32,23 @@ inline void one_by_one(T* p, int64_t n, Compute scale, Compute offset, bool add)
     for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(scale * Element<T>::load(p[i]) + offset);
   } else {
     for (int64_t i = 0; i < n; ++i) p[i] = Element<T>::store(scale * Element<T>::load(p[i]));
+  }
+}
+
+// Whole groups of Fold<T>::kLanes columns, added into lanes that are all zero before; with `writes`, each times scale.
+template <typename T, typename Compute>
+inline void fold_one_by_one(T* w, int64_t groups, Compute* __restrict__ lanes, Compute scale, bool writes) {
+  constexpr int64_t kLanes = Fold<T>::kLanes;
+  for (int64_t group = 0; group < groups; ++group, w += kLanes) {
+    if (writes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const Compute old = Element<T>::load(w[i]);
+        lanes[i] += old;
+        w[i] = Element<T>::store(scale * old);
+      }
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] += Element<T>::load(w[i]);
+    }
   }
 }
 
@@ -160,6 +178,12 @@ struct Runs {
       T* b = reinterpret_cast<T*>(job.bias.data) + row * job.bias.row_stride;
       Compute lanes[kLanes] = {};
       int64_t col = 0;
+      if constexpr (__is_same(T, bfloat16_bits)) {
+        if (rule.reads()) {
+          col = cols / kLanes * kLanes;
+          Isa::fold(w, cols / kLanes, lanes, rule.scale, writes);
+        }
+      }
       for (; col + kLanes <= cols; col += kLanes)
         group<true>(w + col, kLanes, lanes, rule, writes, decoded, scaled, zero);
       if (col < cols) group<false>(w + col, cols - col, lanes, rule, writes, decoded, scaled, zero);

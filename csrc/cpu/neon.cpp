@@ -26,6 +26,7 @@ struct Isa {
 
   static void half(half_bits* p, int64_t n, float scale, float offset, bool add);
   static void bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add);
+  static void fold(bfloat16_bits* p, int64_t groups, float* lanes, float scale, bool writes);
   static void decode(const half_bits* p, float* out, int64_t n);
   static void encode(const float* p, half_bits* out, int64_t n);
 
@@ -78,6 +79,10 @@ void Isa::half(half_bits* p, int64_t n, float scale, float offset, bool add) {
 
 void Isa::bfloat(bfloat16_bits* p, int64_t n, float scale, float offset, bool add) {
   one_by_one(p, n, scale, offset, add);
+}
+
+void Isa::fold(bfloat16_bits* p, int64_t groups, float* lanes, float scale, bool writes) {
+  fold_one_by_one(p, groups, lanes, scale, writes);
 }
 
 void Isa::decode(const half_bits* p, float* out, int64_t n) {
