@@ -16,7 +16,7 @@ using neutralize::cpu::RewriteJob;
 using torch::stable::Tensor;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kGrainBytes = 4 << 20;      // what makes a thread worth waking; more would idle one on long lists
+constexpr int64_t kGrainBytes = 512 << 10;    // what makes a thread worth waking
 constexpr int64_t kPieceBytes = 4 << 20;      // what it takes at a time, at most
 constexpr int64_t kStreamRunBytes = 4 << 10;  // shorter runs are not worth a fence
 
