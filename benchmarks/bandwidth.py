@@ -84,13 +84,15 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=MOST, help="the largest size, as a power of two")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each point")
     parser.add_argument("--output", type=pathlib.Path, default=DOCS / "bandwidth.png", help="where the picture goes")
+    numbers = harness.RESULTS / "bandwidth-latest.json"
+    parser.add_argument("--numbers", type=pathlib.Path, default=numbers, help="where the JSON goes")
     options = parser.parse_args()
     sizes = [1 << power for power in range(LEAST, options.most + 1)]
     about = harness.machine()
     panels = {op: measure(op, sizes, options.seconds) for op in ("fill", "scale")}
     plot(panels, about, options.output)
     content = {"machine": about, "gb_per_s": panels}
-    options.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    options.numbers.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
