@@ -180,14 +180,14 @@ import sys
 from pathlib import Path
 from neutralize.audit import Deed, audit, recorded
 with audit(sys.argv[1]):
-    for number in range(20):
+    for number in range(8):
         with recorded(Deed("apply", sys.argv[2], "", tensors=("x" * 20000,))):
             pass
 """
     crew = [subprocess.Popen([sys.executable, "-c", program, str(path), str(number)]) for number in range(2)]
     assert [process.wait() for process in crew] == [0, 0]
     found = lines(path)
-    assert sorted(entry["target"] for entry in found) == ["0"] * 20 + ["1"] * 20
+    assert sorted(entry["target"] for entry in found) == ["0"] * 8 + ["1"] * 8
 
 
 def test_the_commands_append_to_the_file(folder, tmp_path):

@@ -29,8 +29,8 @@ def inspect(
 ) -> None:
     """Show the tree of a model, and with which certificate each strategy could switch its layers off.
 
-    Layers that are alike are one line, and one of them is analysed. With --layers the reason is printed why a strategy
-    cannot. Where no model can be built for the files, and with --match, their tensors are listed.
+    Layers that are alike are one line, and one of them is analysed. With --layers it is also said why a strategy cannot
+    switch them off. Where no model can be built for the files, and with --match, their tensors are listed.
     """
     from neutralize.anatomy import STRATEGIES, anatomy
     from neutralize.errors import NeutralizeError
@@ -87,7 +87,8 @@ def _print_tree(subject: Checkpoint, found: Anatomy, *, reasons: bool) -> None:
     print()
     print_table(text_table("how exactly each strategy could switch it off", ("layer", *names), abilities))
     if reasons:
-        for _, entry in tried:
+        print()
+        for entry in found.entries:
             for each in entry.abilities:
                 if each.why_not:
                     print(f"{entry.name}, {each.strategy}: {one_line(each.why_not)}")

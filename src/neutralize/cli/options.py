@@ -31,9 +31,10 @@ def _layers_of(checkpoint: str) -> Iterator[str]:
 
 def complete_layers(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete the name of a layer, one dot further than what is typed."""
-    path = next((ctx.params[name] for name in ("checkpoint", "model") if ctx.params.get(name)), None)
+    given = [ctx.params.get("checkpoint"), ctx.params.get("model"), *ctx.args]  # the last: not yet parsed to the end
+    path = next((each for each in given if each), None)
     try:
-        names = [] if path is None else dict.fromkeys(_layers_of(str(path)))
+        names = {} if path is None else dict.fromkeys(_layers_of(str(path)))
     except Exception:  # a shell that waits for an answer cannot be told why there is none
         return []
     depth = incomplete.count(".")
