@@ -183,7 +183,7 @@ def test_bench_refuses_to_time_what_is_wrong(monkeypatch):
 def test_text_from_a_file_cannot_move_the_cursor():
     table = text_table("\x1b[31m", ("a\nb",), [("two\nlines \x1b[2J",)])
     assert str(table.title) == "\\x1b[31m"
-    assert [str(cell) for cell in table.columns[0]._cells] == ["two\nlines \\x1b[2J"]
+    assert [str(cell) for cell in table.columns[0]._cells] == ["two\\nlines \\x1b[2J"]
 
 
 PROGRAM = """

@@ -86,7 +86,7 @@ def text_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]
     for heading in headings:
         table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
     for row in rows:
-        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
