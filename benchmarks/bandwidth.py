@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import harness
+from neutralize import bench
 from ops import rewriting
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -25,7 +26,7 @@ LEAST, MOST = 12, 31  # powers of two, bytes
 OURS, THEIRS, LIMIT = "neutralize", "torch", "limit"
 
 
-def case_of(op: str, size: int) -> harness.Case:
+def case_of(op: str, size: int) -> bench.Case:
     """The case of one panel on a tensor of `size` bytes of float32, with its limit at every size."""
     x = torch.empty(size // 4).uniform_(-2, 2)
     if op == "fill":
@@ -39,17 +40,17 @@ def case_of(op: str, size: int) -> harness.Case:
 
 def point(op: str, size: int, seconds: float) -> dict[str, float]:
     """Median bandwidths in GB/s at one size."""
-    case, scale = case_of(op, size), harness.TIMED_SCALE
+    case, scale = case_of(op, size), bench.TIMED_SCALE
     assert case.limit is not None
     jobs = {OURS: lambda: case.ours(scale), THEIRS: lambda: case.theirs(scale), LIMIT: case.limit}
-    rounds = harness.alternate(jobs, seconds, least_rounds=7)
+    rounds = bench.alternate(jobs, seconds, least_rounds=7)
     medians = {job: statistics.median(each[job] for each in rounds) for job in jobs}
     return {"bytes": size, **{job: case.moved_bytes / medians[job] / 1e9 for job in jobs}}
 
 
 def measure(op: str, sizes: list[int], seconds: float) -> list[dict[str, float]]:
     """Verify, then go through the sizes."""
-    harness.verify(f"{op}, {sizes[0]} bytes", case_of(op, sizes[0]))
+    bench.verify(f"{op}, {sizes[0]} bytes", case_of(op, sizes[0]))
     points = []
     for size in sizes:
         points.append(point(op, size, seconds))
@@ -88,7 +89,7 @@ def main() -> int:
     parser.add_argument("--numbers", type=pathlib.Path, default=numbers, help="where the JSON goes")
     options = parser.parse_args()
     sizes = [1 << power for power in range(LEAST, options.most + 1)]
-    about = harness.machine()
+    about = bench.machine()
     panels = {op: measure(op, sizes, options.seconds) for op in ("fill", "scale")}
     plot(panels, about, options.output)
     content = {"machine": about, "gb_per_s": panels}

@@ -1,8 +1,6 @@
 """Verify first, then time both sides alternating in one process, and report ratios beside the bandwidth limit.
 
-A case holds two callables that do the same job on the same tensors. Times on a shared machine drift by tens of per
-cent within seconds, so no two numbers from different moments are ever divided: each round times ours, theirs and the
-limit back to back, in an order that changes, and the ratio of a case is the median of its rounds' ratios.
+How it is measured stands in `neutralize.bench`; here are the limits compiled for this machine, the goals and the table.
 """
 
 import argparse
@@ -11,57 +9,20 @@ import datetime
 import functools
 import json
 import pathlib
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-import neutralize as nz
+from neutralize.bench import Case, Result, duration, machine, run
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-VERIFIED_SCALE = 0.7  # inexact in every format, so a wrong rounding shows
-TIMED_SCALE = -1.0  # thousands of repeats neither overflow nor fade into denormals, which are slow
-SAMPLE_SECONDS = 2e-3  # a sample shorter than this is repeated until it is that long
-
-
-@dataclass(frozen=True)
-class Case:
-    """One job, done by us and by what a user would call instead, on the same tensors.
-
-    Attributes:
-        tensors: what both sides write
-        ours, theirs: take the factor of those cases that scale
-        reference: the same job by the specification, `neutralize.reference`
-        theirs_name: how the other side reads in PyTorch
-        theirs_bits: whether the other side must give the same bits (else the same values but for rounding)
-        limit: the native pass over the same memory that nothing can beat, if the case is bound by memory
-        moved_bytes: what that pass moves, reads and writes together, and the case at the least
-        goal_ratio: least of theirs / ours
-        goal_of_limit: least share of the limit's bandwidth
-        least_rounds: however long they take
-    """
-
-    tensors: list[torch.Tensor]
-    ours: Callable[[float], object]
-    theirs: Callable[[float], object]
-    reference: Callable[[float], object]
-    theirs_name: str
-    theirs_bits: bool = True
-    limit: Callable[[], object] | None = None
-    moved_bytes: int = 0
-    goal_ratio: float | None = None
-    goal_of_limit: float | None = None
-    least_rounds: int = 15
 
 
 @dataclass(frozen=True)
@@ -75,26 +36,6 @@ class Figure:
 
     measure: Callable[[], float]
     goal_most: float
-
-
-@dataclass
-class Result:
-    """Medians over the rounds of one case; spreads are the quartiles."""
-
-    name: str
-    theirs_name: str
-    ours_seconds: float
-    theirs_seconds: float
-    ratio: float
-    ratio_quartiles: tuple[float, float]
-    rounds: int
-    gb_per_s: float | None = None
-    of_limit: float | None = None
-    of_limit_quartiles: tuple[float, float] | None = None
-    limit_gb_per_s: float | None = None
-    goal_ratio: float | None = None
-    goal_of_limit: float | None = None
-    missed: list[str] = field(default_factory=list)
 
 
 # ---- the limits of this machine ------------------------------------------------------------------------------------
@@ -120,125 +61,7 @@ def limit_pass(name: str, tensor: torch.Tensor, value: float = 0.0) -> Callable[
     return lambda: function(address, tensor.nbytes, threads, value)
 
 
-# ---- verify --------------------------------------------------------------------------------------------------------
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor, so that NaN equals NaN and -0 is not 0."""
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def verify(name: str, case: Case) -> None:
-    """Raise unless ours gives the bits of the reference, and theirs the same bits or values."""
-    before = [tensor.clone() for tensor in case.tensors]
-
-    def outcome(job: Callable[[float], object]) -> list[torch.Tensor]:
-        job(VERIFIED_SCALE)
-        after = [tensor.clone() for tensor in case.tensors]
-        for tensor, old in zip(case.tensors, before, strict=True):
-            tensor.copy_(old)
-        return after
-
-    ours, expected = outcome(case.ours), outcome(case.reference)
-    if not all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(ours, expected, strict=True)):
-        raise AssertionError(f"{name}: ours differs from the reference")
-    del expected
-    theirs = outcome(case.theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        if case.theirs_bits:
-            assert torch.equal(as_bytes(a), as_bytes(b)), f"{name}: {case.theirs_name} gives other bits"
-        else:
-            torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2)
-
-
-# ---- time ----------------------------------------------------------------------------------------------------------
-def seconds_of(job: Callable[[], object], repeats: int) -> float:
-    """Seconds of one call, over `repeats` of them."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        job()
-    return (time.perf_counter() - start) / repeats
-
-
-def alternate(
-    jobs: dict[str, Callable[[], object]], budget_seconds: float, least_rounds: int
-) -> list[dict[str, float]]:
-    """Time all jobs back to back, round after round, each round in another order; seconds per call by job."""
-    repeats = {}
-    for name, job in jobs.items():
-        job()
-        repeats[name] = max(1, round(SAMPLE_SECONDS / seconds_of(job, 1)))
-        repeats[name] = max(1, round(SAMPLE_SECONDS / seconds_of(job, repeats[name])))
-    names, rounds = list(jobs), []
-    end = time.perf_counter() + budget_seconds
-    while len(rounds) < least_rounds or time.perf_counter() < end:
-        names = names[1:] + names[:1] if len(rounds) % 2 else names[::-1]
-        rounds.append({name: seconds_of(jobs[name], repeats[name]) for name in names})
-    return rounds
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """The 25th and the 75th percentile."""
-    low, _, high = statistics.quantiles(values, n=4)
-    return low, high
-
-
-def run(name: str, case: Case, budget_seconds: float) -> Result:
-    """Verify a case, time it, and name the goals it missed."""
-    verify(name, case)
-    jobs: dict[str, Callable[[], object]] = {
-        "ours": lambda: case.ours(TIMED_SCALE),
-        "theirs": lambda: case.theirs(TIMED_SCALE),
-    }
-    if case.limit:
-        jobs["limit"] = case.limit
-    rounds = alternate(jobs, budget_seconds, case.least_rounds)
-    ratios = [each["theirs"] / each["ours"] for each in rounds]
-    result = Result(
-        name=name,
-        theirs_name=case.theirs_name,
-        ours_seconds=statistics.median(each["ours"] for each in rounds),
-        theirs_seconds=statistics.median(each["theirs"] for each in rounds),
-        ratio=statistics.median(ratios),
-        ratio_quartiles=quartiles(ratios),
-        rounds=len(rounds),
-        goal_ratio=case.goal_ratio,
-        goal_of_limit=case.goal_of_limit,
-    )
-    if case.moved_bytes:
-        result.gb_per_s = case.moved_bytes / result.ours_seconds / 1e9
-    if case.limit:
-        shares = [each["limit"] / each["ours"] for each in rounds]
-        result.of_limit, result.of_limit_quartiles = statistics.median(shares), quartiles(shares)
-        result.limit_gb_per_s = case.moved_bytes / statistics.median(each["limit"] for each in rounds) / 1e9
-    if case.goal_ratio is not None and result.ratio < case.goal_ratio:
-        result.missed.append(f"ratio {result.ratio:.3f} < {case.goal_ratio:.3g}")
-    if case.goal_of_limit is not None and result.of_limit is not None and result.of_limit < case.goal_of_limit:
-        result.missed.append(f"of the limit {result.of_limit:.2f} < {case.goal_of_limit:g}")
-    return result
-
-
 # ---- report --------------------------------------------------------------------------------------------------------
-def machine() -> dict[str, object]:
-    """What the numbers depend on; nothing that names the machine."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "neutralize": metadata.version("neutralize"),
-        "backend": nz.ops.backend(torch.empty(1)),
-    }
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    return f"{seconds * factor:.3g} {unit}"
-
-
 COLUMNS = ("case", "ours", "instead", "", "ratio", "25–75 %", "then", "GB/s", "of limit", "25–75 %", "then", "goal")
 WIDTHS = (44, 8, 31, 8, 6, 11, 6, 6, 8, 11, 4, 1)
 

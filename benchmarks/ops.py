@@ -9,47 +9,12 @@ import torch
 from torch import nn
 
 import neutralize as nz
-from harness import Case, Figure, limit_pass, main
-from neutralize import reference
+from harness import Figure, limit_pass, main
+from neutralize import bench, reference
+from neutralize.bench import MEBI, Case
 from neutralize.demo import subject
 
-MEBI = 2**20
-
-
-def rewriting(
-    tensors: list[torch.Tensor],
-    theirs: Callable[[float], object],
-    theirs_name: str,
-    *,
-    scaled: bool = False,
-    diagonal: float = 0.0,
-    fill: float = 0.0,
-    start: int = 0,
-    step: int = 1,
-    goal_ratio: float | None = None,
-    goal_of_limit: float | None = None,
-) -> Case:
-    """`rewrite_` with these coefficients; `scaled` passes on the factor of the run: old values are read."""
-
-    def ours(scale: float) -> None:
-        scale = scale if scaled else 0.0
-        nz.ops.rewrite_(tensors, scale=scale, diagonal=diagonal, fill=fill, start=start, step=step)
-
-    def by_reference(scale: float) -> None:
-        reference.rewrite_(tensors, [scale if scaled else 0.0], [diagonal], [fill], [start], [step])
-
-    large = len(tensors) == 1 and tensors[0].nbytes >= 32 * MEBI
-    return Case(
-        tensors,
-        ours,
-        theirs,
-        by_reference,
-        theirs_name,
-        limit=limit_pass("read_write" if scaled else "streaming_store", tensors[0], fill) if large else None,
-        moved_bytes=tensors[0].nbytes * (2 if scaled else 1) if large else 0,
-        goal_ratio=goal_ratio,
-        goal_of_limit=goal_of_limit,
-    )
+rewriting = functools.partial(bench.rewriting, limit_pass=limit_pass)
 
 
 # ---- one tensor far beyond the cache: bound by memory --------------------------------------------------------------

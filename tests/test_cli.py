@@ -1,34 +1,276 @@
-"""The command `neutralize`: what it offers, and what its exit status says."""
+"""The command `neutralize`: what it offers, how it speaks, and what its exit status says."""
 
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import termios
 import types
 from importlib import metadata
+from pathlib import Path
 
+import checkpoints
 import pytest
+import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import neutralize
 from neutralize import cli
+from neutralize.cli.printing import text_table
+from neutralize.strategies import STRATEGIES
+
+COMMANDS = typer.main.get_command(cli.app).commands
+BOX = re.compile("[\u2500-\u257f\x1b\r]")
 
 
+def run(*arguments: object, status: int = 0):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, (result.output, result.exception)
+    assert not BOX.search(result.output)  # nobody watches: no boxes, no colours, no bars
+    return result
+
+
+def refused(*arguments: object, status: int = 2) -> str:
+    """Run a command that cannot be carried out; return its one line."""
+    result = run(*arguments, status=status)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model that transformers does not know; its code is in `plain_model.py` beside it."""
+    folder = tmp_path_factory.mktemp("plain")
+    save_file(checkpoints.own_model().state_dict(), folder / "model.safetensors")
+    (folder / "plain_model.py").write_text("from checkpoints import own_model\n")
+    return folder
+
+
+OWN = ("--model", "checkpoints:own_model")
+
+
+# ---- what there is -------------------------------------------------------------------------------------------------
 def test_is_installed_as_a_command():
     (entry,) = metadata.entry_points(group="console_scripts", name="neutralize")
     assert entry.load() is cli.main
 
 
-def test_help_lists_the_commands():
-    result = CliRunner().invoke(cli.app, ["--help"])
-    assert result.exit_code == 0
-    for command in ("doctor", "demo"):
-        assert command in result.output
+def test_help_lists_every_command_with_its_first_sentence_in_full():
+    told = " ".join(run("--help").output.split())
+    assert told == " ".join(run().output.split())  # without arguments too
+    for name, command in COMMANDS.items():
+        assert " ".join(f"{name} {command.help.split(chr(10) * 2)[0]}".split()) in told
+    assert run("--version").output == f"{metadata.version('neutralize')}\n"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json_quiet_and_examples(name):
+    told = run(name, "--help").output
+    assert "--json" in told
+    assert "--quiet" in told
+    assert max(map(len, told.splitlines())) <= 80
+    assert f"Examples:\n  neutralize {name}" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [(name, example) for name, command in COMMANDS.items() for example in command.epilog.splitlines()]
+    + [(line.split()[1], line) for line in typer.main.get_command(cli.app).epilog.splitlines()],
+)
+def test_every_example_parses(name, example):
+    program, command, *words = shlex.split(example)
+    assert (program, command) == ("neutralize", name)
+    with COMMANDS[name].make_context(name, words) as context:
+        assert context.params
+
+
+# ---- what cannot be carried out ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dotcor"], "No such command 'dotcor'. Did you mean 'doctor'?; see neutralize --help"),
+        (["restore", "x", "--al"], "neutralize restore: No such option: --al"),
+        (["restore"], "neutralize restore: Missing argument"),
+        (["bench", "--most", "many"], "neutralize bench: Invalid value for '--most'"),
+        (["bench", "--only", "nothing"], "bench: expected a part of a case's name for --only, got 'nothing'"),
+        (["status", "/nowhere\n/at all"], "checkpoint: expected a folder or a file, got nothing at '/nowhere\\n/at"),
+    ],
+)
+def test_a_refusal_is_one_line(arguments, said):
+    assert said in refused(*arguments)
+
+
+def test_near_matches_are_named(plain):
+    assert "(Possible options: --layers" in refused("plan", plain, "--layer", "1").replace("Did you mean", "(Possible")
+    assert "did you mean 'damp'?" in refused("plan", plain, *OWN, "--layers", "1", "--strategy", "dampp")
+    assert "the model's layers begin with: 0, 1, 2" in refused("plan", plain, *OWN, "--layers", "x")
+    assert "expected factor, sides for strategy 'damp', got factr" in refused(
+        "plan", plain, *OWN, "--layers", "1", "--strategy", "damp", "--option", "factr=0.5"
+    )
+
+
+def test_a_list_of_problems_is_one_line_too(plain):
+    line = refused("plan", plain, *OWN, "--layers", "*", "--strategy", "constant")
+    assert "got 3 that cannot: - plan: expected an activation" in line
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "status", "/nowhere"], ["status", "/nowhere", "--debug"]])
+def test_debug_shows_the_traceback_and_the_same_line_and_status(arguments):
+    told = run(*arguments, status=2).stderr.splitlines()
+    assert told[0] == "Traceback (most recent call last):"
+    assert told[-1] == refused("status", "/nowhere")
+
+
+def test_after_two_dashes_debug_is_a_name():
+    assert "nothing at '--debug'" in refused("status", "--", "--debug")
+
+
+def test_debug_shows_what_is_logged(tmp_path):
+    checkpoints.save(tmp_path)
+    told = run("apply", tmp_path, "--set", "a.bias=0", "--in-place", "--debug").stderr
+    assert re.search(rf"neutralize: apply {re.escape(str(tmp_path))}: done, 192 bytes, plan [0-9a-f]{{12}}\n", told)
+    assert run("restore", tmp_path).stderr == ""
+
+
+def test_a_bug_has_a_status_of_its_own(monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr("neutralize.doctor.diagnose", broken)
+    said = "neutralize: expected no such error, got ZeroDivisionError: float division by zero; --debug shows where"
+    assert refused("doctor", status=70).startswith(said)
+    assert "in broken" in run("doctor", "--debug", status=70).stderr
+
+
+def test_an_output_that_is_in_the_way_is_told_before_planning(plain, tmp_path):
+    refusal = refused("apply", plain, "--model", "no:such", "--layers", "1", "--output", tmp_path)
+    assert "expected nothing at" in refusal
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("status", [0, 1])
 def test_demo_hands_on_whether_its_proofs_held(monkeypatch, status):
-    monkeypatch.setattr(neutralize, "demo", types.SimpleNamespace(main=lambda: status), raising=False)
-    assert CliRunner().invoke(cli.app, ["demo"]).exit_code == status
+    monkeypatch.setattr(neutralize, "demo", types.SimpleNamespace(main=lambda **_: status), raising=False)
+    run("demo", status=status)
 
 
-def test_an_unknown_command_is_refused():
-    result = CliRunner().invoke(cli.app, ["dotcor"])
-    assert result.exit_code == 2
-    assert "No such command 'dotcor'" in result.output
+def test_bench_verifies_times_and_says_what_with():
+    options = ("bench", "--only", "1,000", "--seconds", "0.01")
+    found = json.loads(run(*options, "--json").stdout)
+    assert found["machine"]["backend"] in ("cpu", "torch")
+    (result,) = found["results"]
+    assert result["ours_seconds"] > 0
+    assert result["theirs_name"] == "loop of fill_"
+    printed = run(*options).stdout.splitlines()
+    assert printed[0].startswith("cpu ")
+    assert printed[-1].startswith("fill, 1,000 tensors of 1,024 float32 (loop of fill_)")
+
+
+def test_bench_refuses_to_time_what_is_wrong(monkeypatch):
+    monkeypatch.setattr("neutralize.ops.rewrite_", lambda *_, **__: None)
+    assert "bench: expected the bits of the reference for 'fill, 1 MiB float32'" in refused("bench", "--most", 1)
+
+
+def test_text_from_a_file_cannot_move_the_cursor():
+    table = text_table("\x1b[31m", ("a\nb",), [("two\nlines \x1b[2J",)])
+    assert str(table.title) == "\\x1b[31m"
+    assert [str(cell) for cell in table.columns[0]._cells] == ["two\\nlines \\x1b[2J"]
+
+
+PROGRAM = """
+import os, sys
+import torch
+from neutralize import cli
+sys.argv[0] = "neutralize"
+folder = sys.argv[1]
+layers = ("--model", "plain_model:own_model", "--layers", "1")
+for environment in ({}, {"NO_COLOR": "1"}, {"TERM": "dumb"}):
+    os.environ.update(environment)
+    for words in (["doctor"], ["plan", folder, *layers], ["inspect", folder, *layers], ["verify", folder, *layers],
+                  ["plan", folder, *layers[:2], "--layers", "9"]):
+        print(f"$ {environment} {words[0]}", flush=True)
+        try:
+            cli.app(words)
+        except SystemExit as end:
+            print(f"status {end.code}", flush=True)
+    for name in environment:
+        os.environ[name] = "xterm-256color" if name == "TERM" else ""
+"""
+
+
+def test_a_terminal_of_80_columns(plain):
+    """With colour, without it, and on one that can do nothing but print letters."""
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    source = Path(neutralize.__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+    environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join([str(source), str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", PROGRAM, str(plain)]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, cwd=plain)
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            block = os.read(master, 65536)
+        except OSError:  # Linux says EIO where the other end is closed
+            break
+        if not block:
+            break
+        seen += block
+    os.close(master)
+    assert process.wait() == 0, seen.decode()
+    parts = re.split(r"\$ (\{.*?\}) (\w+)\r\n", seen.decode())[1:]
+    shown = list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
+    assert len(shown) == 15
+    for environment, command, text in shown:
+        assert text.rstrip().endswith("status 2" if "unknown" in text else "status 0"), text
+        plain_text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\x1b[2K", "\n"))
+        lines = [line for part in plain_text.splitlines() for line in part.split("\r")]
+        tables = [line for line in lines if "select: expected" not in line and "plan: expected" not in line]
+        if environment == "{'TERM': 'dumb'}":
+            assert not BOX.search(text.replace("\r\n", "\n")), text
+        else:
+            assert max(map(len, tables)) <= 80, (command, plain_text)
+        if environment == "{'NO_COLOR': '1'}":
+            assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", text), text
+    assert any("\x1b[1m" in text for environment, command, text in shown if environment == "{}")
+
+
+def test_a_bar_on_the_terminal_takes_nothing_from_a_pipe(tmp_path):
+    checkpoints.save(tmp_path)
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "neutralize", "status", str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    printed = subprocess.check_output(command, stderr=terminal, text=True, env=environment)
+    os.close(terminal)
+    os.close(master)
+    assert printed == f"{tmp_path}: intact\n"
+
+
+# ---- what the shell completes --------------------------------------------------------------------------------------
+def completed(monkeypatch, *words: str) -> list[str]:
+    line = ["neutralize", *words]
+    monkeypatch.setenv("_NEUTRALIZE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(line))
+    monkeypatch.setenv("COMP_CWORD", str(len(line) - 1))
+    return CliRunner().invoke(cli.app, [], prog_name="neutralize").stdout.split()
+
+
+def test_commands_options_strategies_and_layers_are_completed(monkeypatch, tmp_path):
+    checkpoints.save(tmp_path, shards=2)
+    assert completed(monkeypatch, "in") == ["inspect", "influence"]
+    assert "--layers" in completed(monkeypatch, "plan", "--la")
+    assert completed(monkeypatch, "plan", "x", "--strategy", "pa") == ["passthrough"]
+    assert {*completed(monkeypatch, "plan", "x", "--strategy", "z"), "mean"} <= STRATEGIES.keys()
+    assert completed(monkeypatch, "plan", "x", "--strategy", "damp", "--option", "fa") == ["factor="]
+    assert completed(monkeypatch, "plan", str(tmp_path), "--layers", "co") == ["conv"]
+    assert completed(monkeypatch, "plan", str(tmp_path / "absent"), "--layers", "co") == []

@@ -158,7 +158,7 @@ def test_ends_with_1_where_nothing_is_switched_off(tiny, monkeypatch):
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_the_command_ends_with_the_exit_code_of_the_demo(monkeypatch, code):
-    monkeypatch.setattr(demo, "main", lambda: code)
+    monkeypatch.setattr(demo, "main", lambda **_: code)
     assert CliRunner().invoke(cli.app, ["demo"]).exit_code == code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from neutralize import ops
 from neutralize.activations import forget_activation, register_activation
+from neutralize.audit import audit
 from neutralize.checkpoint.handle import Checkpoint, FileUndo
 from neutralize.dataflow import Inputs
 from neutralize.distributed.part import Shard
@@ -47,6 +49,7 @@ __all__ = [
     "Undo",
     "Verification",
     "activation_table",
+    "audit",
     "drop",
     "excised",
     "forget_activation",
@@ -60,6 +63,8 @@ __all__ = [
     "select",
     "verify",
 ]
+
+logging.getLogger("neutralize").addHandler(logging.NullHandler())  # silent, unless a program wants to hear it
 
 
 def neutralize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from neutralize import ops, reference
+from neutralize.audit import recording
 from neutralize.distributed.folds import own_pairs, own_sums, total
 from neutralize.distributed.part import Block, Held, Part, Shard, Window, names_in, own_tensors, parts_of, whole_shape
 from neutralize.distributed.team import Team, TeamError, same_plan, team_of
@@ -138,27 +139,33 @@ def apply_plan(
                 f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}"
             )
         saved = [entry for edit, name in _first_writes(edits) for entry in _save(parts[name], edit, name)]
-        undo = Undo(saved, plan.digest, module)
+        undo = Undo(
+            saved, plan.digest, module, strategy=plan.strategy, layers=tuple(each.layer for each in plan.layers)
+        )
         own = _intent(plan, here, parts, aliases)
         intents = _agreed(plan, [own] if team is None else team.exchange("apply", "its begin", own))
-        try:
-            copies = {edit: _copied(edit, parts, intents) for edit in edits if isinstance(edit, Copy)}
-            lacking = frozenset().union(*(intent.lacking for intent in intents))
-            for batch in _batches(len(plan.edits), frozenset().union(*(intent.begins for intent in intents))):
-                sums = {}
-                if team is not None and lacking & set(batch):
-                    sums = _summed(plan, sorted(lacking & set(batch)), parts, intents, team)
-                _write([plan.edits[number] for number in batch if number in here], parts, copies, sums)
-            if freeze:
-                for entry in saved:
-                    if entry.tensor.requires_grad and entry.tensor.is_leaf:
-                        entry.tensor.requires_grad_(False)
-                        entry.tensor.grad = None  # an optimizer steps whatever has a gradient, frozen or not
-            if team is not None:
-                team.exchange("apply", "its end", None)  # all have written
-        except BaseException:
-            undo.restore()
-            raise
+        with recording() as record:
+            try:
+                copies = {edit: _copied(edit, parts, intents) for edit in edits if isinstance(edit, Copy)}
+                lacking = frozenset().union(*(intent.lacking for intent in intents))
+                for batch in _batches(len(plan.edits), frozenset().union(*(intent.begins for intent in intents))):
+                    sums = {}
+                    if team is not None and lacking & set(batch):
+                        sums = _summed(plan, sorted(lacking & set(batch)), parts, intents, team)
+                    _write([plan.edits[number] for number in batch if number in here], parts, copies, sums)
+                if freeze:
+                    for entry in saved:
+                        if entry.tensor.requires_grad and entry.tensor.is_leaf:
+                            entry.tensor.requires_grad_(False)
+                            entry.tensor.grad = None  # an optimizer steps whatever has a gradient, frozen or not
+                record(undo.deed("apply"), None)
+                if team is not None:
+                    team.exchange("apply", "its end", None)  # all have written
+            except BaseException as error:
+                with suppress(NeutralizeError):  # what went wrong first is what is told
+                    record(undo.deed("apply"), error)
+                undo.put_back()
+                raise
     torch.clear_autocast_cache()  # it holds casts of the old weights for as long as the caller's autocast lasts
     note_written(module, (entry.tensor for entry in saved))
     return undo

@@ -324,7 +324,12 @@ def _marked(layers: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def trace(
-    model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Inputs | None, *, is_thorough: bool = False
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    example_inputs: Inputs | None,
+    *,
+    is_thorough: bool = False,
+    partial: bool = False,
 ) -> Dataflow:
     """Trace ``model`` with the given layers marked.
 
@@ -335,6 +340,7 @@ def trace(
         layers: qualified name to module.
         example_inputs: arguments for the model, or ``None`` for what it brings itself.
         is_thorough: export a meta model too, which takes several times as long as recording it.
+        partial: let layers be that are not called, or not with tensors.
 
     Raises:
         NeutralizeError: no inputs, or the model can neither be exported nor recorded on them, or a layer was not
@@ -352,7 +358,7 @@ def trace(
         try:
             with without_hooks(model):
                 args, kwargs = placed_inputs(model, inputs)
-                flow = _trace(model, layers, args, kwargs, is_thorough=is_thorough)
+                flow = _trace(model, layers, args, kwargs, is_thorough=is_thorough, partial=partial)
         except NeutralizeError:
             raise
         except Exception as error:
@@ -360,7 +366,7 @@ def trace(
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
             )
             continue
-        missing = [name for name in layers if not flow.calls.get(name)]
+        missing = [name for name in layers if not (partial or flow.calls.get(name))]
         if missing:
             raise NeutralizeError(
                 f"plan: expected every selected layer to take and return a tensor on the example inputs, got none for "
@@ -400,6 +406,7 @@ def _trace(
     kwargs: dict[str, Any],
     *,
     is_thorough: bool,
+    partial: bool,
 ) -> Dataflow:
     wrapped = _TensorsOnly(model)
     wrapped.training = model.training
@@ -411,7 +418,7 @@ def _trace(
                 flow = _recorded(wrapped, args, kwargs)
             except Exception:  # control flow that depends on data, an op without a meta kernel: the export says which
                 flow = None
-            if flow is not None and all(flow.calls.get(name) for name in layers) and not flow.is_patchy:
+            if flow is not None and (partial or all(map(flow.calls.get, layers))) and not flow.is_patchy:
                 return replace(flow, is_recorded=False, is_quick=True)
         try:
             return _exported(wrapped, args, kwargs)

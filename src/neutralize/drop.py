@@ -39,12 +39,14 @@ class Dropped:
         layers: the blocks that are gone, by their old names.
         config: the entries of the config that were cut, with their old values and the new ones.
         parameters: how many parameters are gone.
+        digest: of the plan that switches the blocks off, with which it was compared.
     """
 
     model: nn.Module
     layers: tuple[str, ...]
     config: dict[str, tuple[Any, Any]]
     parameters: int
+    digest: str
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the model with ``save_pretrained``, under a temporary name until it is complete.
@@ -114,7 +116,8 @@ def drop(model: nn.Module, layers: Layers, *, inputs: Any = None) -> Dropped:
     smaller, changed = _rebuilt(model, config, lists, state)
     _compare(model, plan, smaller, inputs)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Dropped(smaller, chosen, changed, count - sum(parameter.numel() for parameter in smaller.parameters()))
+    gone = count - sum(parameter.numel() for parameter in smaller.parameters())
+    return Dropped(smaller, chosen, changed, gone, plan.digest)
 
 
 def _by_list(model: nn.Module, chosen: tuple[str, ...]) -> dict[str, list[int]]:

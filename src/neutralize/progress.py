@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -36,5 +37,13 @@ def bar(console: Console, rate: Callable[[float], str], *, disable: bool = False
             return Text("" if task.speed is None else rate(task.speed))
 
     columns = (TextColumn("  {task.description}"), BarColumn(24), Rate(), TimeRemainingColumn())
-    # The rate is that of the last ten minutes: a step may take longer than rich's half a minute.
-    return Progress(*columns, console=console, transient=True, disable=disable, speed_estimate_period=600)
+    # The rate is that of the last ten minutes: a step may take longer than rich's half a minute. What is printed
+    # meanwhile is shown above the bar, but only if it goes to a terminal: else it would go where the bar goes.
+    return Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=disable,
+        speed_estimate_period=600,
+        redirect_stdout=sys.stdout.isatty(),
+    )

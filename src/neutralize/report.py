@@ -112,6 +112,11 @@ def _validity(part: LinearPart) -> str:
 
 def verification_table(verification: Verification) -> str:
     """A verification as a text table, with the end-to-end figures below."""
+    return f"{as_text(verification_rich(verification))}{verdict(verification)}\n"
+
+
+def verification_rich(verification: Verification) -> Table:
+    """The errors of the layers as a rich table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -123,16 +128,24 @@ def verification_table(verification: Verification) -> str:
         bound = verification.bounds.get(layer)
         gain = verification.gradient_gain.get(layer)
         table.add_row(
-            Text(layer), f"{error:.3g}", "" if bound is None else f"{bound:.3g}", "" if gain is None else f"{gain:.4g}"
+            Text(layer),
+            f"{error:.3g}",
+            "" if bound is None else f"{bound:.3g}",
+            "" if gain is None or gain != gain else f"{gain:.4g}",
         )
-    verdict = "bit for bit" if verification.exact else f"relative error {verification.relative_error:.3g}"
-    verdict += f", largest error {verification.output_error:.3g}"
+    return table
+
+
+def verdict(verification: Verification) -> str:
+    """The end-to-end figures of a verification in a line."""
+    said = "bit for bit" if verification.exact else f"relative error {verification.relative_error:.3g}"
+    said += f", largest error {verification.output_error:.3g}"
     if verification.output_bound is not None:
-        verdict += f" (bound {verification.output_bound:.3g})"
+        said += f" (bound {verification.output_bound:.3g})"
     held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"
     if not verification.assumptions_hold:
         held += "; some inputs were larger than a certificate assumes"
-    return f"{as_text(table)}end to end: {verdict}; {held}\n"
+    return f"end to end: {said}; {held}"
 
 
 def format_bytes(count: float) -> str:

@@ -293,7 +293,7 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
             continue
         clauses = search._ordered(node, scaled_clauses(node, factor))
         scaled[node] = search._any(search._all((of(operand) for operand in clause), before=[{}]) for clause in clauses)
-    on_stream = _stream(search)
+    on_stream = residual_stream(search)
     if search.call.exit in on_stream:
         for node in on_stream:
             for clause in carry_clauses(node):
@@ -317,7 +317,7 @@ def offset_of(node: fx.Node) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _stream(search: Search) -> dict[fx.Node, None]:
+def residual_stream(search: Search) -> dict[fx.Node, None]:
     """The residual stream, in order: what would hold the block's input if all that is added to it were zero."""
     stream: dict[fx.Node, None] = {search.call.entry: None}  # a set has another order in every process
     for node in search.call.nodes:

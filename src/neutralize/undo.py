@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from neutralize.audit import Deed, audited, recorded
 from neutralize.distributed.part import Block, Window
 from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
@@ -88,16 +89,23 @@ class Undo:
     one will put back. A second call of ``restore`` does nothing.
     """
 
-    def __init__(self, saved: list[Saved], digest: str, model: nn.Module) -> None:
+    def __init__(
+        self, saved: list[Saved], digest: str, model: nn.Module, *, strategy: str = "", layers: tuple[str, ...] = ()
+    ) -> None:
         """Take the copies, in the order in which they were made.
 
         Args:
             saved: one entry per overwritten block.
             digest: digest of the plan that was applied.
             model: the model that it was applied to.
+            strategy: of the plan, where that is known.
+            layers: of the plan, where they are known.
         """
         self._saved = saved
         self._model = weakref.ref(model)
+        self._of = type(model).__name__
+        self._strategy, self._layers = strategy, layers
+        self._audited = audited()
         self.digest = digest
         for tensor in self._tensors():
             alive = [earlier for earlier in _OPEN.get(tensor, []) if earlier() is not None]
@@ -113,12 +121,24 @@ class Undo:
         """How many bytes of memory the copies take."""
         return sum(entry.values.numel() * entry.values.element_size() for entry in self._saved)
 
+    def deed(self, action: str) -> Deed:
+        """What is written by the application, or by its undo, for the audit."""
+        names = tuple(dict.fromkeys(entry.name for entry in self._saved))
+        return Deed(action, self._of, self.digest, self._strategy, self._layers, names, self.held_bytes)
+
     def restore(self) -> None:
         """Put back every bit and every ``requires_grad`` flag; afterwards the copies are released.
 
         Raises:
-            NeutralizeError: a tensor was replaced, or its dtype or shape changed; nothing was put back.
+            NeutralizeError: a tensor was replaced, its dtype or shape changed, or the audit cannot be written; nothing
+                was put back.
         """
+        if not self.restored:
+            with recorded(self.deed("restore"), self._audited):
+                self.put_back()
+
+    def put_back(self) -> None:
+        """Do what ``restore`` does, unrecorded: for an application that fails."""
         model = self._model()
         if model is not None:
             resharded(model)

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neutralize.audit import Deed, audited, recorded, recording
 from neutralize.checkpoint.journal import Edition, Journal
 from neutralize.checkpoint.layout import Layout
 from neutralize.checkpoint.locate import locate
 from neutralize.checkpoint.naming import Names, retarget
-from neutralize.checkpoint.patch import Patch
+from neutralize.checkpoint.patch import Patch, written_bytes
 from neutralize.checkpoint.region import Files
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Edit, Plan, dtype_name
@@ -209,9 +210,42 @@ class Checkpoint:
         if self.status.state == "intact":
             return []
         with self.journal.locked():
-            undone = self.journal.recover(advance)
+            undone = self._roll_back_what_was_cut_off(advance)
         self.__dict__.pop("layout", None)
         return undone
+
+    def _roll_back_what_was_cut_off(self, advance: Advance = silent) -> list[Edition]:
+        with recording() as record:
+            undone = self.journal.recover(advance)
+            for edition in undone:
+                record(self._undoing(edition), None)
+        return undone
+
+    def _undoing(self, edition: Edition) -> Deed:
+        return Deed("restore", self._target, edition.digest, bytes=edition.nbytes)
+
+    @property
+    def _target(self) -> str:
+        return str(self.path.absolute())
+
+    def _deed(self, action: str, edits: Plan | Sequence[Edit], digest: str, patches: Sequence[Patch]) -> Deed:
+        count = written_bytes(patches)
+        if isinstance(edits, Plan):
+            return Deed.of(edits, action, self._target, count)
+        names = tuple(dict.fromkeys(edit.parameter for edit in edits))
+        return Deed(action, self._target, digest, tensors=names, bytes=count)
+
+    def _edit(self, patches: Sequence[Patch], deed: Deed, *rest: Any) -> Edition:
+        """Edit in place and record it; what cannot be recorded is put back."""
+        edition = None
+        try:
+            with recorded(deed):
+                edition = self.journal.edit(patches, self._marks(patches), deed.digest, *rest)
+        except BaseException:
+            if edition is not None:
+                self.journal.roll_back(edition)
+            raise
+        return edition
 
     def apply(
         self, edits: Plan | Sequence[Edit], *, digest: str = "", about: str = "", advance: Advance = silent
@@ -229,11 +263,11 @@ class Checkpoint:
                 fails; nothing has changed.
         """
         with self.journal.locked():
-            self.journal.recover(advance)
+            self._roll_back_what_was_cut_off(advance)
             patches = self.patches(edits)
             if isinstance(edits, Plan):
-                digest, about = edits.digest, about or _about(edits)
-            edition = self.journal.edit(patches, self._marks(patches), digest, about, advance)
+                about = about or _about(edits)
+            edition = self._edit(patches, self._deed("apply", edits, digest, patches), about, advance)
         return FileUndo(self, edition)
 
     def apply_together(self, plan: Plan, team: Team, advance: Advance = silent) -> FileUndo:
@@ -247,14 +281,14 @@ class Checkpoint:
         together = Together(team)
         with self.journal.locked() if together.leads else nullcontext():
             if together.leads:
-                self.journal.recover(advance)
+                self._roll_back_what_was_cut_off(advance)
             together.agree(plan)
             self.__dict__.pop("layout", None)
             patches = self.patches(plan)
             together.see(patches)
             if not together.leads:
                 return FileUndo(self, together.follow(self, patches, advance))
-            edition = self.journal.edit(patches, self._marks(patches), plan.digest, _about(plan), advance, together)
+            edition = self._edit(patches, self._deed("apply", plan, "", patches), _about(plan), advance, together)
         together.committed(edition)
         return FileUndo(self, edition)
 
@@ -271,6 +305,7 @@ class Checkpoint:
         *,
         link: bool = False,
         verify: bool = False,
+        digest: str = "",
         advance: Advance = silent,
     ) -> Written:
         """Write an edited copy; see ``neutralize.checkpoint.output.write_to``."""
@@ -283,7 +318,9 @@ class Checkpoint:
                 f"{'run: neutralize restore' if state == 'interrupted' else 'wait until it is done'}"
             )
         patches = self.patches(edits)
-        return write_to(self.path, self.layout, patches, Path(output), link=link, verify=verify, advance=advance)
+        deed = replace(self._deed("write", edits, digest, patches), target=os.path.abspath(output))
+        with recorded(deed):
+            return write_to(self.path, self.layout, patches, Path(output), link=link, verify=verify, advance=advance)
 
     def restore(self, *, everything: bool = False, force: bool = False, advance: Advance = silent) -> list[Edition]:
         """Put back the bytes of what was cut off; if nothing was, those of the last edit.
@@ -302,7 +339,7 @@ class Checkpoint:
         """
         leftovers = self.journal.leftovers()
         with self.journal.locked():
-            undone = self.journal.recover(advance)
+            undone = self._roll_back_what_was_cut_off(advance)
             editions = [edition for edition in self.journal.editions() if self._touches(edition)]
             if not undone and not editions and not leftovers:
                 raise NeutralizeError(
@@ -319,7 +356,9 @@ class Checkpoint:
     def _touches(self, edition: Edition) -> bool:
         return self.path.is_dir() or self.path.name in edition.files
 
-    def _undo(self, edition: Edition, *, force: bool = False, advance: Advance = silent) -> None:
+    def _undo(
+        self, edition: Edition, *, force: bool = False, advance: Advance = silent, also: Sequence[Path] = ()
+    ) -> None:
         """Put back the bytes of an edit that is the last one of its files, and still as it was left."""
         for later in self.journal.editions():
             if later.number > edition.number and set(later.files) & set(edition.files):
@@ -329,7 +368,8 @@ class Checkpoint:
                 )
         if not force:
             self.journal.check_unchanged(edition)
-        self.journal.roll_back(edition, advance)
+        with recorded(self._undoing(edition), also):
+            self.journal.roll_back(edition, advance)
 
     def __fspath__(self) -> str:
         """Return the path."""
@@ -367,6 +407,7 @@ class FileUndo:
             edition: the edit.
         """
         self._checkpoint = checkpoint
+        self._audited = audited()
         self.edition = edition
 
     @property
@@ -394,10 +435,10 @@ class FileUndo:
             return
         journal = self._checkpoint.journal
         with journal.locked():
-            journal.recover()
+            self._checkpoint._roll_back_what_was_cut_off()
             if self.restored:
                 return
-            self._checkpoint._undo(self.edition)
+            self._checkpoint._undo(self.edition, also=self._audited)
 
     def __repr__(self) -> str:
         """Say what is held."""

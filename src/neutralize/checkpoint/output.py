@@ -43,6 +43,25 @@ class Written:
     verified: int
 
 
+def check_free(output: Path) -> None:
+    """Check that a copy can appear at a path.
+
+    Raises:
+        NeutralizeError: something is there, or there is no folder for it.
+    """
+    output = Path(os.path.abspath(output))
+    if output.exists() or output.is_symlink():
+        raise NeutralizeError(
+            f"checkpoint: expected nothing at {str(output)!r}, got something that is there; remove it, or give another "
+            "output"
+        )
+    if not output.parent.is_dir():
+        raise NeutralizeError(
+            f"checkpoint: expected a folder to write {output.name!r} into, got nothing at {str(output.parent)!r}; "
+            "make it"
+        )
+
+
 def write_to(
     source: Path,
     layout: Layout,
@@ -68,16 +87,7 @@ def write_to(
         NeutralizeError: something is in the way, the disk is full or fails, or a copy differs; no output is left.
     """
     output = Path(os.path.abspath(output))
-    if output.exists() or output.is_symlink():
-        raise NeutralizeError(
-            f"checkpoint: expected nothing at {str(output)!r}, got something that is there; remove it, or give another "
-            "output"
-        )
-    if not output.parent.is_dir():
-        raise NeutralizeError(
-            f"checkpoint: expected a folder to write {output.name!r} into, got nothing at {str(output.parent)!r}; "
-            "make it"
-        )
+    check_free(output)
     if source.is_dir() and output.is_relative_to(source.resolve()):
         raise NeutralizeError(
             f"checkpoint: expected an output outside of {str(source)!r}, got {str(output)!r}; give another"

@@ -56,13 +56,19 @@ class StreamedVerification:
 
     def __str__(self) -> str:
         """Return a table: layer, measured error, bound; then the end-to-end figures."""
-        from neutralize.report import format_bytes, verification_table
+        from neutralize.report import as_text, verification_rich
 
-        table = verification_table(self.measured)
+        return f"{as_text(verification_rich(self.measured))}{self.summary}\n"
+
+    @property
+    def summary(self) -> str:
+        """The end-to-end figures in two lines."""
+        from neutralize.report import format_bytes, verdict
+
         held = (
             f"{format_bytes(self.read_bytes)} of weights read, at most {format_bytes(self.peak_bytes)} held at a time"
         )
-        return f"{table}{held}\n"
+        return f"{verdict(self.measured)}\n{held}"
 
 
 def verify(

@@ -1,99 +1,84 @@
 """The command `neutralize`. Each command imports what it needs when it runs, so that `--help` is quick."""
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from neutralize.cli import checkpoint
+from neutralize.cli.checkpoint import apply, plan, restore, status, verify
+from neutralize.cli.export import export
 from neutralize.cli.influence import influence
+from neutralize.cli.inspection import inspect
+from neutralize.cli.machine import bench, demo, doctor
+from neutralize.cli.voice import NAME, Command, Group
+
+EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    inspect: (
+        "neutralize inspect ./llama",
+        "neutralize inspect ./llama --layers 'model.layers[3]'",
+        "neutralize inspect model.gguf --match '*norm*'",
+    ),
+    plan: (
+        "neutralize plan ./llama --layers 'model.layers[20:25]'",
+        "neutralize plan ./llama --layers '*.mlp' --strategy damp --option factor=0.5",
+        "neutralize plan ./llama --layers 'model.layers[3]' --save plan.json",
+    ),
+    apply: (
+        "neutralize apply ./llama --layers 'model.layers[20:25]' --in-place",
+        "neutralize apply ./llama --plan plan.json --output ./llama-off",
+        "neutralize apply model.gguf --set 'blk.3.ffn_down.weight=0' --output new.gguf",
+    ),
+    restore: (
+        "neutralize restore ./llama",
+        "neutralize restore ./llama --all --audit audit.jsonl",
+    ),
+    status: ("neutralize status ./llama", "neutralize status ./llama --quick --json"),
+    verify: (
+        "neutralize verify ./llama --layers 'model.layers[3]'",
+        "neutralize verify ./llama --plan plan.json --applied",
+    ),
+    influence: (
+        "neutralize influence --k 3 --among 6",
+        "neutralize influence ./llama --log run.jsonl --resume",
+        "neutralize influence --job sweeps.toml --quiet",
+    ),
+    export: ("neutralize export ./llama --drop 'model.layers[20:25]' --output ./llama-27",),
+    bench: ("neutralize bench", "neutralize bench --only bfloat16 --seconds 5 --json"),
+    doctor: ("neutralize doctor", "neutralize doctor --json"),
+    demo: ("neutralize demo", "neutralize demo --quiet"),
+}
+"""Every command, in the order of the help, with examples of it."""
 
 app = typer.Typer(
-    name="neutralize",
-    help="Switch layers of PyTorch models off in place, say how exactly they are off, and put every bit back.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,  # a plain traceback can be pasted into an issue
+    name=NAME,
+    cls=Group,
+    rich_markup_mode=None,  # plain help: it reads the same in a pipe, without colour and in 80 columns
+    epilog="""neutralize inspect ./llama
+neutralize plan ./llama --layers 'model.layers[20:25]'
+neutralize apply ./llama --layers 'model.layers[20:25]' --in-place
+neutralize restore ./llama""",
 )
 
 
-@app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False) -> None:
-    """Print what was built, what this machine would use, and why not more."""
-    from neutralize.doctor import diagnose
-
-    diagnosis = diagnose()
-    if json:
-        print(diagnosis.to_json())
-    elif sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column()
-        for label, text in diagnosis.rows():
-            table.add_row(label, text, style="yellow" if label == "why not more" else None)
-        Console().print(table)
-    else:
-        for label, text in diagnosis.rows():
-            print(f"{label:<14}{text}")
-
-
-@app.command()
-def demo() -> None:
-    """Switch blocks of a trained language model off, prove it, and put them back; exit 1 if a proof fails."""
-    from neutralize import demo
-
-    raise typer.Exit(demo.main())
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="A folder or a hub name of a causal language model.")],
-    drop: Annotated[list[str], typer.Option("--drop", help="Blocks that leave: name, glob or slice; repeatable.")],
-    output: Annotated[Path, typer.Option(help="The folder of the smaller model; it must not be there.")],
-    dtype: Annotated[str, typer.Option(help="Of the weights; auto is that of the files.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False,
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version, and exit.")] = False,
+    debug: Annotated[  # Group.main takes it out, wherever it stands
+        bool, typer.Option("--debug", help="With any command: what is logged, and the traceback of an error.")
+    ] = False,
 ) -> None:
-    """Write a model without some of its blocks, once they are proven exact and its logits are found equal, bit for bit.
+    """Switch layers of PyTorch models off in place, say how exactly they are off, and put every bit back."""
+    if version:
+        from importlib import metadata
 
-    Example: neutralize export ./llama --drop 'model.layers[20:25]' --output ./llama-27
-
-    Exit status: 0, or 2 if the request cannot be carried out; nothing is written then.
-    """
-    from neutralize.cli.printing import print_json
-    from neutralize.drop import drop as dropped
-    from neutralize.errors import NeutralizeError
-    from neutralize.language import load_language_model
-
-    try:
-        language = load_language_model(model, dtype=dtype)
-        smaller = dropped(language.model, drop)
-        path = smaller.save(output, tokenizer=language.tokenizer)
-    except NeutralizeError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from error
-    if json:
-        config = {name: list(values) for name, values in smaller.config.items()}
-        print_json({"output": str(path), "layers": smaller.layers, "config": config, "parameters": smaller.parameters})
-        return
-    print(f"{path}: without {', '.join(smaller.layers)}; {smaller.parameters / 1e6:.1f} M parameters less")
-    for name, (old, new) in smaller.config.items():
-        print(f"  {name}: {old} -> {new}")
+        print(metadata.version("neutralize"))
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-app.command()(influence)
-for command in (
-    checkpoint.inspect,
-    checkpoint.plan,
-    checkpoint.apply,
-    checkpoint.restore,
-    checkpoint.status,
-    checkpoint.verify,
-):
-    app.command()(command)
+for command, examples in EXAMPLES.items():
+    app.command(cls=Command, epilog="\n".join(examples))(command)
 
 
 def main() -> None:

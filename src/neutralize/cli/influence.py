@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neutralize.cli.printing import print_json
+from neutralize.cli.options import Audit, StrategyName, audited, complete_layers
+from neutralize.cli.printing import print_json, print_table
 
 if TYPE_CHECKING:
     from neutralize.influence import Progress, Sweep
@@ -25,29 +26,45 @@ def influence(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=_MODEL, metavar="[MODEL]")] = "smollm2",
     layers: Annotated[
-        list[str] | None, typer.Option("--layers", help="Name, glob or slice; repeatable. By default every block.")
+        list[str] | None,
+        typer.Option(
+            "--layers",
+            metavar="LAYERS",
+            help="Name, glob or slice; repeatable. By default every block.",
+            autocompletion=complete_layers,
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="A file to read; by default the text of the GPL-3.")] = None,
-    characters: Annotated[int, typer.Option(help="How much of it; 0 is all of it.", min=0)] = 20_000,
-    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.")] = "auto",
-    strategy: Annotated[str, typer.Option(help="How layers are switched off.")] = "auto",
-    k: Annotated[int | None, typer.Option("--k", help="Search the best k layers to switch off.", min=1)] = None,
-    budget: Annotated[float | None, typer.Option(help="... as long as the loss grows by no more than this.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file to read; by default the text of the GPL-3.")
+    ] = None,
+    characters: Annotated[int, typer.Option(metavar="COUNT", help="How much of it; 0 is all of it.", min=0)] = 20_000,
+    window: Annotated[int, typer.Option(metavar="COUNT", help="Tokens per window.", min=2)] = 512,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights.")] = "float32",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto is the GPU if there is one.")] = "auto",
+    strategy: StrategyName = "auto",
+    k: Annotated[
+        int | None, typer.Option("--k", metavar="COUNT", help="Search the best k layers to switch off.", min=1)
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="LOSS", help="... as long as the loss grows by no more than this.")
+    ] = None,
     among: Annotated[
-        int | None, typer.Option(help="... trying only this many of the least harmful layers.", min=1)
+        int | None, typer.Option(metavar="COUNT", help="... trying only this many of the least harmful layers.", min=1)
     ] = None,
     kl: Annotated[bool, typer.Option("--kl/--no-kl", help="Measure the divergence from the intact model.")] = True,
     log: Annotated[  # --log-file: torchrun takes --log for one of its own
-        Path | None, typer.Option("--log", "--log-file", help="A file that every evaluation is appended to.")
+        Path | None,
+        typer.Option("--log", "--log-file", metavar="FILE", help="A file that every evaluation is appended to."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the log.")] = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: divide the model among the processes; else each has all.")
     ] = False,
-    job: Annotated[Path | None, typer.Option(help="A TOML file of sweeps, instead of MODEL and options.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result: a png, svg or pdf file.")] = None,
+    job: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of sweeps, instead of MODEL and options.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the result: a png, svg or pdf file.")] = None,
+    audit: Audit = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
 ) -> None:
@@ -56,7 +73,7 @@ def influence(
     Exit status: 0 if all went well, 1 if a sweep of a job failed, 2 if the request cannot be carried out, 130 after
     Ctrl-C (with --log, --resume goes on from there).
 
-    Under torchrun the layers are shared out among its processes: torchrun --nproc-per-node 8 -m neutralize influence …
+    Under torchrun the layers are shared out among its processes.
     """
     from neutralize.errors import NeutralizeError
     from neutralize.influence.crew import started
@@ -64,7 +81,7 @@ def influence(
 
     speaks = True
     try:
-        with started() as speaks:
+        with started() as speaks, audited(audit):
             if job is not None:
                 _check_alone(context)
                 raise typer.Exit(_run_job(Job.read(job), resume=resume, json=json, quiet=quiet, speaks=speaks))
@@ -88,7 +105,7 @@ def influence(
             _run_task(task, log, plot, resume=resume, json=json, quiet=quiet, speaks=speaks)
     except NeutralizeError as error:
         if speaks:
-            print(error, file=sys.stderr)
+            raise
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         hint = "; --resume goes on from here" if log is not None or job is not None else ""
@@ -150,7 +167,7 @@ def _check_alone(context: typer.Context) -> None:
     beside = sorted(
         "MODEL" if name == "model" else f"--{name}"
         for name in context.params
-        if name not in ("job", "resume", "json", "quiet")
+        if name not in ("job", "resume", "json", "quiet", "audit")
         and getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
     )
     if beside:
@@ -175,20 +192,14 @@ def _check_plot(path: Path) -> None:
 
 
 def _print_sweep(title: str, sweep: Sweep) -> None:
-    """Print a rich table on a terminal, a plain one elsewhere."""
-    if not sys.stdout.isatty():
-        print(title, sweep, sep="\n", end="", flush=True)
-        return
-    from rich.console import Console
-
+    """Print what was measured: tables, and the time it took."""
     from neutralize.influence.report import steps_rich, sweep_rich, timing
 
-    console = Console(highlight=False)
-    console.print(title, markup=False)
-    console.print(sweep_rich(sweep))
+    print(title)
+    print_table(sweep_rich(sweep))
     if sweep.steps or sweep.budget is not None:
-        console.print(steps_rich(sweep))
-    console.print(timing(sweep))
+        print_table(steps_rich(sweep))
+    print(timing(sweep), flush=True)
 
 
 @contextmanager

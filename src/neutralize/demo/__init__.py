@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
+from json import dumps
 
 from rich.console import Console
 
@@ -19,12 +21,13 @@ from neutralize.errors import NeutralizeError
 __all__ = ["main"]
 
 
-def main(script: Script | None = None, console: Console | None = None) -> int:
+def main(script: Script | None = None, console: Console | None = None, *, json: bool = False) -> int:
     """Run the demo.
 
     Args:
         script: what is shown; by default everything.
-        console: where it is printed; by default on standard output.
+        console: where it is printed; by default on standard output. One that prints nothing leaves the verdict.
+        json: print the proofs as JSON on standard output at the end.
 
     Returns:
         The exit code: 0 if every proof holds, 1 if one fails (the last lines say which), 2 if the model is not there.
@@ -43,5 +46,11 @@ def main(script: Script | None = None, console: Console | None = None) -> int:
     perform(subject, script, stage)
     stage.console.print()
     all_hold = stage.close()
-    stage.console.print(f"The demo took {time.perf_counter() - started:.0f} s.")
+    seconds = time.perf_counter() - started
+    stage.console.print(f"The demo took {seconds:.0f} s.")
+    if json:
+        proofs = [asdict(proof) for proof in stage.proofs]
+        print(dumps({"ok": all_hold, "proofs": proofs, "seconds": seconds}), flush=True)
+    elif stage.console.quiet:
+        print(stage.verdict)
     return 0 if all_hold else 1

@@ -103,9 +103,13 @@ class Stage:
         failed = [proof for proof in self.proofs if not proof.holds]
         for proof in failed:
             self._lines(proof)
-        held = len(self.proofs) - len(failed)
-        self.console.print(f"[bold]{held} of {len(self.proofs)} proofs hold.[/bold]")
+        self.console.print(f"[bold]{self.verdict}[/bold]")
         return not failed
+
+    @property
+    def verdict(self) -> str:
+        """How many of the proofs hold."""
+        return f"{sum(proof.holds for proof in self.proofs)} of {len(self.proofs)} proofs hold."
 
     def _lines(self, proof: Proof) -> None:
         """Print a proof, with its further lines indented."""

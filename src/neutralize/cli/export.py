@@ -1,0 +1,52 @@
+"""`neutralize export`: a smaller model, without the blocks that are proven to be off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neutralize.cli.options import Audit, Json, Quiet, audited, complete_layers
+from neutralize.cli.printing import print_json, waiting
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name of a causal language model.")],
+    drop: Annotated[
+        list[str],
+        typer.Option(
+            "--drop",
+            metavar="LAYERS",
+            help="Blocks that leave: name, glob or slice; repeatable.",
+            autocompletion=complete_layers,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The folder of the smaller model; it must not be there.")
+    ],
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights; auto is that of the files.")] = "auto",
+    audit: Audit = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model without some of its blocks, once they are proven exact and its logits are found equal, bit for bit.
+
+    Exit status: 0, or 2 if the request cannot be carried out; nothing is written then.
+    """
+    from neutralize.audit import Deed, recorded
+    from neutralize.drop import drop as dropped
+    from neutralize.language import load_language_model
+
+    with audited(audit), waiting("proving", quiet=quiet):
+        language = load_language_model(model, dtype=dtype)
+        smaller = dropped(language.model, drop)
+        with recorded(Deed("export", str(output.absolute()), smaller.digest, layers=smaller.layers)):
+            path = smaller.save(output, tokenizer=language.tokenizer)
+    if json:
+        config = {name: list(values) for name, values in smaller.config.items()}
+        print_json({"output": str(path), "layers": smaller.layers, "config": config, "parameters": smaller.parameters})
+        return
+    print(f"{path}: without {', '.join(smaller.layers)}; {smaller.parameters / 1e6:.1f} M parameters less")
+    for name, (old, new) in smaller.config.items():
+        print(f"  {name}: {old} -> {new}")

@@ -1,0 +1,121 @@
+"""The options that several commands have, with what the shell can complete."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from neutralize.checkpoint import Checkpoint
+
+
+def _strategies() -> list[str]:
+    from neutralize.strategies import STRATEGIES
+
+    return [name for name in STRATEGIES if name != "mean"]  # it takes batches, which no command line gives
+
+
+def _layers_of(checkpoint: str) -> Iterator[str]:
+    """The modules that a checkpoint names in its tensors: only headers are read, no model is built."""
+    from neutralize.checkpoint import Checkpoint
+
+    for tensor in Checkpoint(checkpoint).layout.tensors:
+        parts = tensor.split(".")
+        yield from (".".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def complete_layers(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Complete the name of a layer, one dot further than what is typed."""
+    given = [ctx.params.get("checkpoint"), ctx.params.get("model"), *ctx.args]  # the last: not yet parsed to the end
+    path = next((each for each in given if each), None)
+    try:
+        names = {} if path is None else dict.fromkeys(_layers_of(str(path)))
+    except Exception:  # a shell that waits for an answer cannot be told why there is none
+        return []
+    depth = incomplete.count(".")
+    return [name for name in names if name.startswith(incomplete) and name.count(".") == depth]
+
+
+def complete_options(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Complete a parameter of the strategy that is named already."""
+    from dataclasses import fields
+
+    from neutralize.strategies import STRATEGIES
+
+    kind: Any = STRATEGIES.get(ctx.params.get("strategy") or "auto")
+    return [f"{entry.name}=" for entry in fields(kind) if entry.name.startswith(incomplete)] if kind else []
+
+
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A folder, or a .safetensors, .gguf, .pt, .pth or .bin file.")
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        metavar="LAYERS",
+        help="Name, glob or slice ('model.layers[20:25]'); repeatable.",
+        autocompletion=complete_layers,
+    ),
+]
+StrategyName = Annotated[
+    str,
+    typer.Option(
+        "--strategy", metavar="NAME", help="auto, passthrough, zero, constant or damp.", autocompletion=_strategies
+    ),
+]
+StrategyOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="A parameter of the strategy, as factor=0.5; repeatable.",
+        autocompletion=complete_options,
+    ),
+]
+Setters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="EDIT",
+        help="Instead of --layers: 'NAME=0', '*.bias*=0.5', 'w[0:4]=identity'; repeatable.",
+    ),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="Instead of --layers: a plan that was saved.")
+]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:CALLABLE",
+        help="Makes the model, where there is no config.json.",
+    ),
+]
+Audit = Annotated[
+    Path | None,
+    typer.Option("--audit", metavar="FILE", help="Append a line of JSON for all that is written or put back."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+
+
+def audited(path: Path | None) -> AbstractContextManager[None]:
+    """Append to the file that ``--audit`` names, if it names one."""
+    from neutralize.audit import audit
+
+    return nullcontext() if path is None else audit(path)
+
+
+def opened(path: Path, factory: str | None = None) -> Checkpoint:
+    """Open a checkpoint, whose model may come out of a module where one works."""
+    from neutralize.checkpoint import Checkpoint
+
+    if factory is not None and "" not in sys.path:
+        sys.path.insert(0, "")  # as python -m does: a module of one's own lies where one works
+    return Checkpoint(path, factory=factory)

@@ -1,0 +1,132 @@
+"""How every command speaks: help in plain text with examples, refusals in one line, ``--debug`` for the traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from neutralize.cli.printing import one_line
+from neutralize.errors import NeutralizeError
+
+NAME = "neutralize"
+
+_ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings click itself or a copy of it, by its version
+
+UNEXPECTED = 70
+"""The exit status of a bug: 1 says that something does not hold, 2 that a request cannot be carried out."""
+
+
+class Command(TyperCommand):
+    """A command whose epilog is examples, one a line."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples as they are to be typed."""
+        _write_examples(self.epilog, formatter)
+
+
+class Group(TyperGroup):
+    """The commands together: the one place where an exception becomes a line and an exit status."""
+
+    def main(  # type: ignore[override]  # it ends the process, so that what it would return is nobody's
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
+        """Run a command; ``--debug`` may stand anywhere before ``--``."""
+        words = list(sys.argv[1:] if args is None else args)
+        own = words.index("--") if "--" in words else len(words)
+        debug = "--debug" in words[:own]
+        words = [word for word in words[:own] if word != "--debug"] + words[own:]
+        with refusals(debug=debug):
+            status = super().main(words, prog_name or NAME, **{**extra, "standalone_mode": False})
+        sys.exit(status or 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("neutralize: interrupted; of a checkpoint, neutralize status says what was done", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands with the first sentence of each, in full."""
+        rows = [(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples as they are to be typed."""
+        _write_examples(self.epilog, formatter)
+
+
+def _write_examples(epilog: str | None, formatter: Any) -> None:
+    if epilog:
+        with formatter.section("Examples"):
+            for line in epilog.splitlines():
+                formatter.write(f"  {line}\n")
+
+
+@contextmanager
+def refusals(*, debug: bool) -> Iterator[None]:
+    """Turn whatever goes wrong into one line on standard error and an exit status.
+
+    Args:
+        debug: print the traceback too, and what the library logs.
+    """
+    with _logged() if debug else _unlogged():
+        try:
+            yield
+        except NeutralizeError as error:
+            _end(str(error), 2, debug=debug)
+        except BrokenPipeError:  # the reader of the output has seen enough
+            sys.stdout = None  # nothing is left to flush into
+            sys.exit(1)
+        except OSError as error:
+            about = f" for {error.filename!r}" if error.filename else ""
+            reason = error.strerror or str(error)
+            _end(f"neutralize: expected paths that can be used, got {reason}{about}; check them", 2, debug=debug)
+        except Exception as error:
+            if isinstance(error, _ClickException):
+                _end(_misuse(error), 2, debug=debug)
+            got = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            remedy = "please report it with what is above" if debug else "--debug shows where, for a report"
+            _end(f"neutralize: expected no such error, got {got}; {remedy}", UNEXPECTED, debug=debug)
+
+
+def _misuse(error: Any) -> str:
+    """What is wrong with the words of a command, and where its words are explained."""
+    command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "neutralize"
+    return f"{command}: {error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _end(line: str, status: int, *, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(one_line(line), file=sys.stderr)
+    sys.exit(status)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Show what the library logs on standard error."""
+    logger, handler = logging.getLogger("neutralize"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
