@@ -135,12 +135,13 @@ def store_of(prefix: str) -> Any:
 def team_of(
     model: object, tensors: Iterable[torch.Tensor], group: Any, timeout: float, *, together: bool = False
 ) -> Team | None:
-    """Return the processes that hold a model together; ``None`` if this one is alone.
+    """Return the processes that hold a model together; ``None`` if this one is alone, or holds nothing of it.
 
     Args:
         model: as it was given: one in ``DistributedDataParallel`` is held by the processes of its group.
         tensors: of the model.
-        group: a process group that the caller names, or ``None``: that of the DTensors' meshes.
+        group: a process group that the caller names, or ``None``: that of the DTensors' meshes, or all processes if
+            none of these has all the ranks of the others.
         timeout: in seconds.
         together: whether the caller says that processes hold it together: all of them if there is no ``group``.
     """
@@ -153,8 +154,8 @@ def team_of(
     elif together:
         ranks = set(range(dist.get_world_size()))
     else:
-        ranks = set()
-        for tensor in tensors:
-            if is_dtensor(tensor):
-                ranks.update(tensor.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
-    return Team(ranks, timeout) if len(ranks) > 1 else None
+        meshes = {frozenset(tensor.device_mesh.mesh.flatten().tolist()) for tensor in tensors if is_dtensor(tensor)}  # type: ignore[attr-defined]
+        ranks = set().union(*meshes)
+        if ranks and ranks not in meshes:  # experts on one axis, attention on another: no process sees all the others
+            ranks = set(range(dist.get_world_size()))
+    return Team(ranks, timeout) if len(ranks) > 1 and dist.get_rank() in ranks else None
