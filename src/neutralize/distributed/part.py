@@ -103,6 +103,10 @@ class Placed:
     row: int = 0
     column: int = 0
 
+    def start(self, edit: Rewrite) -> int:
+        """The column of the window that the edit's diagonal has in the window's first row."""
+        return edit.start + self.row * edit.step - self.column
+
 
 @dataclass(frozen=True)
 class Part:
