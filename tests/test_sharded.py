@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import pickle
 import signal
 import time
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import neutralize as nz
 from neutralize import ops
+from neutralize.distributed import team
 from neutralize.distributed.part import plain
 from neutralize.plan import Fold, Plan, Rewrite
 from ranks import Ranks, here
@@ -540,33 +542,32 @@ def test_stages_of_a_pipeline_write_what_they_hold(two):
 # ---- failures: all processes raise, and none has written -------------------------------------------------------------
 
 
-def failing(case):
-    """Apply on two processes of which the second has something wrong; return what this one got."""
-    second = dist.get_rank() == 1
+def failing(case, plan, seconds=60.0):
+    """Apply in processes of which the last has something wrong; return what this one got."""
+    last = dist.get_rank() == dist.get_world_size() - 1
     model = as_fsdp(stack())
-    plan = nz.plan(model, "layers[1]", example_inputs=torch.ones(1, 3, 16))
-    seconds = 60.0
-    if case == "another plan" and second:
-        plan = nz.plan(model, "layers[2]", example_inputs=torch.ones(1, 3, 16))
-    elif case == "no parameter" and second:
+    if case == "another plan" and last:
+        plan = Plan("by hand", plan.edits[:1], ())
+    elif case == "no parameter" and last:
         model.layers[1].entry = nn.Identity()
-    elif case == "another shape" and second:
+    elif case == "another shape" and last:
         model.layers[1].entry.weight = nn.Parameter(torch.ones(7, device=here()))
-    elif case in ("late", "dead"):
-        seconds = 4.0
-        if second and case == "dead":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(8.0 if second else 0.0)
+    elif case == "late":
+        time.sleep(2 * seconds if last else 0.0)
+    elif case == "killed before" and last:
+        os.kill(os.getpid(), signal.SIGKILL)
     before = whole_local(model)
     began = time.monotonic()
     writing = ops.rewrite_
 
     def broken(*arguments, **options):
         writing(*arguments, **options)
+        if case == "killed between":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the device is gone")
 
     try:
-        if case == "writing" and second:
+        if case in ("writing", "killed between") and last:
             ops.rewrite_ = broken
         text = failure(lambda: plan.apply(model, timeout=seconds))
     finally:
@@ -596,7 +597,7 @@ def failure(call):
     ],
 )
 def test_a_process_that_cannot_fails_all(two, case, said):
-    for text, seconds, unwritten in two.run(failing, case):
+    for text, seconds, unwritten in two.run(failing, case, whole_plan("auto")):
         assert said in text
         assert unwritten
         assert seconds < 30
@@ -604,16 +605,42 @@ def test_a_process_that_cannot_fails_all(two, case, said):
     assert two.run(again, as_fsdp, "auto", whole_plan("auto"))[0]["restored"]  # and the next goes well
 
 
-@pytest.mark.parametrize("case", ["late", "dead"])
-def test_a_process_that_does_not_answer_fails_the_others_in_time(case):
-    ranks = Ranks(2)
+@pytest.mark.parametrize("end", ["killed before", "killed between"])
+def test_a_process_that_does_not_answer_fails_the_others_in_time(end):
+    """Late, it fails all, and they can go on; killed before or after they have agreed, it fails the others."""
+    ranks = Ranks(3)
     try:
-        ranks.start(failing, case)
-        for rank in (0, 1) if case == "late" else (0,):
-            text, seconds, unwritten = ranks.result(rank)
-            assert "TeamError" in text
-            assert "expected an answer of all 2 processes within 4 s" in text
-            assert unwritten
-            assert seconds < 8
+        for case, plan in [("late", whole_plan("auto")), ("", whole_plan("auto")), (end, whole_plan("outgoing"))]:
+            ranks.start(failing, case, plan, 5.0)
+            for rank in range(3 if case != end else 2):
+                text, seconds, unwritten = ranks.result(rank)
+                assert seconds < 11
+                assert unwritten == (case != "")
+                if case:
+                    assert "TeamError: apply: expected an answer of all 3 processes within 5 s" in text
+                else:
+                    assert text == ""
     finally:
         ranks.close()
+
+
+def test_who_gives_up_and_who_goes_on_decide_as_one(monkeypatch):
+    """Who is out of time goes on all the same if the others do; who comes after another has given up does not."""
+    store = dist.HashStore()
+    monkeypatch.setattr(team, "store_of", lambda prefix: dist.PrefixStore(prefix, store))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    key = f"neutralize/0.1/{team._COUNTS.get((0, 1), 0) + 1}"
+    store.set(f"{key}/verdict", "go on")
+    waiting = dist.PrefixStore.wait
+
+    def late(self, keys, waited):
+        store.set(f"{key}/1", pickle.dumps(("", "theirs", None)))
+        raise RuntimeError("timeout")
+
+    monkeypatch.setattr(dist.PrefixStore, "wait", late)
+    assert team.Team((0, 1)).exchange("apply", "", "ours") == ["ours", "theirs"]
+    monkeypatch.setattr(dist.PrefixStore, "wait", waiting)
+    key = f"neutralize/0.1/{team._COUNTS[0, 1] + 1}"
+    store.set(f"{key}/verdict", "give up")
+    store.set(f"{key}/1", pickle.dumps(("", "theirs", None)))
+    assert "another process has given up waiting" in failure(lambda: team.Team((0, 1)).exchange("apply", "", "ours"))

@@ -81,16 +81,20 @@ class Team:
         rank = dist.get_rank()
         waited = datetime.timedelta(seconds=self.timeout)
         keys = [f"{number}/{member}" for member in self.ranks]
+        verdict, said = "go on", "another process has given up waiting"
         try:
             store.set(f"{number}/{rank}", pickle.dumps((stage, message, problem)))
-            store.wait(keys, waited)
-            if store.check([f"{number}/given up"]):
-                raise RuntimeError("another process has given up waiting")
+            try:
+                store.wait(keys, waited)
+            except RuntimeError as error:
+                verdict, said = "give up", str(error)
+            # Whoever is first decides for all: no process goes on while another gives up.
+            if store.compare_set(f"{number}/verdict", "", verdict) != b"go on":
+                raise RuntimeError(said)
             answers = [pickle.loads(answer) for answer in store.multi_get(keys)]
-            store.delete_key(f"{number - 1}/{rank}")  # all have read it, or they would not have answered
+            for past in (rank, "verdict"):
+                store.delete_key(f"{number - 1}/{past}")  # all have read it, or they would not have answered
         except RuntimeError as error:  # a timeout, or the store is gone with the process that holds it
-            with suppress(RuntimeError):
-                store.set(f"{number}/given up", b"")
             raise TeamError(
                 f"{op}: expected an answer of all {len(self.ranks)} processes within {self.timeout:g} s, got none of "
                 f"some ({str(error).strip().splitlines()[0][:120]}); nothing was written: look at the other processes"
