@@ -470,7 +470,8 @@ def main() -> int:
 
     device = torch.cuda.get_device_name()
     print(f"gpu-check: {device}, torch {torch.__version__}\n\n[1/4] tests")
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"], cwd=ROOT, check=False).returncode:
+    tests = ["-m", "gpu", "tests/test_gpu.py", "tests/test_sharded.py"]
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode:
         print("gpu-check: a test failed; nothing was measured", file=sys.stderr)
         return 1
 

@@ -34,9 +34,31 @@ def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.use_cpu_isa("auto")
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    """Two processes of one group, kept for all tests of a file."""
-    ranks = Ranks(2)
+def group_of(count: int, backend: str) -> Iterator[Ranks]:
+    """Processes of one group, until they are no longer needed."""
+    if backend == "nccl" and torch.cuda.device_count() < count:
+        pytest.skip(f"NCCL on {count} processes: needs {count} GPUs, got {torch.cuda.device_count()}")
+    ranks = Ranks(count, backend)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def two(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Two processes of one group, kept for all tests of a file; a file may parametrize the backend."""
+    yield from group_of(2, getattr(request, "param", "gloo"))
+
+
+@pytest.fixture(scope="module")
+def four(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Four processes of one group, kept for all tests of a file; a file may parametrize the backend."""
+    yield from group_of(4, getattr(request, "param", "gloo"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of a file that says so (``BACKENDS``) with NCCL too, on a GPU per process."""
+    for name in {"two", "four"} & set(metafunc.fixturenames):
+        if backends := getattr(metafunc.module, "BACKENDS", None):
+            marks = {"nccl": [pytest.mark.gpu]}
+            params = [pytest.param(backend, marks=marks.get(backend, [])) for backend in backends]
+            metafunc.parametrize(name, params, indirect=True, scope="module")

@@ -79,7 +79,7 @@ def same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     """Whether tensors have the same names, shapes, dtypes and bits."""
 
     def bits(tensor: torch.Tensor) -> bytes:
-        return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
     return got.keys() == expected.keys() and all(
         got[name].shape == tensor.shape and got[name].dtype == tensor.dtype and bits(got[name]) == bits(tensor)

@@ -23,10 +23,23 @@ _PRELOADED = (  # once, and not in each process
 )
 
 
-class Ranks:
-    """Processes of one gloo group, each of which runs the functions that it is sent."""
+_HERE = [torch.device("cpu")]
 
-    def __init__(self, count: int) -> None:
+
+def here() -> torch.device:
+    """The device that this process works on: a GPU of its own where the group's backend is NCCL."""
+    return _HERE[0]
+
+
+class Ranks:
+    """Processes of one group, each of which runs the functions that it is sent.
+
+    Args:
+        count: how many.
+        backend: ``gloo``, on the CPU; or ``nccl``, with a GPU for each.
+    """
+
+    def __init__(self, count: int, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOADED))
         port = free_port()
@@ -34,7 +47,7 @@ class Ranks:
         self._pipes, self.processes = [], []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, count, port), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, count, port, backend), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -76,10 +89,13 @@ def free_port() -> int:
         return port
 
 
-def _serve(pipe: Any, rank: int, count: int, port: int) -> None:
+def _serve(pipe: Any, rank: int, count: int, port: int, backend: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    if backend == "nccl":
+        _HERE[0] = torch.device("cuda", rank)
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     while True:
         function, arguments = pipe.recv()
         try:

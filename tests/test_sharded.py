@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import pickle
 import signal
 import time
 
@@ -13,40 +14,38 @@ import torch.distributed.checkpoint as checkpoint
 from edits import Every, every_edit, made_live, same_bits
 from networks import GatedBlock, perturbed
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import neutralize as nz
 from neutralize import ops
+from neutralize.distributed import team
 from neutralize.distributed.part import plain
-from neutralize.plan import Plan
-from ranks import Ranks
+from neutralize.plan import Fold, Plan, Rewrite
+from ranks import Ranks, here
 
 FOLDED = {"first.bias", "second.bias", "half.bias", "conv.bias", "up.bias", "turned.bias"}
 """Sums over sharded inputs are taken in another order; all else must have the bits of the whole model."""
 
 
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
+BACKENDS = ("gloo", "nccl")
+"""Every test runs with both; ``here()`` is where the processes hold their tensors."""
 
 
 def whole_of(model):
     """Every tensor of a sharded model, gathered by torch."""
     return {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+        name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach().clone().cpu()
         for name, tensor in model.state_dict().items()
     }
 
 
 def placed(mesh, placements):
     """A model whose parameters are DTensors."""
-    model = Every()
+    model = Every().to(here())
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             own = [Shard(min(p.dim, parameter.dim() - 1)) if isinstance(p, Shard) else p for p in placements]
@@ -56,7 +55,7 @@ def placed(mesh, placements):
 
 def fsdp(mesh):
     """A model that FSDP2 shards, each layer by itself (they have several dtypes), the rest at the root."""
-    model = Every()
+    model = Every().to(here())
     for child in model.children():
         if not isinstance(child, nn.ParameterDict):
             fully_shard(child, mesh=mesh)
@@ -88,12 +87,12 @@ def relative(got, expected):
 
 
 def by_placements(shape, *placements):
-    mesh = init_device_mesh("cpu", shape)
+    mesh = init_device_mesh(here().type, shape)
     return apply_everywhere(lambda: placed(mesh, placements))
 
 
 def by_fsdp(shape):
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    mesh = init_device_mesh(here().type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     return apply_everywhere(lambda: fsdp(mesh))
 
 
@@ -165,11 +164,11 @@ class Stack(nn.Module):
 
 def stack():
     torch.manual_seed(0)
-    return perturbed(Stack())
+    return perturbed(Stack()).to(here())
 
 
 def as_fsdp(model, **options):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(here().type, (dist.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
@@ -191,7 +190,7 @@ def as_compiled(model):
 
 
 def as_tensor_parallel(model, mesh=None):
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh(here().type, (dist.get_world_size(),))
     for layer in model.layers:
         table = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
         parallelize_module(layer, mesh, table)
@@ -199,7 +198,7 @@ def as_tensor_parallel(model, mesh=None):
 
 
 def as_both(model):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(here().type, (2, 2), mesh_dim_names=("data", "tensor"))
     as_tensor_parallel(model, mesh["tensor"])
     for layer in model.layers:
         fully_shard(layer, mesh=mesh["data"])
@@ -232,7 +231,7 @@ def whole_plan(strategy):
 
 def neutralized(wrap, strategy, expected_plan, *, plans):
     """Plan on the sharded model (or take the plan of the whole one), apply, run, restore; beside it the whole model."""
-    whole, model, x = stack(), wrap(stack()), X
+    whole, model, x = stack(), wrap(stack()), X.to(here())
     layers, name, options = STRATEGIES[strategy]
     with torch.no_grad():
         intact, excised = model(x), model(x, without=(1,))
@@ -269,15 +268,15 @@ def test_what_fsdp_is_told_does_not_matter(two, wrap):
 def written_before_backward(plan):
     """A backward pass after the shards that its forward pass saw were written, and one of a new forward pass."""
     model = as_fsdp(stack())
-    loss = model(X).sum()
+    loss = model(X.to(here())).sum()
     undo = plan.apply(model)
     stale = failure(loss.backward)
     model = as_fsdp(stack())
-    model(X).sum().backward()
+    model(X.to(here())).sum().backward()
     undo = plan.apply(model)
-    fresh = failure(lambda: model(X).sum().backward())
+    fresh = failure(lambda: model(X.to(here())).sum().backward())
     undo.restore()
-    return stale, fresh, failure(lambda: model(X).sum().backward())
+    return stale, fresh, failure(lambda: model(X.to(here())).sum().backward())
 
 
 def test_a_backward_pass_of_weights_that_are_gone_fails(two):
@@ -286,18 +285,119 @@ def test_a_backward_pass_of_weights_that_are_gone_fails(two):
         assert (fresh, restored) == ("", "")
 
 
-def verified_and_guarded(plan):
-    model = as_fsdp(stack())
-    found = nz.verify(model, plan, X)
+def trained(model, plan, steps=2):
+    """Train a model with the plan applied and guarded; return its weights, and what momentum the optimizer has."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
     plan.apply(model)
-    refused = failure(lambda: nz.guard(model, plan, torch.optim.AdamW(model.parameters())))
-    return found.exact, found.relative_error, refused
+    with nz.guard(model, plan, optimizer):
+        for _ in range(steps):
+            model(X.to(here())).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    state = {
+        name: optimizer.state[parameter]["exp_avg"]
+        for name, parameter in model.named_parameters()
+        if name in plan.parameters
+    }
+    return whole_of(model), {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
 
 
-def test_a_sharded_model_is_verified_and_no_guard_holds_it(two):
-    for exact, error, refused in two.run(verified_and_guarded, whole_plan("outgoing")):
+def verified_and_guarded(plans):
+    found = nz.verify(as_fsdp(stack()), plans["outgoing"], X.to(here()))
+    held = []
+    for plan in plans.values():
+        whole = stack()
+        plan.apply(whole)
+        weights, momentum = trained(as_fsdp(stack()), plan)
+        before, written = whole_of(stack()), whole_of(whole)
+        kept = all(
+            torch.equal(edit.block(weights[edit.parameter]), edit.block(written[edit.parameter]))
+            and not edit.block(momentum[edit.parameter]).any()
+            for edit in plan.edits
+        )
+        moved = all(not torch.equal(tensor, before[name]) for name, tensor in weights.items())
+        held.append((kept, moved))
+    text = failure(lambda: nz.guard(model := as_fsdp(stack()), plan, torch.optim.SGD(model.parameters())))
+    return found.exact, found.relative_error, held, text
+
+
+def test_a_sharded_model_is_verified_and_guarded_while_it_trains(two):
+    plans = {name: whole_plan(name) for name in ("outgoing", "a head")}
+    for exact, error, held, text in two.run(verified_and_guarded, plans):
         assert (exact, error) == (True, 0.0)
-        assert "guard: expected parameters that this process holds in whole" in refused
+        assert held == [(True, True)] * 2
+        assert "expected the plan to be applied" in text
+
+
+def faded(model, layers):
+    """Fade layers step by step; yields the weights after each step, and those restored."""
+    ramp = nz.ramp(model, layers, steps=3, example_inputs=X)
+    for _ in range(3):
+        ramp.step()
+        yield whole_of(model)
+    ramp.restore()
+    yield whole_of(model)
+
+
+def faded_everywhere(expected):
+    return [same_bits(*pair) for pair in zip(faded(as_fsdp(stack()), "layers[1].heads[2]"), expected, strict=True)]
+
+
+def test_a_sharded_model_is_switched_off_by_and_by(two):
+    expected = list(faded(stack(), "layers[1].heads[2]"))
+    assert two.run(faded_everywhere, expected) == [[True] * 4] * 2
+
+
+def crossing(plan):
+    """Two weights on two meshes that cross, as experts on one axis and attention on the other."""
+    mesh = init_device_mesh(here().type, (2, 2), mesh_dim_names=("experts", "heads"))
+    model, whole = stack(), stack()
+    for name, axis in (("o", "heads"), ("down", "experts")):
+        layer = getattr(model.layers[1], name)
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh[axis], [Shard(1)]))
+    plan.apply(whole)
+    undo = plan.apply(model)
+    same = same_bits(whole_of(model), dict(whole.state_dict()))
+    undo.restore()
+    return same, same_bits(whole_of(model), dict(stack().state_dict()))
+
+
+def test_meshes_that_cross_agree_as_one(four):
+    assert four.run(crossing, whole_plan("outgoing")) == [(True, True)] * 4
+
+
+def outside(placement):
+    """A model on a mesh of two of four processes; the other two hold nothing of it, and do not wait."""
+    model = nn.Linear(6, 4).to(here())
+    for parameter in list(model.parameters()):
+        parameter.data.fill_(2.0)
+    mesh = DeviceMesh(here().type, [0, 1])
+    for name in ("weight", "bias"):
+        whole = getattr(model, name).detach()
+        own = Shard(0) if whole.dim() == 1 and isinstance(placement, Shard) else placement
+        setattr(model, name, nn.Parameter(distribute_tensor(whole, mesh, [own])))
+    Plan("by hand", (Fold("weight", "bias", (4, 6), "float32", 0.5, 1.0),), ()).apply(model)
+    return [plain(parameter.detach()).unique().tolist() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=str)
+def test_a_process_outside_the_mesh_holds_nothing_and_waits_for_nobody(four, placement):
+    assert four.run(outside, placement) == [[[1.0], [14.0]]] * 2 + [[[], []]] * 2
+
+
+def unsettled():
+    """Sums that are not yet taken are no weights."""
+    model = nn.Linear(4, 4).to(here())
+    mesh = init_device_mesh(here().type, (dist.get_world_size(),))
+    model.weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4, device=here()), mesh, [Partial()]))
+    text = failure(lambda: Plan("by hand", (Rewrite("weight", (4, 4), "float32"),), ()).apply(model))
+    return text, bool(model.weight.to_local().all())
+
+
+def test_a_partial_placement_is_refused(two):
+    for text, unwritten in two.run(unsettled):
+        assert "expected shards or replicas for 'weight', got a DTensor placed as P(sum); redistribute it first" in text
+        assert unwritten
 
 
 @pytest.mark.parametrize(
@@ -334,14 +434,14 @@ def experts_off():
         num_key_value_heads=2,
         num_local_experts=3,
     )
-    whole = perturbed(MixtralForCausalLM(config))
+    whole = perturbed(MixtralForCausalLM(config)).to(here())
     plan = nz.plan(whole, "model.layers[1].mlp.experts[1]")
     expected = copy.deepcopy(whole)
     plan.apply(expected)
     found = []
     for dim in range(3):
         model = copy.deepcopy(whole)
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(here().type, (dist.get_world_size(),))
         fully_shard(model, mesh=mesh, shard_placement_fn=lambda p, dim=dim: Shard(min(dim, p.dim() - 1)))
         undo = plan.apply(model)
         same = same_bits(whole_of(model), dict(expected.state_dict()))
@@ -364,7 +464,7 @@ def saved_and_loaded(folder):
     after = whole_of(model)
     checkpoint.save(model.state_dict(), checkpoint_id=folder / "saved")
     other = stack()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(here().type, (dist.get_world_size(),))
     for layer in other.layers:
         parallelize_module(layer, mesh, {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()})
     state = other.state_dict()
@@ -415,12 +515,12 @@ def pipelined(layers):
     """Two stages in two processes, run by torch's own schedule."""
     rank = dist.get_rank()
     whole = stack()
-    x = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1)).to(here())
     plan = nz.plan(whole, layers, example_inputs=x)
     expected = copy.deepcopy(whole)
     plan.apply(expected)
     module = Embedded(whole, [0]) if rank == 0 else Headed(whole, [1, 2])
-    stage = PipelineStage(module, rank, 2, torch.device("cpu"))
+    stage = PipelineStage(module, rank, 2, here())
     schedule = ScheduleGPipe(stage, n_microbatches=2)
     undo = plan.apply(module, partial=True)
     with torch.no_grad():
@@ -442,33 +542,32 @@ def test_stages_of_a_pipeline_write_what_they_hold(two):
 # ---- failures: all processes raise, and none has written -------------------------------------------------------------
 
 
-def failing(case):
-    """Apply on two processes of which the second has something wrong; return what this one got."""
-    second = dist.get_rank() == 1
+def failing(case, plan, seconds=60.0):
+    """Apply in processes of which the last has something wrong; return what this one got."""
+    last = dist.get_rank() == dist.get_world_size() - 1
     model = as_fsdp(stack())
-    plan = nz.plan(model, "layers[1]", example_inputs=torch.ones(1, 3, 16))
-    seconds = 60.0
-    if case == "another plan" and second:
-        plan = nz.plan(model, "layers[2]", example_inputs=torch.ones(1, 3, 16))
-    elif case == "no parameter" and second:
+    if case == "another plan" and last:
+        plan = Plan("by hand", plan.edits[:1], ())
+    elif case == "no parameter" and last:
         model.layers[1].entry = nn.Identity()
-    elif case == "another shape" and second:
-        model.layers[1].entry.weight = nn.Parameter(torch.ones(7))
-    elif case in ("late", "dead"):
-        seconds = 4.0
-        if second and case == "dead":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(8.0 if second else 0.0)
+    elif case == "another shape" and last:
+        model.layers[1].entry.weight = nn.Parameter(torch.ones(7, device=here()))
+    elif case == "late":
+        time.sleep(2 * seconds if last else 0.0)
+    elif case == "killed before" and last:
+        os.kill(os.getpid(), signal.SIGKILL)
     before = whole_local(model)
     began = time.monotonic()
     writing = ops.rewrite_
 
     def broken(*arguments, **options):
         writing(*arguments, **options)
+        if case == "killed between":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the device is gone")
 
     try:
-        if case == "writing" and second:
+        if case in ("writing", "killed between") and last:
             ops.rewrite_ = broken
         text = failure(lambda: plan.apply(model, timeout=seconds))
     finally:
@@ -498,7 +597,7 @@ def failure(call):
     ],
 )
 def test_a_process_that_cannot_fails_all(two, case, said):
-    for text, seconds, unwritten in two.run(failing, case):
+    for text, seconds, unwritten in two.run(failing, case, whole_plan("auto")):
         assert said in text
         assert unwritten
         assert seconds < 30
@@ -506,16 +605,42 @@ def test_a_process_that_cannot_fails_all(two, case, said):
     assert two.run(again, as_fsdp, "auto", whole_plan("auto"))[0]["restored"]  # and the next goes well
 
 
-@pytest.mark.parametrize("case", ["late", "dead"])
-def test_a_process_that_does_not_answer_fails_the_others_in_time(case):
-    ranks = Ranks(2)
+@pytest.mark.parametrize("end", ["killed before", "killed between"])
+def test_a_process_that_does_not_answer_fails_the_others_in_time(end):
+    """Late, it fails all, and they can go on; killed before or after they have agreed, it fails the others."""
+    ranks = Ranks(3)
     try:
-        ranks.start(failing, case)
-        for rank in (0, 1) if case == "late" else (0,):
-            text, seconds, unwritten = ranks.result(rank)
-            assert "TeamError" in text
-            assert "expected an answer of all 2 processes within 4 s" in text
-            assert unwritten
-            assert seconds < 8
+        for case, plan in [("late", whole_plan("auto")), ("", whole_plan("auto")), (end, whole_plan("outgoing"))]:
+            ranks.start(failing, case, plan, 5.0)
+            for rank in range(3 if case != end else 2):
+                text, seconds, unwritten = ranks.result(rank)
+                assert seconds < 11
+                assert unwritten == (case != "")
+                if case:
+                    assert "TeamError: apply: expected an answer of all 3 processes within 5 s" in text
+                else:
+                    assert text == ""
     finally:
         ranks.close()
+
+
+def test_who_gives_up_and_who_goes_on_decide_as_one(monkeypatch):
+    """Who is out of time goes on all the same if the others do; who comes after another has given up does not."""
+    store = dist.HashStore()
+    monkeypatch.setattr(team, "store_of", lambda prefix: dist.PrefixStore(prefix, store))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    key = f"neutralize/0.1/{team._COUNTS.get((0, 1), 0) + 1}"
+    store.set(f"{key}/verdict", "go on")
+    waiting = dist.PrefixStore.wait
+
+    def late(self, keys, waited):
+        store.set(f"{key}/1", pickle.dumps(("", "theirs", None)))
+        raise RuntimeError("timeout")
+
+    monkeypatch.setattr(dist.PrefixStore, "wait", late)
+    assert team.Team((0, 1)).exchange("apply", "", "ours") == ["ours", "theirs"]
+    monkeypatch.setattr(dist.PrefixStore, "wait", waiting)
+    key = f"neutralize/0.1/{team._COUNTS[0, 1] + 1}"
+    store.set(f"{key}/verdict", "give up")
+    store.set(f"{key}/1", pickle.dumps(("", "theirs", None)))
+    assert "another process has given up waiting" in failure(lambda: team.Team((0, 1)).exchange("apply", "", "ours"))

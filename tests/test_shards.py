@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from bits import Bag, refusal, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -236,3 +238,31 @@ def test_a_tensor_of_another_name_that_is_tied_to_a_third_is_refused():
 @pytest.mark.parametrize("numbers", [(-1, 0, 1), (0, 2, 2), (0, 0, 0), (0, -1, 2)])
 def test_a_shard_counts_from_zero(numbers):
     assert "expected dim and start of 0 or more" in refusal(lambda: nz.Shard(*numbers))
+
+
+def test_the_page_works_out_what_a_plan_for_405_billion_parameters_writes_on_64_gpus():
+    """The figures of docs/distributed.md against the edits of a plan, cut row by row as torch.chunk cuts."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=2,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        dtype=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    for edit, row, unit, digits in (("incoming", "norm gains", 1, 0), ("outgoing", "outgoing weights", 1e6, 1)):
+        plan = nz.plan(model, "model.layers[1]", edit=edit)
+        own = [
+            [math.prod(torch.empty(e.shape, device="meta").chunk(64)[k].shape) for e in plan.edits] for k in range(64)
+        ]
+        assert all(parts == own[0] for parts in own)
+        total, each = sum(e.written_bytes for e in plan.edits), 2 * sum(own[0])
+        line = next(line for line in page.splitlines() if line.startswith(f"| {row}") and "1.6 MB" in line)
+        assert 64 * each == total
+        assert f"{total:,} bytes" in line or f"{total / 1e9:.2f} GB" in line
+        assert f"| {each / unit:,.{digits}f} " in line
+    assert round(2 * 64**2 * 200 / 1e6, 1) == 1.6

@@ -489,6 +489,6 @@ def rewrite_parts_(edits: list[tuple[Rewrite, Part]]) -> None:
             scale=[edit.scale for edit, _, _ in found],
             diagonal=[edit.diagonal for edit, _, _ in found],
             fill=[edit.fill for edit, _, _ in found],
-            start=[edit.start + placed.row * edit.step - placed.column for edit, placed, _ in found],
+            start=[placed.start(edit) for edit, placed, _ in found],
             step=[edit.step for edit, _, _ in found],
         )

@@ -6,8 +6,8 @@ with a gradient of zero. Freezing does not help a block of a parameter whose oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from neutralize import ops
 from neutralize.apply import aliases_of
-from neutralize.distributed.part import is_dtensor
+from neutralize.distributed.part import Block, Placed, Window, part_of, plain
+from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite
 from neutralize.select import tensors_of, unwrap
@@ -31,8 +32,8 @@ class _Held:
     Attributes:
         name: qualified name of the tensor.
         tensor: the live tensor.
-        block: gives the written part of the tensor, or of its optimizer state, as a view.
-        edit: writes the values again, where it needs nothing of the old ones; else ``None``.
+        block: gives the written part of the tensor, or of its optimizer state, as a view: what this process holds.
+        edit: writes the values again, where it needs nothing of the old ones; its ``start`` is that of the block.
         values: a copy of the values where ``edit`` is ``None``.
     """
 
@@ -130,7 +131,8 @@ class Guard:
 def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool = True) -> Guard:
     """Keep what an applied plan wrote from being moved by optimizers.
 
-    Use it in a ``with`` block around the training loop, or call ``close`` on what it returns.
+    Use it in a ``with`` block around the training loop, or call ``close`` on what it returns. Of a sharded model each
+    process holds its own part.
 
     Args:
         model: the model that the plan is applied to.
@@ -140,8 +142,7 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
             With ``False`` these go on training; the layer itself stays off.
 
     Raises:
-        NeutralizeError: no optimizer is given, the plan is not applied to the model at the moment, or a written
-            parameter is sharded.
+        NeutralizeError: no optimizer is given, or the plan is not applied to the model at the moment.
     """
     if not optimizers:
         raise NeutralizeError("guard: expected an optimizer to watch, got none; pass those that train the model")
@@ -150,16 +151,11 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
             raise NeutralizeError(
                 f"guard: expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer itself"
             )
+    resharded(unwrap(model))
     named = tensors_of(unwrap(model))
-    sharded = [name for name in plan.parameters if name in named and is_dtensor(named[name])]
-    if sharded:
-        raise NeutralizeError(
-            f"guard: expected parameters that this process holds in whole, got {sharded[0]!r}, which is sharded; apply "
-            "with freeze=True"
-        )
-    aliases = aliases_of(named)
-    held = [_hold(named, plan, place, name, aliases, rescaled=rescaled) for place, name in _written(plan)]
-    return Guard([entry for entry in held if entry is not None], optimizers)
+    aliases = aliases_of({name: plain(tensor) for name, tensor in named.items()})
+    held = [_held(named, plan, place, name, aliases, rescaled=rescaled) for place, name in _written(plan)]
+    return Guard([entry for entries in held for entry in entries], optimizers)
 
 
 def _without_gradients(optimizer: torch.optim.LBFGS, held: list[_Held]) -> list[Any]:
@@ -191,7 +187,7 @@ def _written(plan: Plan) -> list[tuple[int, str]]:
     return list(found.values())
 
 
-def _hold(
+def _held(
     named: dict[str, torch.Tensor],
     plan: Plan,
     place: int,
@@ -199,7 +195,8 @@ def _hold(
     aliases: dict[str, tuple[str, ...]],
     *,
     rescaled: bool,
-) -> _Held | None:
+) -> Iterator[_Held]:
+    """Yield the blocks that this process holds of what an edit wrote in a tensor."""
     edit = plan.edits[place]
     tensor = named.get(name)
     if tensor is None or tuple(tensor.shape) != tuple(edit.shape if name == edit.parameter else tensor.shape):
@@ -209,20 +206,26 @@ def _hold(
         )
     others = [other for other in plan.edits if other is not edit and {*aliases[name]} & {*other.parameters}]
     if not rescaled and not any(_is_absolute(other) for other in (edit, *others)):
-        return None
-    is_block = isinstance(edit, Rewrite) or (isinstance(edit, Fold) and name == edit.parameter)
-    block = edit.block if is_block and not isinstance(edit, Assign | Copy) else _whole
-    now = block(tensor.detach())
-    if not isinstance(edit, Rewrite) or edit.scale != 0 or any(_overlap(edit, other) for other in others):
-        if isinstance(edit, Assign) and not any(_overlap(edit, other) for other in others):
-            wanted = torch.tensor(edit.values, dtype=torch.float64).reshape(edit.shape).to(now)
+        return
+    part = part_of(name, tensor)
+    if isinstance(part, str):
+        raise NeutralizeError(f"guard: {part}")
+    is_absolute = _is_absolute(edit) and not any(_overlap(edit, other) for other in others)
+    if isinstance(edit, Fold) and name == edit.parameter:
+        edit = edit.rescale
+    for placed in part.block(edit) if isinstance(edit, Rewrite) else [Placed(Window())]:
+        block = Block(part.inside, placed.window)
+        now = block(tensor.detach())
+        if isinstance(edit, Rewrite) and is_absolute:
+            again, wanted = replace(edit, start=placed.start(edit)), now.clone()
+            _rewrite([wanted], [again])
             _check_applied(name, now, wanted)
-        return _Held(name, tensor, block, None, now.clone())
-    wanted = now.clone()
-    entry = _Held(name, tensor, block, edit, None)
-    _rewrite([wanted], [edit])
-    _check_applied(name, now, wanted)
-    return entry
+            yield _Held(name, tensor, block, again, None)
+        else:
+            if isinstance(edit, Assign) and is_absolute:
+                wanted = torch.tensor(edit.values, dtype=torch.float64).reshape(edit.shape)
+                _check_applied(name, now, part.pick(wanted).to(now))
+            yield _Held(name, tensor, block, None, now.clone())
 
 
 def _is_absolute(edit: Edit) -> bool:
@@ -230,7 +233,7 @@ def _is_absolute(edit: Edit) -> bool:
     return isinstance(edit, Assign | Copy) or (isinstance(edit, Rewrite) and edit.scale == 0)
 
 
-def _overlap(one: Rewrite | Assign, other: Edit) -> bool:
+def _overlap(one: Edit, other: Edit) -> bool:
     """Whether two edits of the same memory may write the same elements."""
     if not isinstance(one, Rewrite) or not isinstance(other, Rewrite) or one.parameter != other.parameter:
         return True
@@ -263,7 +266,3 @@ def _rewrite(blocks: list[torch.Tensor], edits: list[Rewrite]) -> None:
         start=[edit.start for edit in edits],
         step=[edit.step for edit in edits],
     )
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

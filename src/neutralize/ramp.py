@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
 import torch
 from torch import nn
 
-from neutralize import ops
+from neutralize.apply import rewrite_parts_
 from neutralize.dataflow import Inputs
+from neutralize.distributed.part import Part, part_of
+from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Plan, Rewrite
 from neutralize.planner import plan
@@ -42,14 +46,14 @@ class Ramp:
             steps: how many steps lead to it.
             shape: ``linear`` or ``cosine``.
         """
-        named = tensors_of(model)
-        self._blocks: list[tuple[torch.Tensor, Rewrite]] = [
-            (named[edit.parameter], edit) for edit in null.edits if isinstance(edit, Rewrite)
-        ]
         # The plan is written once and taken back: every check of an application is made before the first step.
         with null.applied(model):
             pass
-        self._saved = [edit.block(tensor.detach()).clone() for tensor, edit in self._blocks]
+        self._model, named = model, tensors_of(model)
+        self._edits = [edit for edit in null.edits if isinstance(edit, Rewrite)]
+        parts = [part_of(edit.parameter, named[edit.parameter]) for edit in self._edits]
+        self._parts = [part for part in parts if isinstance(part, Part)]  # all are: they have been written
+        self._saved: list[torch.Tensor] | None = [block.clone() for block in self._blocks()]
         self._steps, self._shape, self._powers = steps, shape, powers
         self.plan = null
         self.steps_done = 0
@@ -70,25 +74,35 @@ class Ramp:
         Returns:
             The factor reached.
         """
-        if not self._saved:
+        if self._saved is None:
             raise NeutralizeError("ramp: expected a ramp that is on, got a step after restore; make a new one")
         before = self.factor
         self.steps_done = min(self.steps_done + 1, self._steps)
         ratio = self.factor / before if before else 0.0
-        ratios = [ratio ** self._powers[edit.parameter] for _, edit in self._blocks]
+        ratios = [ratio ** self._powers[edit.parameter] for edit in self._edits]
         # Toward the null v: w <- r w + (1 - r) v, where v is 0, or -1 for a factor of 1 + w.
-        ops.rewrite_(
-            [edit.block(tensor.detach()) for tensor, edit in self._blocks],
-            scale=ratios,
-            fill=[(1.0 - r) * edit.fill for r, (_, edit) in zip(ratios, self._blocks, strict=True)],
-        )
+        moved = [
+            replace(edit, scale=r, fill=(1.0 - r) * edit.fill) for r, edit in zip(ratios, self._edits, strict=True)
+        ]
+        resharded(self._model)
+        rewrite_parts_(list(zip(moved, self._parts, strict=True)))
+        note_written(self._model, (part.tensor for part in self._parts))
         return self.factor
 
     def restore(self) -> None:
         """Put back the weights from before the ramp, bit for bit; a second call does nothing."""
-        for (tensor, edit), values in zip(self._blocks, self._saved, strict=False):
-            overwrite_(edit.block(tensor.detach()), values)
-        self._saved, self.steps_done = [], 0
+        if self._saved is not None:
+            resharded(self._model)
+            for block, values in zip(self._blocks(), self._saved, strict=True):
+                overwrite_(block, values)
+            note_written(self._model, (part.tensor for part in self._parts))
+        self._saved, self.steps_done = None, 0
+
+    def _blocks(self) -> Iterator[torch.Tensor]:
+        """What this process holds of the blocks that fade."""
+        for edit, part in zip(self._edits, self._parts, strict=True):
+            for placed in part.block(edit):
+                yield placed.window(part.local)
 
     def __enter__(self) -> Ramp:
         """Return the ramp."""

@@ -22,16 +22,15 @@ def own_pairs(edit: Fold, weight: Part, bias: Part) -> list[tuple[torch.Tensor, 
     """
     if weight.is_whole and bias.is_whole:
         return list(edit.pairs(weight.local, bias.local))
+    if 0 in weight.local.shape and 0 in bias.local.shape:
+        return []
     outputs = 1 if edit.transposed else 0
     inputs = [dim for dim in range(len(edit.shape)) if dim != outputs]
     if edit.groups != 1 or weight.held[outputs] != bias.held[0]:
         return None
     if any(weight.held[dim] != ((0, edit.shape[dim]),) for dim in inputs):
         return None
-    local = weight.local
-    if 0 in local.shape:
-        return []
-    return [(replace(edit, shape=tuple(local.shape)).block(local), bias.local)]
+    return [(replace(edit, shape=tuple(weight.local.shape)).block(weight.local), bias.local)]
 
 
 def own_sums(edit: Fold, weight: Part) -> torch.Tensor:

@@ -103,6 +103,10 @@ class Placed:
     row: int = 0
     column: int = 0
 
+    def start(self, edit: Rewrite) -> int:
+        """The column of the window that the edit's diagonal has in the window's first row."""
+        return edit.start + self.row * edit.step - self.column
+
 
 @dataclass(frozen=True)
 class Part:
@@ -221,9 +225,9 @@ def part_of(name: str, tensor: torch.Tensor) -> Part | str:
     from torch.distributed.tensor import Shard as DimShard
 
     assert isinstance(tensor, DTensor)
-    runs: list[Runs] = [((0, size),) for size in shape]
     mesh = tensor.device_mesh
-    place = mesh.get_coordinate()
+    place = mesh.get_coordinate()  # None in a process that is not in the mesh, which holds nothing
+    runs: list[Runs] = [((0, size),) if place else () for size in shape]
     for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
             continue
@@ -232,10 +236,9 @@ def part_of(name: str, tensor: torch.Tensor) -> Part | str:
             return (
                 f"expected shards or replicas for {name!r}, got a DTensor placed as {placement}; redistribute it first"
             )
-        dim = placement.dim % max(len(shape), 1)  # type: ignore[attr-defined]
         if place is None:
-            runs[dim] = ()
             continue
+        dim = placement.dim % max(len(shape), 1)  # type: ignore[attr-defined]
         pieces = [_chunk(runs[dim], index, factor) for index in range(factor)] if factor else [runs[dim]]
         runs[dim] = tuple(run for piece in pieces for run in _chunk(piece, place[axis], mesh.size(axis)))
     part = Part(tensor, shape, _settled(shape, runs))

@@ -81,16 +81,20 @@ class Team:
         rank = dist.get_rank()
         waited = datetime.timedelta(seconds=self.timeout)
         keys = [f"{number}/{member}" for member in self.ranks]
+        verdict, said = "go on", "another process has given up waiting"
         try:
             store.set(f"{number}/{rank}", pickle.dumps((stage, message, problem)))
-            store.wait(keys, waited)
-            if store.check([f"{number}/given up"]):
-                raise RuntimeError("another process has given up waiting")
+            try:
+                store.wait(keys, waited)
+            except RuntimeError as error:
+                verdict, said = "give up", str(error)
+            # Whoever is first decides for all: no process goes on while another gives up.
+            if store.compare_set(f"{number}/verdict", "", verdict) != b"go on":
+                raise RuntimeError(said)
             answers = [pickle.loads(answer) for answer in store.multi_get(keys)]
-            store.delete_key(f"{number - 1}/{rank}")  # all have read it, or they would not have answered
+            for past in (rank, "verdict"):
+                store.delete_key(f"{number - 1}/{past}")  # all have read it, or they would not have answered
         except RuntimeError as error:  # a timeout, or the store is gone with the process that holds it
-            with suppress(RuntimeError):
-                store.set(f"{number}/given up", b"")
             raise TeamError(
                 f"{op}: expected an answer of all {len(self.ranks)} processes within {self.timeout:g} s, got none of "
                 f"some ({str(error).strip().splitlines()[0][:120]}); nothing was written: look at the other processes"
@@ -135,12 +139,13 @@ def store_of(prefix: str) -> Any:
 def team_of(
     model: object, tensors: Iterable[torch.Tensor], group: Any, timeout: float, *, together: bool = False
 ) -> Team | None:
-    """Return the processes that hold a model together; ``None`` if this one is alone.
+    """Return the processes that hold a model together; ``None`` if this one is alone, or holds nothing of it.
 
     Args:
         model: as it was given: one in ``DistributedDataParallel`` is held by the processes of its group.
         tensors: of the model.
-        group: a process group that the caller names, or ``None``: that of the DTensors' meshes.
+        group: a process group that the caller names, or ``None``: that of the DTensors' meshes, or all processes if
+            none of these has all the ranks of the others.
         timeout: in seconds.
         together: whether the caller says that processes hold it together: all of them if there is no ``group``.
     """
@@ -153,8 +158,8 @@ def team_of(
     elif together:
         ranks = set(range(dist.get_world_size()))
     else:
-        ranks = set()
-        for tensor in tensors:
-            if is_dtensor(tensor):
-                ranks.update(tensor.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
-    return Team(ranks, timeout) if len(ranks) > 1 else None
+        meshes = {frozenset(tensor.device_mesh.mesh.flatten().tolist()) for tensor in tensors if is_dtensor(tensor)}  # type: ignore[attr-defined]
+        ranks = set().union(*meshes)
+        if ranks and ranks not in meshes:  # experts on one axis, attention on another: no process sees all the others
+            ranks = set(range(dist.get_world_size()))
+    return Team(ranks, timeout) if len(ranks) > 1 and dist.get_rank() in ranks else None

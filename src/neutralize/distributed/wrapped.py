@@ -56,7 +56,7 @@ def as_whole(model: nn.Module) -> Iterator[None]:
     A model without DTensors is left as it is.
     """
     resharded(model)
-    if not any(is_dtensor(parameter) for parameter in model.parameters()):
+    if not any(is_dtensor(tensor) for tensor in (*model.parameters(), *model.buffers())):
         yield
         return
     hooks = [(module, name, getattr(module, name)) for module in model.modules() for name in _HOOKS]
