@@ -1,4 +1,4 @@
-"""PEFT: adapters are switched off with the layer that they add to, and a plan holds for the adapters it was made with."""
+"""PEFT: adapters are switched off with the layer that they add to, and a plan holds for those it was made with."""
 
 import peft
 import pytest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ def premise(model: nn.Module) -> str:
     found = False
     for _, module in _adapted(model):
         found = True
-        merged.update(dict.fromkeys(map(str, getattr(module, "merged_adapters", ()))))
+        merged.update(dict.fromkeys(_merged(module)))
         if not module.disable_adapters:
             active.update(dict.fromkeys(map(str, module.active_adapters)))  # type: ignore[arg-type]
     if not found:
@@ -52,7 +53,7 @@ def unmet(model: nn.Module, layers: Iterable[LayerPlan]) -> Iterator[str]:
 
 
 def moved(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Reasons why parameters cannot be written, by name: an adapter has been put around them, or is merged into them."""
+    """Reasons why parameters cannot be written, by name: an adapter is around them, or merged into them."""
     refused = {}
     layers = [(f"{prefix}.".lstrip("."), module) for prefix, module in _adapted(model)]
     for name in names:
@@ -66,17 +67,23 @@ def moved(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
                     f"expected a parameter {name!r}, got {prefix}base_layer.{own} in a layer that an adapter was added "
                     "to; plan on the model with its adapters"
                 )
-            elif own.startswith("base_layer.") and getattr(module, "merged_adapters", ()):
+            elif own.startswith("base_layer.") and _merged(module):
                 refused[name] = (
-                    f"expected {name!r} as it is without adapters, got {_said(module.merged_adapters, 'merged')} into "
+                    f"expected {name!r} as it is without adapters, got {_said(_merged(module), 'merged')} into "
                     "it, which is taken out again later; call unmerge_adapter() first, or merge_and_unload()"
                 )
     return refused
 
 
-def _said(names: Iterable[object], state: str) -> str:
+def _merged(module: nn.Module) -> list[str]:
+    """The adapters whose part is in the layer's own weights at the moment."""
+    names: Any = getattr(module, "merged_adapters", None)
+    return [str(name) for name in names or ()]
+
+
+def _said(names: Iterable[str], state: str) -> str:
     """``"adapter 'a' merged"``, ``"adapters 'a', 'b' merged"``, or nothing of no names."""
-    listed = [repr(str(name)) for name in names]
+    listed = [repr(name) for name in names]
     return f"adapter{'s' * (len(listed) > 1)} {', '.join(listed)} {state}" if listed else ""
 
 

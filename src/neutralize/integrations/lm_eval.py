@@ -1,9 +1,9 @@
-"""The evaluation harness (``lm_eval``): a model of transformers with layers off.
+r"""The evaluation harness (``lm_eval``): a model of transformers with layers off.
 
 Importing this module registers the model ``neutralize``. The harness looks for no models in other packages, so its
 command line is called from here::
 
-    python -m neutralize.integrations.lm_eval run --model neutralize \\
+    python -m neutralize.integrations.lm_eval run --model neutralize \
         --model_args 'pretrained=./llama,layers=model.layers[20:25]' --tasks arc_easy
 """
 
