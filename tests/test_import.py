@@ -35,7 +35,9 @@ def test_does_not_initialise_cuda(imports):
     assert not any(each["cuda_initialized"] for each in imports)
 
 
-@pytest.mark.parametrize("heavy", ["rich", "typer", "matplotlib", "transformers", "accelerate", "gguf", "triton"])
+@pytest.mark.parametrize(
+    "heavy", ["rich", "typer", "matplotlib", "transformers", "accelerate", "gguf", "triton", "peft", "lm_eval"]
+)
 def test_leaves_heavy_packages_out(imports, heavy):
     assert heavy not in imports[0]["imported"]
     assert "neutralize" in imports[0]["imported"]

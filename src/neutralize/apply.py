@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from neutralize import ops, reference
+from neutralize import adapters, ops, reference
 from neutralize.audit import recording
 from neutralize.distributed.folds import own_pairs, own_sums, total
 from neutralize.distributed.part import Block, Held, Part, Shard, Window, names_in, own_tensors, parts_of, whole_shape
@@ -122,6 +122,7 @@ def apply_plan(
     module = unwrap(model)
     resharded(module)
     held, refused = offloaded(module)
+    refused |= adapters.moved(module, (name for edit in plan.edits for name in names_in(edit)))
     named = tensors_of(module) | held
     team = team_of(model, named.values(), group, timeout, together=bool(shards) or partial)
     with nullcontext() if team is None else team.telling("apply"):
@@ -131,6 +132,7 @@ def apply_plan(
         aliases = aliases_of(own_tensors(named, parts, shards or {}))
         problems += [*_divided(plan, parts, partial=partial), *_problems(edits, plan.tied, parts, aliases)]
         problems += [*_parted(plan, held, aliases), *(_alone(edits, parts) if team is None else ())]
+        problems += adapters.unmet(module, plan.layers)
         problems += _merged(edits, parts) if freeze else ()
         if problems:
             problems = list(dict.fromkeys(problems))

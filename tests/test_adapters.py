@@ -1,0 +1,165 @@
+"""PEFT: adapters are switched off with the layer that they add to, and a plan holds for those it was made with."""
+
+import peft
+import pytest
+import torch
+import transformers
+from bits import refusal
+from torch import nn
+
+import neutralize as nz
+
+IDS = {"input_ids": torch.arange(20).reshape(2, 10) * 7 % 60 + 3}
+BLOCK = "base_model.model.model.layers[1]"
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}
+KINDS = {
+    "lora": peft.LoraConfig(**LORA),
+    "lora with biases": peft.LoraConfig(**LORA, lora_bias=True),
+    "ia3": peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": peft.LoHaConfig(r=4, target_modules=["down_proj"]),
+    "saved modules": peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
+}
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def adapted(config=KINDS["lora"], *others: str) -> nn.Module:
+    """A model with adapters that have been trained, as far as anything shows."""
+    model = peft.get_peft_model(llama(), config)
+    for name in others:
+        model.add_adapter(name, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("lora_", "ia3_", "hada_", "modules_to_save")):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**IDS).logits
+
+
+def without(model: nn.Module) -> torch.Tensor:
+    """The scores of the model with its second block cut out by a hook of our own."""
+    block = model.get_submodule("base_model.model.model.layers.1")
+    handle = block.register_forward_hook(lambda module, args, output: args[0])
+    try:
+        return run(model)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("kind", "edit"), [("lora", "cheapest"), *((kind, "outgoing") for kind in KINDS)])
+def test_a_block_is_off_with_its_adapters(kind, edit):
+    model = adapted(KINDS[kind])
+    before, reference = run(model), without(model)
+    plan = nz.plan(model, BLOCK, edit=edit, example_inputs=IDS)
+    assert plan.certificate.kind == "exact"
+    assert plan.certificate.assumption.endswith("adapter 'default' active")
+    assert nz.verify(model, plan, **IDS).exact
+    undo = plan.apply(model)
+    assert not torch.equal(reference, before)
+    assert torch.equal(run(model), reference)
+    undo.restore()
+    assert torch.equal(run(model), before)
+
+
+def test_merged_for_good_it_is_still_off():
+    model = adapted()
+    nz.neutralize(model, BLOCK, edit="outgoing", example_inputs=IDS)
+    model.merge_adapter()
+    assert torch.equal(run(model), without(model))
+    model.unmerge_adapter()  # which rounds in the other layers
+    assert torch.equal(run(model), without(model))
+    merged = model.merge_and_unload()
+    x = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        block = merged.model.layers[1]
+        assert not block.mlp.down_proj.weight.any()
+        assert torch.equal(block(x, position_embeddings=merged.model.rotary_emb(x, torch.arange(5)[None])), x)
+
+
+def test_a_layer_with_an_adapter_fades_as_a_whole():
+    model = adapted()
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    x = torch.randn(3, 64)
+    added = layer(x)
+    nz.neutralize(
+        model, "base_model.model.model.layers[1].mlp.down_proj", "damp", factor=0.25, sides="in", example_inputs=IDS
+    )
+    assert torch.allclose(layer(x), 0.25 * added, rtol=1e-5, atol=1e-6)
+
+
+def test_training_does_not_wake_a_frozen_layer():
+    model = adapted()
+    undo = nz.plan(model, BLOCK, edit="outgoing", example_inputs=IDS).apply(model, freeze=True)
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = run(model)
+    for _ in range(3):
+        made.zero_grad()
+        model(**IDS, labels=IDS["input_ids"]).loss.backward()
+        made.step()
+    assert not torch.equal(run(model), before)
+    assert torch.equal(run(model), without(model))
+    undo.restore()
+
+
+def test_a_plan_for_other_adapters_is_neither_applied_nor_verified():
+    model = adapted(KINDS["lora"], "other")
+    plan = nz.plan(model, BLOCK, edit="outgoing", example_inputs=IDS)
+    model.set_adapter("other")
+    before = run(model)
+    for attempt in (lambda: plan.apply(model), lambda: nz.verify(model, plan, **IDS)):
+        told = refusal(attempt)
+        assert "was planned with, got a model with adapter 'other' active; plan on this model as it is" in told
+    with model.disable_adapter():
+        assert "got a model with no adapter active" in refusal(lambda: plan.apply(model))
+    assert torch.equal(run(model), before)
+    model.base_model.set_adapter(["default", "other"])
+    both = nz.plan(model, BLOCK, edit="outgoing", example_inputs=IDS)
+    assert "adapters 'default', 'other' active" in both.certificate.assumption
+    assert nz.verify(model, both, **IDS).exact
+    model.set_adapter("default")
+    plan.apply(model)
+    assert torch.equal(run(model), without(model))
+
+
+def test_a_plan_for_the_model_without_adapters_does_not_fit():
+    model = llama()
+    outgoing, cheapest = nz.plan(model, "model.layers[1]", edit="outgoing"), nz.plan(model, "model.layers[1]")
+    peft.get_peft_model(model, KINDS["lora"])  # changes the model itself
+    told = refusal(lambda: outgoing.apply(model))
+    assert "expected a parameter 'model.layers.1.mlp.down_proj.weight', got model.layers.1.mlp.down_proj.base_" in told
+    assert "in a layer that an adapter was added to; plan on the model with its adapters" in told
+    assert "got a model with adapter 'default' active" in refusal(lambda: nz.verify(model, cheapest, **IDS))
+
+
+def test_what_an_adapter_is_merged_into_is_not_written():
+    model = adapted()
+    plan = nz.plan(model, BLOCK, edit="outgoing", example_inputs=IDS)
+    model.merge_adapter()
+    wanted = "got adapter 'default' merged into it, which is taken out again later; call unmerge_adapter() first"
+    assert wanted in refusal(lambda: nz.plan(model, BLOCK, edit="outgoing", example_inputs=IDS))
+    assert wanted in refusal(lambda: plan.apply(model))
+    nz.neutralize(model, BLOCK, example_inputs=IDS)  # the gains of its norms are no adapter's
+    assert torch.equal(run(model), without(model))
+    model.unmerge_adapter()
+    assert torch.equal(run(model), without(model))
+
+
+def test_models_without_adapters_say_nothing_of_them():
+    assert nz.plan(llama(), "model.layers[1]").certificate.assumption == "finite activations"
