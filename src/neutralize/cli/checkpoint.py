@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neutralize.cli.printing import print_json, printable
+from neutralize.cli.printing import command_line, print_json, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -250,6 +250,7 @@ def verify(
     strategy: _Strategy = "auto",
     option: _Options = None,
     applied: Annotated[bool, typer.Option("--applied", help="The files hold the plan already.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write what was found as one HTML page to this file.")] = None,
     model: _Model = None,
     json: _Json = False,
     quiet: _Quiet = False,
@@ -259,14 +260,17 @@ def verify(
     Exit status: 0 if every certificate holds, 1 if one does not, 2 if the request cannot be carried out.
     """
     from neutralize.errors import NeutralizeError
+    from neutralize.pages.page import check_target
 
     with _refusals(), _bar(quiet=quiet) as advance:
         if bool(layers) == bool(plan_file):
             raise NeutralizeError("verify: expected --layers or --plan, got none or both; give one of them")
+        if report is not None:
+            check_target(report)
         _check_strategy(layers, strategy, option)
         opened = _opened(checkpoint, model)
         made = _plan_of(opened, layers, plan_file, strategy, option)
-        found = opened.verify(made, applied=applied, advance=advance)
+        found = opened.verify(made, applied=applied, detailed=report is not None, advance=advance)
         if json:
             measured = found.measured
             print_json(
@@ -281,6 +285,8 @@ def verify(
             )
         else:
             print(found, end="", flush=True)
+        if report is not None:
+            found.to_html(report, title=str(checkpoint), command=command_line())
         if not found.ok:
             raise typer.Exit(1)
 
