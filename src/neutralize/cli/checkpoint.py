@@ -286,7 +286,7 @@ def verify(
         else:
             print(found, end="", flush=True)
         if report is not None:
-            found.to_html(report, title=str(checkpoint), command=command_line())
+            found.to_html(report, title=checkpoint.resolve().name, command=command_line())
         if not found.ok:
             raise typer.Exit(1)
 

@@ -59,7 +59,7 @@ class Scale:
             negative = _powers(self.near, max(-self.low, self.near), max(1, most // 2))
             values = [*(-value for value in reversed(negative) if -value >= self.low), 0.0]
             values += [value for value in positive if value <= self.high]
-        found = [(self(value), figure(value).removeprefix("1 × ")) for value in values]
+        found = [(self(value), figure(value).removeprefix("1\u00a0×\u00a0")) for value in values]
         return [(self.zero, "0"), *found] if self.zero is not None else found
 
     def _bent(self, value: float) -> float:

@@ -20,6 +20,7 @@ from neutralize.report import format_bytes
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -36,7 +37,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(figure=figure, size=format_bytes)
+    templates.filters.update(figure=figure, size=format_bytes, breakable=_breakable)
     return templates
 
 
@@ -60,7 +61,14 @@ def figure(number: float | None, digits: int = 3) -> str:
         return "∞" if number > 0 else "−∞"
     mantissa, _, exponent = f"{number:.{digits}g}".partition("e")
     mantissa = mantissa.replace("-", "−")
-    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}" if exponent else mantissa
+    return f"{mantissa}\u00a0×\u00a010{str(int(exponent)).translate(_SUPERSCRIPTS)}" if exponent else mantissa
+
+
+def _breakable(name: str) -> Markup:
+    """A qualified name, escaped, that a line may break behind its dots."""
+    from markupsafe import Markup, escape
+
+    return escape(name).replace(".", Markup(".<wbr>"))
 
 
 def provenance(command: str, digests: Mapping[str, str], facts: Mapping[str, str]) -> list[tuple[str, str, bool]]:
