@@ -61,7 +61,12 @@ class StreamedVerification:
         Raises:
             NeutralizeError: no page can be written there.
         """
-        self.measured.to_html(path, title=title, command=command)
+        from neutralize.pages.page import check_target, write
+        from neutralize.pages.verified import page
+
+        check_target(path)
+        beside = None if self.measured._details is None else self.measured._details()
+        write(path, page(self.measured, beside, title=title, command=command, facts={"files": self._weights_read()}))
 
     def __str__(self) -> str:
         """Return a table: layer, measured error, bound; then the end-to-end figures."""

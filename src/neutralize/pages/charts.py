@@ -17,6 +17,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "bar")
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 30, 44
 _LEAST_SPAN = 5.0  # what a logarithmic axis spans is at least the square of this
+_LABEL = 18  # height of a label, with some room
 _ZERO = 26  # height of the band below a logarithmic axis that holds what is 0
 
 
@@ -59,8 +60,17 @@ class Scale:
             negative = _powers(self.near, max(-self.low, self.near), max(1, most // 2))
             values = [*(-value for value in reversed(negative) if -value >= self.low), 0.0]
             values += [value for value in positive if value <= self.high]
+            values = self._apart(values)
         found = [(self(value), figure(value).removeprefix("1\u00a0×\u00a0")) for value in values]
         return [(self.zero, "0"), *found] if self.zero is not None else found
+
+    def _apart(self, values: list[float]) -> list[float]:
+        """Those of some values, 0 among them, whose labels do not touch; the ones nearest to 0 are thought of first."""
+        kept: list[float] = []
+        for value in sorted(values, key=abs):
+            if all(abs(self(value) - self(other)) >= _LABEL for other in kept):
+                kept.append(value)
+        return sorted(kept)
 
     def _bent(self, value: float) -> float:
         if self.kind == "log":
