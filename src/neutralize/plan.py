@@ -649,6 +649,12 @@ class Plan:
 
         return plot_plan(self)
 
+    def _repr_html_(self) -> str:
+        """Return a short table for a notebook."""
+        from neutralize.pages.plans import fragment
+
+        return fragment(self)
+
     def __str__(self) -> str:
         """Return a table: layer, strategy, edits, bytes, certificate."""
         from neutralize.report import plan_table

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -30,6 +31,8 @@ from neutralize.undo import untouched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from neutralize.pages.verified import Details
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
@@ -77,6 +80,7 @@ class Verification:
     output_error: float = 0.0
     output_bound: float | None = None
     _again: Callable[[float], Verification] | None = field(default=None, repr=False, compare=False)
+    _details: Callable[[], Details] | None = field(default=None, repr=False, compare=False)
 
     def plot(self, scales: Sequence[float] | None = None) -> Figure:
         """Draw measured errors and their bounds against the size of the input: the model runs again at every scale.
@@ -101,6 +105,33 @@ class Verification:
         if len(given) < 2 or given[0] <= 0 or not math.isfinite(given[-1]):
             raise NeutralizeError(f"plot: expected two or more positive finite scales, got {given}; leave them out")
         return plot_verification(given, self._again)
+
+    def to_html(self, path: str | PathLike[str], *, title: str = "", command: str = "") -> None:
+        """Write a page: the plan, its certificates, errors, their curves, weights before and after, provenance.
+
+        The page needs nothing else: no network, no script. The model runs again at some scales of its inputs, and is
+        left as it was.
+
+        Args:
+            path: an html file; it appears whole, in place of an older one, or not at all.
+            title: what was verified, in words.
+            command: the command line, for the provenance.
+
+        Raises:
+            NeutralizeError: no page can be written there; nothing has been run then.
+        """
+        from neutralize.pages.page import check_target, write
+        from neutralize.pages.verified import page
+
+        check_target(path)
+        details = None if self._details is None else self._details()
+        write(path, page(self, details, title=title, command=command))
+
+    def _repr_html_(self) -> str:
+        """Return a short table for a notebook."""
+        from neutralize.pages.verified import fragment
+
+        return fragment(self)
 
     def __str__(self) -> str:
         """Return a table: layer, measured error, bound, gradient gain; then the end-to-end figures."""
@@ -455,6 +486,13 @@ def compared(
         )
         return compared(model, plan, scaled, applied, differentiate=differentiate)
 
+    repeat = again if any(tensor.is_floating_point() for tensor in tensors_in(call)) else None
+
+    def details() -> Details:
+        from neutralize.pages.verified import details
+
+        return details(model, plan, applied, repeat)
+
     return Verification(
         relative_error=_relative_error(got, wanted),
         per_layer=per_layer,
@@ -471,7 +509,8 @@ def compared(
         bounds=bounds,
         output_error=output_error,
         output_bound=whole.bound,
-        _again=again if any(tensor.is_floating_point() for tensor in tensors_in(call)) else None,
+        _again=repeat,
+        _details=details,
     )
 
 

@@ -150,7 +150,13 @@ class Checkpoint:
             return self.layout.patches(retarget(edits.edits, self.names, self.layout), files, tied)
 
     def verify(
-        self, plan: Plan, inputs: Inputs | None = None, *, applied: bool = False, advance: Advance = silent
+        self,
+        plan: Plan,
+        inputs: Inputs | None = None,
+        *,
+        applied: bool = False,
+        detailed: bool = False,
+        advance: Advance = silent,
     ) -> StreamedVerification:
         """Measure a plan on the files, a few tensors in memory at a time; see ``checkpoint.streamed.verify``.
 
@@ -160,7 +166,16 @@ class Checkpoint:
         from neutralize.checkpoint.streamed import verify
 
         before = self._edition_of(plan) if applied else None
-        return verify(self.layout, plan, inputs, factory=self._factory, applied=applied, before=before, advance=advance)
+        return verify(
+            self.layout,
+            plan,
+            inputs,
+            factory=self._factory,
+            applied=applied,
+            before=before,
+            detailed=detailed,
+            advance=advance,
+        )
 
     def _edition_of(self, plan: Plan) -> Edition | None:
         """The last edit that brought a plan into the files, if no later one has written over its bytes."""

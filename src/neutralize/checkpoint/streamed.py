@@ -11,7 +11,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -54,21 +55,42 @@ class StreamedVerification:
         """For each layer the largest error of what it hands on, relative to its input; NaN: not seen from outside."""
         return self.measured.per_layer
 
+    def to_html(self, path: str | PathLike[str], *, title: str = "", command: str = "") -> None:
+        """Write a page; see ``neutralize.Verification.to_html``. Curves and weights are there if ``detailed``.
+
+        Raises:
+            NeutralizeError: no page can be written there.
+        """
+        from neutralize.pages.page import check_target, write
+        from neutralize.pages.verified import page
+
+        check_target(path)
+        beside = None if self.measured._details is None else self.measured._details()
+        write(path, page(self.measured, beside, title=title, command=command, facts={"files": self._weights_read()}))
+
     def __str__(self) -> str:
         """Return a table: layer, measured error, bound; then the end-to-end figures."""
         from neutralize.report import as_text, verification_rich
 
         return f"{as_text(verification_rich(self.measured))}{self.summary}\n"
 
+    def _repr_html_(self) -> str:
+        """Return a short table for a notebook."""
+        return self.measured._repr_html_()
+
     @property
     def summary(self) -> str:
         """The end-to-end figures in two lines."""
-        from neutralize.report import format_bytes, verdict
+        from neutralize.report import verdict
 
-        held = (
+        return f"{verdict(self.measured)}\n{self._weights_read()}"
+
+    def _weights_read(self) -> str:
+        from neutralize.report import format_bytes
+
+        return (
             f"{format_bytes(self.read_bytes)} of weights read, at most {format_bytes(self.peak_bytes)} held at a time"
         )
-        return f"{verdict(self.measured)}\n{held}"
 
 
 def verify(
@@ -79,6 +101,7 @@ def verify(
     factory: str | Callable[..., nn.Module] | None = None,
     applied: bool = False,
     before: Edition | None = None,
+    detailed: bool = False,
     advance: Advance = silent,
 ) -> StreamedVerification:
     """Measure how far a plan for a checkpoint is from its aim, with two tensors of it in memory at a time.
@@ -92,7 +115,10 @@ def verify(
         applied: the files already hold the plan. Otherwise its edits are made in memory, on what is read.
         before: with ``applied``, the edit that brought it there: its undo tells what the network was before. Without it
             only what shows by itself can be measured: layers that hand on their input, or nothing.
-        advance: told how many bytes of weights were read; in all it is about twice the size of the model.
+        detailed: also measure what a page shows: errors at other scales of the inputs, where these are floating-point
+            numbers, and the weights before and after.
+        advance: told how many bytes of weights were read; in all it is about twice the size of the model, and with
+            ``detailed`` and floating-point inputs ten times as much.
 
     Returns:
         What was measured against the network without the layers.
@@ -116,6 +142,7 @@ def verify(
         with weights.placed_in(model):
             try:
                 found = compared(model, plan, (args, kwargs), lambda: weights.edited(model), differentiate=False)
+                beside = found._details() if detailed and found._details is not None else None
             except NeutralizeError:
                 raise
             except Exception as error:  # the user's model, on the user's inputs
@@ -124,6 +151,8 @@ def verify(
                     f"checkpoint: expected a model that runs on the inputs, got {type(error).__name__}: {told}; give "
                     "others, or verify the loaded model"
                 ) from error
+    # The weights can be read no more: what would run the model again is what it has found, or gone.
+    found = replace(found, _again=None, _details=None if beside is None else lambda: beside)
     is_exact = found.exact or plan.certificate.kind != "exact"
     return StreamedVerification(found, found.bound_holds and is_exact, weights.peak_bytes, weights.read_bytes)
 

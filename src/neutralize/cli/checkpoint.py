@@ -23,7 +23,7 @@ from neutralize.cli.options import (
     audited,
     opened,
 )
-from neutralize.cli.printing import moved_bytes, print_json, print_table, printable, text_table, waiting
+from neutralize.cli.printing import command_line, moved_bytes, print_json, print_table, printable, text_table, waiting
 
 if TYPE_CHECKING:
     from neutralize.checkpoint import Checkpoint, Status
@@ -205,6 +205,9 @@ def verify(
     strategy: StrategyName = "auto",
     option: StrategyOptions = None,
     applied: Annotated[bool, typer.Option("--applied", help="The files hold the plan already.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what was found as one HTML page to this file.")
+    ] = None,
     model: Factory = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -214,16 +217,19 @@ def verify(
     Exit status: 0 if every certificate holds, 1 if one does not, 2 if the request cannot be carried out.
     """
     from neutralize.errors import NeutralizeError
+    from neutralize.pages.page import check_target
     from neutralize.report import verification_rich
 
     with moved_bytes(quiet=quiet) as advance:
         if bool(layers) == bool(plan_file):
             raise NeutralizeError("verify: expected --layers or --plan, got none or both; give one of them")
+        if report is not None:
+            check_target(report)
         _check_strategy(layers, strategy, option)
         subject = opened(checkpoint, model)
         made = _plan_of(subject, layers, plan_file, strategy, option)
         advance.expect(2 * sum(region.nbytes for each in subject.layout.tensors.values() for region in each.regions))
-        found = subject.verify(made, applied=applied, advance=advance)
+        found = subject.verify(made, applied=applied, detailed=report is not None, advance=advance)
         if json:
             measured = found.measured
             print_json(
@@ -239,6 +245,8 @@ def verify(
         else:
             print_table(verification_rich(found.measured))
             print(found.summary)
+        if report is not None:
+            found.to_html(report, title=checkpoint.resolve().name, command=command_line())
         if not found.ok:
             raise typer.Exit(1)
 

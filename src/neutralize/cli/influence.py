@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neutralize.cli.options import Audit, StrategyName, audited, complete_layers
-from neutralize.cli.printing import print_json, print_table
+from neutralize.cli.printing import command_line, print_json, print_table
 
 if TYPE_CHECKING:
     from neutralize.influence import Progress, Sweep
@@ -64,6 +64,9 @@ def influence(
         Path | None, typer.Option(metavar="FILE", help="A TOML file of sweeps, instead of MODEL and options.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the result: a png, svg or pdf file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result as one HTML page to this file.")
+    ] = None,
     audit: Audit = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
@@ -102,7 +105,7 @@ def influence(
                 kl=kl,
                 shard=shard,
             )
-            _run_task(task, log, plot, resume=resume, json=json, quiet=quiet, speaks=speaks)
+            _run_task(task, log, plot, report, resume=resume, json=json, quiet=quiet, speaks=speaks)
     except NeutralizeError as error:
         if speaks:
             raise
@@ -115,13 +118,24 @@ def influence(
 
 
 def _run_task(
-    task: Task, log: Path | None, plot: Path | None, *, resume: bool, json: bool, quiet: bool, speaks: bool
+    task: Task,
+    log: Path | None,
+    plot: Path | None,
+    report: Path | None,
+    *,
+    resume: bool,
+    json: bool,
+    quiet: bool,
+    speaks: bool,
 ) -> None:
     from neutralize.influence.crew import Crew
     from neutralize.influence.sweep import open_log
+    from neutralize.pages.page import check_target
 
     if plot is not None:
         _check_plot(plot)
+    if report is not None and speaks:
+        check_target(report)
     opened = None if log is None else open_log(log, Crew(), resume=resume)
     try:
         language = task.load()
@@ -138,6 +152,8 @@ def _run_task(
         print_json({"model": task.model, **sweep.to_dict()})
     else:
         _print_sweep(language.title, sweep)
+    if report is not None:
+        sweep.to_html(report, title=language.title, command=command_line())
 
 
 def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool, speaks: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ PLAIN_WIDTH = 120
 def print_json(content: dict[str, Any]) -> None:
     """Print an object as a line of JSON, at once."""
     print(dumps(content, allow_nan=False), flush=True)
+
+
+def command_line() -> str:
+    """Return the command that is running, as one would type it."""
+    return shlex.join(["neutralize", *sys.argv[1:]])
 
 
 def printable(text: str) -> str:

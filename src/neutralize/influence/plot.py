@@ -38,7 +38,7 @@ def plot(sweep: Sweep, path: str | os.PathLike[str], *, title: str = "") -> None
     _draw_losses(rows[0, 0], sweep)
     if moved:
         _draw_cosines(rows[1, 0], sweep)
-    labels, what = _labels([entry.layer for entry in sweep])
+    labels, what = short_names([entry.layer for entry in sweep])
     rows[-1, 0].set_xticks(range(len(sweep)), labels, rotation=90 if max(map(len, labels)) > 3 else 0, fontsize=8)
     rows[-1, 0].set_xlabel(what)
     rows[-1, 0].set_xlim(-0.7, len(sweep) - 0.3)
@@ -123,8 +123,12 @@ def _plain_numbers(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _labels(names: list[str]) -> tuple[list[str], str]:
-    """The names without what they share, and the name of the axis: ``model.layers.3`` is 3 of ``model.layers``."""
+def short_names(names: list[str]) -> tuple[list[str], str]:
+    """Return the names without what they share, and what the axis shows: ``model.layers.3`` is 3 of ``model.layers``.
+
+    Args:
+        names: qualified names of layers.
+    """
     parts = [re.fullmatch(r"(.*)\.(\d+)(.*)", name) for name in names]
     around = {(part[1], part[3]) for part in parts if part is not None}
     if all(parts) and len(around) == 1:

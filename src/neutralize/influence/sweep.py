@@ -8,9 +8,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -86,6 +86,9 @@ class Sweep(Sequence[Influence]):
         evaluating_s: seconds of all evaluations that the sweep stands on, those of the log included.
         rewriting_s: seconds of all switching off and restoring.
         resumed: how many evaluations were taken from the log.
+        plans: those that switch each layer off alone. They are not compared, nor in ``to_dict``.
+        digests: of what was measured: the plans, the data, and with a log the model. They are not compared, nor
+            in ``to_dict``.
     """
 
     loss: float
@@ -95,6 +98,8 @@ class Sweep(Sequence[Influence]):
     evaluating_s: float = 0.0
     rewriting_s: float = 0.0
     resumed: int = 0
+    plans: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
+    digests: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def overhead(self) -> float:
@@ -113,7 +118,9 @@ class Sweep(Sequence[Influence]):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON has it; numbers that are not finite become their names."""
-        content: dict[str, Any] = jsonable({**asdict(self), "overhead": self.overhead, "chosen": self.chosen})
+        found = asdict(replace(self, plans=(), digests={}))
+        del found["plans"], found["digests"]
+        content: dict[str, Any] = jsonable({**found, "overhead": self.overhead, "chosen": self.chosen})
         return content
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
@@ -121,6 +128,30 @@ class Sweep(Sequence[Influence]):
         from neutralize.influence.plot import plot
 
         plot(self, path, title=title)
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str = "", command: str = "") -> None:
+        """Write a page: the influences as charts and a table, the plans, their certificates, provenance.
+
+        The page needs nothing else: no network, no script.
+
+        Args:
+            path: an html file; it appears whole, in place of an older one, or not at all.
+            title: what was measured, in words.
+            command: the command line, for the provenance.
+
+        Raises:
+            NeutralizeError: no page can be written there.
+        """
+        from neutralize.pages.page import write
+        from neutralize.pages.swept import page
+
+        write(path, page(self, title=title, command=command))
+
+    def _repr_html_(self) -> str:
+        """Return a short table for a notebook, the least harmful layer first."""
+        from neutralize.pages.swept import fragment
+
+        return fragment(self)
 
     @overload
     def __getitem__(self, index: int) -> Influence: ...
@@ -374,12 +405,14 @@ class _Run:
         self._resumed = 0
         self._done = 0.0
         self.total = 0  # evaluations to be told of
+        self._digests = {"the plans": plans.digest(), "the data": subject.digest()}
         if log is not None:
+            self._digests["the model"] = crew.fingerprint(model)
             identity = Identity(
-                f"{type(model).__module__}.{type(model).__qualname__} {crew.fingerprint(model)}",
-                f"{type(subject).__name__} {subject.digest()}",
+                f"{type(model).__module__}.{type(model).__qualname__} {self._digests['the model']}",
+                f"{type(subject).__name__} {self._digests['the data']}",
                 tuple(plans.layers),
-                plans.digest(),
+                self._digests["the plans"],
             )
             self._known = log.begin(identity, writes=crew.rank == 0)
             crew.meet("the sweep")  # before any of its lines
@@ -435,7 +468,10 @@ class _Run:
             )
         evaluating = sum(found.evaluating_s for found in self._used.values())
         rewriting = sum(found.rewriting_s for found in self._used.values())
-        return Sweep(intact.loss, tuple(entries), steps, budget, evaluating, rewriting, self._resumed)
+        plans = tuple(self._plans.plan((layer,)) for layer in self._plans.layers)
+        return Sweep(
+            intact.loss, tuple(entries), steps, budget, evaluating, rewriting, self._resumed, plans, self._digests
+        )
 
     def _measure(self, sets: list[tuple[str, ...]], *, everywhere: bool = False) -> list[Measurement]:
         """Evaluate with each of these sets of layers off, or take it from the log.
