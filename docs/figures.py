@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ STYLE = {
 
 
 # ---- diagrams --------------------------------------------------------------------------------------------------------
-def _box(axes: Axes, x: float, y: float, text: str, *, colour: str = INK, width: float = 1.5, off: bool = False) -> None:
+def _box(
+    axes: Axes, x: float, y: float, text: str, *, colour: str = INK, width: float = 1.5, off: bool = False
+) -> None:
     patch = FancyBboxPatch(
         (x - width / 2, y - 0.3),
         width,
@@ -54,10 +57,17 @@ def _box(axes: Axes, x: float, y: float, text: str, *, colour: str = INK, width:
 
 
 def _arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, style: str = "-|>", width: float = 1.2) -> None:
-    for start, end in zip(points[:-1], points[1:], strict=True):
+    for start, end in pairwise(points):
         last = end == points[-1]
         arrow = FancyArrowPatch(
-            start, end, arrowstyle=style if last else "-", mutation_scale=9, color=colour, linewidth=width, shrinkA=0, shrinkB=0
+            start,
+            end,
+            arrowstyle=style if last else "-",
+            mutation_scale=9,
+            color=colour,
+            linewidth=width,
+            shrinkA=0,
+            shrinkB=0,
         )
         axes.add_patch(arrow)
 
@@ -88,7 +98,9 @@ def residual() -> Figure:
             _box(axes, 3.75, 1.2, "attention, MLP", colour=INK, width=1.75)
             _arrow(axes, (4.63, 1.2), (5.2, 1.2), (5.2, 0.16), colour=grey)
             axes.text(5.35, 0.75, "0" if off else "f(x)", color=WARM if off else INK)
-            axes.text(5.2, 0.0, "+", ha="center", va="center", bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": INK})
+            axes.text(
+                5.2, 0.0, "+", ha="center", va="center", bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": INK}
+            )
     return figure
 
 
@@ -110,7 +122,14 @@ def fold() -> Figure:
             _arrow(axes, (x - 0.55, 0.0), (x - 0.55, 1.1), (x - 0.1, 1.1), colour=INK)
             _box(axes, x + 0.75, 1.1, name, colour=INK, off=off, width=1.6)
             _arrow(axes, (x + 1.55, 1.1), (x + 2.0, 1.1), (x + 2.0, 0.05), colour=MUTED if off else INK)
-            axes.text(x + 2.0, 0.0, "+", ha="center", va="center", bbox={"boxstyle": "circle,pad=0.12", "fc": "white", "ec": INK})
+            axes.text(
+                x + 2.0,
+                0.0,
+                "+",
+                ha="center",
+                va="center",
+                bbox={"boxstyle": "circle,pad=0.12", "fc": "white", "ec": INK},
+            )
             if off:
                 axes.text(x + 2.15, 0.65, "0", color=WARM)
         if off:
@@ -193,11 +212,13 @@ def epsilon() -> Figure:
         ("tanh, float32", torch.tanh, 1.0, 0.0, 1 / 3, 0.0),
         ("sigmoid, float32", torch.sigmoid, 0.25, 0.5, 1 / 12, 2.0),
     )
-    for axes, (title, function, slope, value, cubic, floor) in zip(figure.subplots(1, 2, sharey=True), cases, strict=True):
+    for axes, (title, function, slope, value, cubic, floor) in zip(
+        figure.subplots(1, 2, sharey=True), cases, strict=True
+    ):
         measured = []
         for power in powers:
             eps = 2.0 ** float(power)
-            handed = function((x.float() * eps)).double()
+            handed = function(x.float() * eps).double()
             measured.append(float(((handed - value) / (eps * slope) - x.float().double()).abs().max()))
         grid = 2.0**powers
         axes.loglog(grid, cubic * grid**2, color=COOL, linestyle="--", linewidth=1, label="not linear: cubic term")

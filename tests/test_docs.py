@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands run, what it says is printed is printed, and the site needs no network.
+"""The documentation: its code and its commands run, they print what it says, and the site needs no network.
 
 The blocks of a page run in order, in one namespace and in one folder, as a reader would type them. In that folder lie a
 few small models with random weights, under the names that the pages use. A block with a title is also written to a file
@@ -30,7 +30,9 @@ from neutralize import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-BLOCK = re.compile(r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 PAGES = sorted(path for path in DOCS.rglob("*.md") if BLOCK.search(path.read_text(encoding="utf-8")))
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -52,9 +54,9 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     words = [f"w{number}" for number in range(62)]
-    (folder / "corpus.txt").write_text(" ".join(words[: 40]))
+    (folder / "corpus.txt").write_text(" ".join(words[:40]))
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=26)
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=5)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
     vocabulary = Tokenizer(WordLevel({word: number for number, word in enumerate(["<unk>", "</s>", *words])}, "<unk>"))
     vocabulary.pre_tokenizer = Whitespace()
@@ -63,9 +65,7 @@ def models(tmp_path_factory) -> Path:
 
     small = transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2)
     small.quantization_config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2)
-    )
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2))
     model.save_pretrained(folder / "quantized")
     stored = load_file(folder / "quantized" / "model.safetensors")
     for name in [name for name in stored if name.endswith("proj.weight")]:
@@ -227,7 +227,9 @@ def test_the_reference_has_every_public_name_and_command(site):
     for strategy in neutralize.STRATEGIES.values():
         assert f'id="neutralize.strategies.{strategy.__name__}"' in reference
     for entry in cli.app.registered_commands:
-        assert f"neutralize {entry.name or entry.callback.__name__}</" in reference.replace('<a class="headerlink"', "</")
+        assert f"neutralize {entry.name or entry.callback.__name__}</" in reference.replace(
+            '<a class="headerlink"', "</"
+        )
 
 
 def test_the_figures_are_what_the_script_draws(tmp_path):

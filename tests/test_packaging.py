@@ -78,7 +78,9 @@ def test_the_metadata_say_what_it_is(wheel):
 # ---- the binaries ----------------------------------------------------------------------------------------------------
 BINARIES = sorted(PACKAGE.glob("_*.so"))
 # Of the C++ library and the compiler's runtime, of the C library (versioned: `free@GLIBC_2.2.5`), of CPython, of CUDA.
-FOREIGN = re.compile(r"_ZN?K?S|_ZT[IVSN]|_Z(dl|nw|da|na)|__cx|_Unwind_|_?_?Py|_ITM_|__gmon_start__|__?cuda|.*@(GLIBC|GCC|CXXABI)")
+FOREIGN = re.compile(
+    r"_ZN?K?S|_ZT[IVSN]|_Z(dl|nw|da|na)|__cx|_Unwind_|_?_?Py|_ITM_|__gmon_start__|_{0,2}cuda|.*@(GLIBC|GCC|CXXABI)"
+)
 STABLE = re.compile(r"(aoti_torch|torch)_\w+")
 
 
