@@ -81,25 +81,25 @@ def _canvas(axes: Axes, width: float, low: float, high: float) -> None:
 
 def residual() -> Figure:
     """A pre-norm block: as it is, cut out, and off by its norm's gain."""
-    figure = Figure(figsize=(8.2, 2.6))
+    figure = Figure(figsize=(8.2, 1.9))
     titles = ("the block", "cut out of the forward pass (the oracle)", "off by weights: γ = 0")
     for place, (axes, title) in enumerate(zip(figure.subplots(1, 3), titles, strict=True)):
-        _canvas(axes, 6.4, -1.2, 2.0)
+        _canvas(axes, 5.4, -0.9, 1.7)
         axes.set_title(title)
         cut, off = place == 1, place == 2
-        _arrow(axes, (0.0, 0.0), (6.4, 0.0), colour=OURS if place else INK, width=2.2 if place else 1.2)
+        _arrow(axes, (0.0, 0.0), (5.4, 0.0), colour=OURS if place else INK, width=2.2 if place else 1.2)
         axes.text(0.05, -0.35, "x", va="center")
-        axes.text(5.55, -0.6, "y = x" if place else "y = x + f(x)", va="center", ha="center")
+        axes.text(4.6, -0.5, "y = x" if place else "y = x + f(x)", va="center", ha="center")
         if not cut:
             grey = MUTED if off else INK
-            _arrow(axes, (0.5, 0.0), (0.5, 1.2), (0.95, 1.2), colour=INK)
-            _box(axes, 1.7, 1.2, "norm, γ = 0" if off else "norm, γ", colour=WARM if off else INK)
-            _arrow(axes, (2.45, 1.2), (2.85, 1.2), colour=grey)
-            _box(axes, 3.75, 1.2, "attention, MLP", colour=INK, width=1.75)
-            _arrow(axes, (4.63, 1.2), (5.2, 1.2), (5.2, 0.16), colour=grey)
-            axes.text(5.35, 0.75, "0" if off else "f(x)", color=WARM if off else INK)
+            _arrow(axes, (0.5, 0.0), (0.5, 1.2), (0.8, 1.2), colour=INK)
+            _box(axes, 1.6, 1.2, "norm, γ=0" if off else "norm, γ", width=1.6, colour=WARM if off else INK)
+            _arrow(axes, (2.42, 1.2), (2.85, 1.2), colour=grey)
+            _box(axes, 3.35, 1.2, "f", colour=INK, width=0.9)
+            _arrow(axes, (3.82, 1.2), (4.3, 1.2), (4.3, 0.2), colour=grey)
+            axes.text(4.45, 0.7, "0" if off else "f(x)", color=WARM if off else INK)
             axes.text(
-                5.2, 0.0, "+", ha="center", va="center", bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": INK}
+                4.3, 0.0, "+", ha="center", va="center", bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": INK}
             )
     return figure
 
@@ -112,10 +112,10 @@ def fold() -> Figure:
         ("after the fold", ("k, 0", "k, 0", "γ₀, β₀"), True),
     )
     for axes, (title, gains, off) in zip(figure.subplots(2, 1), rows, strict=True):
-        _canvas(axes, 14.2, -0.8, 1.7)
+        _canvas(axes, 15.0, -0.8, 1.7)
         axes.set_title(title, loc="left", pad=2)
-        _arrow(axes, (0.0, 0.0), (14.2, 0.0), colour=OURS if off else INK, width=2.0 if off else 1.2)
-        for x, name, gain in zip((1.6, 7.0, 12.2), ("LN₀", "LN₁", "LN₂"), gains, strict=True):
+        _arrow(axes, (0.0, 0.0), (15.0, 0.0), colour=OURS if off else INK, width=2.0 if off else 1.2)
+        for x, name, gain in zip((1.6, 7.2, 12.8), ("LN₀", "LN₁", "LN₂"), gains, strict=True):
             moved = off and name != "LN₁"
             _box(axes, x, 0.0, f"{name}   {gain}", width=2.3, colour=WARM if moved else INK)
         for x, name in ((3.6, "attention"), (9.0, "MLP")):
@@ -133,7 +133,7 @@ def fold() -> Figure:
             if off:
                 axes.text(x + 2.15, 0.65, "0", color=WARM)
         if off:
-            for x, text in ((3.0, "k n"), (8.35, "k n"), (13.75, "x")):
+            for x, text in ((3.0, "k n"), (8.6, "k n"), (14.5, "x")):
                 axes.text(x, -0.42, text, ha="center", color=OURS)
         else:
             axes.text(3.0, -0.42, "x", ha="center")
@@ -195,7 +195,7 @@ def regimes() -> Figure:
         axes.plot(near, value + slope * (near - point), color=OURS, linewidth=2.4, alpha=0.8)
         axes.plot([point], [value], "o", color=WARM, markersize=4.5)
         axes.set_title(title)
-        axes.text(0.03, 0.9, error, transform=axes.transAxes, fontsize=8, color=MUTED)
+        axes.text(0.03, 0.9, error, transform=axes.transAxes, fontsize=8, color=INK)
         low, high = float(function(z).min()), float(function(z).max())
         axes.set_ylim(low - 0.15 * (high - low), high + 0.25 * (high - low))
     return figure
