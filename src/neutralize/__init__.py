@@ -67,6 +67,15 @@ __all__ = [
 logging.getLogger("neutralize").addHandler(logging.NullHandler())  # silent, unless a program wants to hear it
 
 
+def __getattr__(name: str) -> str:
+    """The version, as it was installed; looked up when it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("neutralize")
+    raise AttributeError(f"module 'neutralize' has no attribute {name!r}")
+
+
 def neutralize(
     model: nn.Module | Checkpoint | str | PathLike[str],
     layers: Layers,
@@ -91,6 +100,15 @@ def neutralize(
 
     Raises:
         NeutralizeError: see ``plan``; nothing was written.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> undo = neutralize(model, "0", "zero")
+        >>> bool(model[0].weight.any())
+        False
+        >>> undo.restore()
+        >>> bool(model[0].weight.any())
+        True
     """
     made = plan(model, layers, strategy, example_inputs=example_inputs, **options)
     return made.apply(model, freeze=freeze) if isinstance(model, nn.Module) else made.apply(model)

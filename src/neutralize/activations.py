@@ -530,6 +530,12 @@ def register_activation(
         NeutralizeError: the name is taken, a number is out of range, or the slope at the point is zero.
 
     Source: MATH §2.
+
+    Examples:
+        >>> row = register_activation("wiggle", lambda x: x + 0.1 * torch.sin(x) ** 2)
+        >>> row.parts[0].slope
+        1.0
+        >>> forget_activation("wiggle")
     """
     where = "register_activation"
     require_finite(where, point=point, reach=reach, **({} if curvature is None else {"curvature": curvature}))

@@ -143,6 +143,18 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
 
     Raises:
         NeutralizeError: no optimizer is given, or the plan is not applied to the model at the moment.
+
+    Examples:
+        >>> from neutralize import plan
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> null = plan(model, "0", "zero", sides="in")
+        >>> undo = null.apply(model)
+        >>> with guard(model, null, optimizer):
+        ...     model(torch.ones(1, 4)).sum().backward()
+        ...     optimizer.step()
+        >>> bool(model[0].weight.any())
+        False
     """
     if not optimizers:
         raise NeutralizeError("guard: expected an optimizer to watch, got none; pass those that train the model")

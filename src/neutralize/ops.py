@@ -75,6 +75,13 @@ def rewrite_(
 
     Raises:
         NeutralizeError: an argument cannot be used; nothing has been written.
+
+    Examples:
+        >>> w = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> rewrite_(w, scale=0.5, diagonal=1.0)
+        >>> w
+        tensor([[1.5000, 1.0000],
+                [1.5000, 3.0000]])
     """
     listed: list[Any] = [tensors] if type(tensors) in _REAL_TENSORS else _listed("rewrite_", "tensors", tensors)
     if type(scale) is type(diagonal) is type(fill) is float and type(start) is type(step) is int:
@@ -129,6 +136,12 @@ def rescale_fold_(
 
     Raises:
         NeutralizeError: an argument cannot be used; nothing has been written.
+
+    Examples:
+        >>> w, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([10.0, 20.0])
+        >>> rescale_fold_(w, b, scale=2.0, shift=-1.0)
+        >>> w.tolist(), b.tolist()
+        ([[2.0, 4.0], [6.0, 8.0]], [7.0, 13.0])
     """
     listed = _listed("rescale_fold_", "weights", weights)
     paired = _listed("rescale_fold_", "biases", biases)

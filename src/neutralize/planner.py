@@ -376,6 +376,12 @@ def plan(
     Raises:
         NeutralizeError: the selection is empty or unknown, an option is unknown, or a layer cannot be switched off this
             way; the message says why and what would work. All layers that fail are listed.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> made = plan(model, "0")
+        >>> made.parameters, made.written_bytes, made.certificate.kind
+        (('0.weight', '0.bias'), 80, 'exact')
     """
     from neutralize.strategies import resolve
 

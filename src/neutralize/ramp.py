@@ -143,6 +143,14 @@ def ramp(
 
     Raises:
         NeutralizeError: see ``plan`` of ``damp``; or ``steps`` or ``shape`` is none.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> fading = ramp(model, "0", steps=4)
+        >>> [fading.step() for _ in range(4)]
+        [0.75, 0.5, 0.25, 0.0]
+        >>> bool(model[0].weight.any())
+        False
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise NeutralizeError(f"ramp: expected a number of steps of 1 or more, got {steps!r}; give one")

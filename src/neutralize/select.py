@@ -68,6 +68,13 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     Raises:
         NeutralizeError: nothing is selected, a name is unknown (near matches are listed), or one selected layer is a
             part of another.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> list(select(model, lambda name, module: isinstance(module, nn.Linear)))
+        ['0', '2']
+        >>> list(select(model, "[-1]"))
+        ['2']
     """
     model = unwrap(model)
     named = dict(model.named_modules(remove_duplicate=False))

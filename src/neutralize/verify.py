@@ -267,6 +267,13 @@ def excised(model: nn.Module, layers: Layers, *, partial: bool = False) -> Itera
     Raises:
         NeutralizeError: nothing is selected; or, during a forward pass, a layer's output does not have its input's
             shape.
+
+    Examples:
+        >>> model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(3, 4)
+        >>> with excised(model, "0"):  # the linear layer and its tanh
+        ...     out = model(x)
+        >>> torch.equal(out, model[2](x))
+        True
     """
     model = unwrap(model)
     selected = select(model, layers)
@@ -420,6 +427,12 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
 
     Raises:
         NeutralizeError: the plan does not fit the model.
+
+    Examples:
+        >>> from neutralize import plan
+        >>> model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+        >>> verify(model, plan(model, "0"), x).exact
+        True
     """
     model = unwrap(model)
     if not isinstance(plan, Plan):

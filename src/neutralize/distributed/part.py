@@ -39,6 +39,16 @@ class Shard:
         name: the tensor of the process's model that holds the part, where it has another name than the parameter, as
             in a merged projection (``qkv_proj``); ``*`` stands for what the ``*`` of the key stands for.
         start: the first index along ``dim`` of that tensor that belongs to the part.
+
+    Examples:
+        >>> from torch import nn
+        >>> from neutralize import plan
+        >>> whole = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> half = nn.Sequential(nn.Linear(8, 8))  # the second half of the hidden units
+        >>> null = plan(whole, "0", "zero", sides="in")
+        >>> undo = null.apply(half, shards={"0.*": Shard(0, 1, 2)})
+        >>> bool(half[0].weight.any())
+        False
     """
 
     dim: int

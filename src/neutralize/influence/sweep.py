@@ -251,6 +251,13 @@ def influence(
     Raises:
         NeutralizeError: a layer cannot be switched off this way, the arguments do not fit together, the intact model's
             loss is not finite, or the log is that of another sweep.
+
+    Examples:
+        >>> from torch import nn
+        >>> model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+        >>> sweep = influence(model, ["0", "1"], [x], loss=lambda outputs, batch: outputs.square().mean())
+        >>> [each.layer for each in sweep]
+        ['0', '1']
     """
     model = unwrap(model)
     crew = Crew(model)
