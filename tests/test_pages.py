@@ -172,12 +172,9 @@ def test_a_sweep_shows_its_table_search_plans_and_provenance(swept, written):
     assert "plans" not in swept.to_dict()
 
 
-def test_the_same_is_the_same_page(verified, swept, written, tmp_path, monkeypatch):
+def test_the_same_is_the_same_page_but_for_its_date(verified, swept, written, tmp_path, monkeypatch):
     for name, found in (("verification", verified), ("sweep", swept)):
-        monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        found.to_html(tmp_path / "again.html", title=f"A {name}", command="neutralize …")
-        assert (tmp_path / "again.html").read_bytes() == (written / f"{name}.html").read_bytes()
-        monkeypatch.delenv("SOURCE_DATE_EPOCH")
+        monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
         found.to_html(tmp_path / "again.html", title=f"A {name}", command="neutralize …")
         once, now = (
             (folder / file).read_text().split("<dt>date</dt>")
