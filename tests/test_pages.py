@@ -84,11 +84,11 @@ def verified():
 
 @pytest.fixture(scope="module")
 def swept():
-    model = perturbed(nn.Sequential(*[PreNorm(16) for _ in range(14)]))
+    model = perturbed(nn.Sequential(*[PreNorm(16) for _ in range(13)]))
     model._modules = {HOSTILE if key == "3" else key: module for key, module in model._modules.items()}
     batches = [unit(4, 16, seed=seed) for seed in range(2)]
     return nz.influence(
-        model, list(model), batches, loss=lambda output, batch: (output - batch).square().mean(), k=2, among=3
+        model, list(model), batches, loss=lambda output, batch: (output - batch).square().mean(), k=2, among=2
     )
 
 
@@ -168,16 +168,13 @@ def test_a_sweep_shows_its_table_search_plans_and_provenance(swept, written):
     assert all(digest in text for digest in swept.digests.values())
     assert set(swept.digests) == {"the plans", "the data"}
     assert all(edit.describe() in text for plan in swept.plans for edit in plan.edits)
-    assert "2 more" in text  # the rows that are folded away
+    assert "1 more" in text  # the row that is folded away
     assert "plans" not in swept.to_dict()
 
 
-def test_the_same_is_the_same_page(verified, swept, written, tmp_path, monkeypatch):
+def test_the_same_is_the_same_page_but_for_its_date(verified, swept, written, tmp_path, monkeypatch):
     for name, found in (("verification", verified), ("sweep", swept)):
-        monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        found.to_html(tmp_path / "again.html", title=f"A {name}", command="neutralize …")
-        assert (tmp_path / "again.html").read_bytes() == (written / f"{name}.html").read_bytes()
-        monkeypatch.delenv("SOURCE_DATE_EPOCH")
+        monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
         found.to_html(tmp_path / "again.html", title=f"A {name}", command="neutralize …")
         once, now = (
             (folder / file).read_text().split("<dt>date</dt>")
