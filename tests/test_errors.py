@@ -241,7 +241,7 @@ def test_an_input_bound_that_cannot_be_measured_is_asked_for():
     inputs = torch.empty(2, 8, device="meta")
     text = refusal(lambda: nz.plan(model, "middle", example_inputs=inputs))
     assert text.startswith(
-        "plan: expected a bound on the input of 'middle', got no weights (this is a meta model) to measure"
+        "plan: expected a bound on the input of 'middle', got no weights (this is a meta or sharded model) to measure"
     )
     assert nz.plan(model, "middle", example_inputs=inputs, input_bound=3).layers[0].input_bound == 3
 

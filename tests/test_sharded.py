@@ -385,6 +385,20 @@ def test_a_process_outside_the_mesh_holds_nothing_and_waits_for_nobody(four, pla
     assert four.run(outside, placement) == [[[1.0], [14.0]]] * 2 + [[[], []]] * 2
 
 
+def measured():
+    layers = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)).to(here())
+    model = fully_shard(layers, mesh=init_device_mesh(here().type, (dist.get_world_size(),)))
+    calls = [{"strategy": "mean", "batches": [X]}, {}, {"input_bound": 4.0}]
+    return [failure(lambda call=call: nz.plan(model, "0", example_inputs=X, **call)) for call in calls]
+
+
+def test_what_has_to_run_the_model_is_refused_on_a_sharded_one(two):
+    for mean, bound, bounded in two.run(measured):
+        assert "mean: expected a model with whole weights, got a meta or sharded one" in mean
+        assert "got no weights (this is a meta or sharded model)" in bound
+        assert bounded == ""
+
+
 def unsettled():
     """Sums that are not yet taken are no weights."""
     model = nn.Linear(4, 4).to(here())

@@ -290,7 +290,7 @@ class Request:
 
     def _measure(self) -> dict[str, float]:
         if not self.is_runnable:
-            lacking = "weights (this is a meta model)" if self.inputs is not None else "example_inputs"
+            lacking = "weights (this is a meta or sharded model)" if self.inputs is not None else "example_inputs"
             raise NeutralizeError(
                 f"plan: expected a bound on the input of {', '.join(map(repr, self.layers))}, got no {lacking} to "
                 "measure it "

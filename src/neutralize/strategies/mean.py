@@ -170,7 +170,9 @@ class Mean:
     def _measure(self, request: Request, routes: dict[str, _Route]) -> dict[str, torch.Tensor | None]:
         model = request.model
         if any(tensor.is_meta for tensor in request.tensors.values()):
-            raise NeutralizeError("mean: expected a model with weights, got a meta model; load the weights first")
+            raise NeutralizeError(
+                "mean: expected a model with whole weights, got a meta or sharded one; plan on the whole model"
+            )
         modules = dict(model.named_modules(remove_duplicate=False))
         running = {layer: _Running() for layer in routes}
         handles = []
