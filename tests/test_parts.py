@@ -23,6 +23,12 @@ def llama(attention: str = "sdpa") -> nn.Module:
     return perturbed(transformers.LlamaForCausalLM(config))
 
 
+def mixtral() -> nn.Module:
+    """Exported, unlike Llama: its reshapes become views that only the strides of the real values allow."""
+    config = transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    return perturbed(transformers.MixtralForCausalLM(config))
+
+
 def eager() -> nn.Module:
     return llama("eager")
 
@@ -119,6 +125,7 @@ X24 = {"x": torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(2))}
         (llama, "model.layers[1].self_attn.kv_heads[1]", "model.layers.1.self_attn.o_proj", slice(16, 32), IDS),
         (eager, "model.layers[0].self_attn.kv_heads[0]", "model.layers.0.self_attn.o_proj", slice(16), IDS),
         (eager, "model.layers[2].self_attn.heads[3]", "model.layers.2.self_attn.o_proj", slice(24, 32), IDS),
+        (mixtral, "model.layers[1].self_attn.heads[2]", "model.layers.1.self_attn.o_proj", slice(16, 24), IDS),
         (gpt2, "transformer.h[1].attn.heads[1]", "transformer.h.1.attn.c_proj", slice(8, 16), IDS),
         (bert, "encoder.layer[1].attention.heads[3]", "encoder.layer.1.attention.output.dense", slice(24, 32), IDS),
         (lambda: perturbed(nn.Sequential(Folded())), "0.heads[1]", "0.out", slice(8, 16), X24),

@@ -308,7 +308,7 @@ class Interpretation:
         if op in REARRANGE or op in SPLIT:
             try:
                 others = fx.map_arg(node.args[1:], lambda other: torch.empty(()).expand(shape_of(other) or ()))
-                moved = node.target(carried.indices.clone(), *others, **without_dtype(node.kwargs))  # type: ignore[operator]
+                moved = node.target(unstrided(carried.indices), *others, **without_dtype(node.kwargs))  # type: ignore[operator]
             except (RuntimeError, TypeError):  # an operand that only the real model has
                 return None
             return Rearranged(moved) if isinstance(moved, torch.Tensor) else tuple(Rearranged(part) for part in moved)
@@ -353,6 +353,11 @@ class Interpretation:
         if self._normalised is not None and len(parts) > 1:
             return None  # of multiples of normalised values each might be another
         return Rearranged(node.target(parts, *node.args[1:], **node.kwargs))  # type: ignore[operator]
+
+
+def unstrided(indices: torch.Tensor) -> torch.Tensor:
+    """Copy indices for a view to run on: the strides of the real value alone may allow it; its elements are these."""
+    return indices.clone(memory_format=torch.contiguous_format)
 
 
 def without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:

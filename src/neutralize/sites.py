@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from neutralize.activations import Activation, activation_after
-from neutralize.certify import without_dtype
+from neutralize.certify import unstrided, without_dtype
 from neutralize.dataflow import Call, Dataflow, argument, dtype_of, is_mark, op_name, shape_of
 from neutralize.rules import DROPOUT, REARRANGE, affine_operands, is_number, is_transparent, norm_operands
 
@@ -422,7 +422,7 @@ def stays_in_place(site: AffineSite) -> bool:
     entered = torch.arange(math.prod(shape)).reshape(shape)
     indices = entered
     for step in moves:
-        indices = step.target(indices.clone(), *step.args[1:], **without_dtype(step.kwargs))  # type: ignore[operator]
+        indices = step.target(unstrided(indices), *step.args[1:], **without_dtype(step.kwargs))  # type: ignore[operator]
     return torch.equal(indices, entered)
 
 

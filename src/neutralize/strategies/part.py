@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from neutralize.certify import without_dtype
+from neutralize.certify import unstrided, without_dtype
 from neutralize.dataflow import Call, is_mark, op_name, shape_of
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part
@@ -187,7 +187,7 @@ def _moved(indices: torch.Tensor, steps: list[fx.Node]) -> torch.Tensor | None:
         if op_name(step) not in REARRANGE:
             continue
         try:
-            indices = step.target(indices.clone(), *step.args[1:], **without_dtype(step.kwargs))  # type: ignore[operator]
+            indices = step.target(unstrided(indices), *step.args[1:], **without_dtype(step.kwargs))  # type: ignore[operator]
         except (RuntimeError, TypeError):  # an operand that only the real model has
             return None
     return indices
