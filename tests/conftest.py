@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,14 @@ from ranks import Ranks
 # A busy machine is no fault of a test.
 settings.register_profile("neutralize", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("neutralize")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers whose threads wait for each other on the same cores took three times the processor time. What they start
+    # inherits the variable; a test of threads asks for its own.
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
