@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from typer.testing import CliRunner
 
 from neutralize import cli
+from neutralize.influence.crew import Crew
 from ranks import free_port
 
 DEPTH = 4
@@ -165,6 +166,35 @@ def test_a_file_that_one_process_lacks_fails_both_at_once(two, llama, tmp_path):
     assert (code, other_code) == (2, 2)
     assert "expected a file of UTF-8 text" in err
     assert time.monotonic() - began < 60
+
+
+def asked_to_end() -> tuple[list[int], list[int], object]:
+    """What each process has in hand when it is asked to end, what it carries through, and how it ends."""
+    crew = Crew()
+    crew.begin()
+    taken: list[int] = []
+    done: list[int] = []
+    code: object = None
+    try:
+        for item in crew.share(range(100)):
+            taken.append(item)
+            if len(taken) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)  # it is still there
+            done.append(item)
+    except SystemExit as end:
+        code = end.code
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    return taken, done, code
+
+
+def test_who_is_asked_to_end_has_its_candidate_done_first(two):
+    found = two.run(asked_to_end)
+    for taken, done, code in found:
+        assert len(taken) == 2
+        assert done == taken
+        assert code == 128 + signal.SIGTERM
+    assert len({item for taken, _, _ in found for item in taken}) == 4  # nobody has what another has
 
 
 # ---- under torchrun --------------------------------------------------------------------------------------------------

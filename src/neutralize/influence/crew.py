@@ -10,6 +10,8 @@ import hashlib
 import itertools
 import os
 import pickle
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -101,13 +103,15 @@ class Crew:
     def share(self, items: Sequence[Item]) -> Iterator[Item]:
         """Yield those of the items that this process is to work on, one when the one before is done.
 
-        All processes call this with the same items.
+        All processes call this with the same items. A process that is asked to end (SIGTERM, as by ``torchrun`` when
+        another one has died) is done with its item first.
         """
         if self._team is None or self.is_sharded:
             yield from items
             return
         while (place := self._store().add("taken", 1) - 1) < len(items):
-            yield items[place]
+            with _finishing():
+                yield items[place]
 
     def tell(self, found: object) -> None:
         """Hand what this process found to all others, who hear of it when they ask.
@@ -143,6 +147,23 @@ class Crew:
     def _exchange(self, stage: str, message: Message) -> list[Message]:
         assert self._team is not None
         return self._team.exchange("influence", stage, message)
+
+
+@contextmanager
+def _finishing() -> Iterator[None]:
+    """Carry a ``with`` block through before SIGTERM ends the process, if nobody else has seen to that signal."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if asked:
+        raise SystemExit(128 + asked[0])
 
 
 @contextmanager
