@@ -566,6 +566,8 @@ def failing(case, plan, seconds=60.0):
         model.layers[1].entry = nn.Identity()
     elif case == "another shape" and last:
         model.layers[1].entry.weight = nn.Parameter(torch.ones(7, device=here()))
+    elif case == "shared memory" and last:
+        model.layers[1].entry.weight = nn.Parameter(torch.ones(1).expand(16))
     elif case == "late":
         time.sleep(2 * seconds if last else 0.0)
     elif case == "killed before" and last:
@@ -617,6 +619,20 @@ def test_a_process_that_cannot_fails_all(two, case, said):
         assert seconds < 30
     again = functools.partial(neutralized, plans=False)
     assert two.run(again, as_fsdp, "auto", whole_plan("auto"))[0]["restored"]  # and the next goes well
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("another plan", "expected the same plan in all 4 processes, got 2 different ones"),
+        ("shared memory", "memory"),
+        ("writing", "the device is gone"),
+    ],
+)
+def test_one_of_four_that_cannot_fails_all(four, case, said):
+    for text, _, unwritten in four.run(failing, case, whole_plan("auto")):
+        assert said in text
+        assert unwritten
 
 
 @pytest.mark.parametrize("end", ["killed before", "killed between"])
