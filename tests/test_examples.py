@@ -9,6 +9,7 @@ import jupytext
 import pytest
 import torch
 
+pytestmark = pytest.mark.shown
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import typer
 from checkpoints import digests, header_of, save
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,6 +32,7 @@ from neutralize import cli
 from neutralize.checkpoint import Checkpoint
 from neutralize.checkpoint.setters import parse_setters
 from neutralize.cli.checkpoint import apply, restore
+from neutralize.cli.voice import refusals
 
 CASES = int(os.environ.get("NEUTRALIZE_FUZZ", "500"))
 SECONDS_EACH = 20
@@ -127,9 +127,10 @@ def ended(command: Callable[..., None], *arguments: Any, **options: Any) -> tupl
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
         try:
-            command(*arguments, **options)
-        except typer.Exit as end:
-            return end.exit_code, told.getvalue()
+            with refusals(debug=False):
+                command(*arguments, **options)
+        except SystemExit as end:
+            return int(str(end.code)), told.getvalue()
     return 0, told.getvalue()
 
 
@@ -152,10 +153,9 @@ def test_hostile_inputs_change_nothing(tmp_path: Path) -> None:
             assert ended(restore, folder) == (0, ""), case
         else:
             assert status == 2
-            lines = told.splitlines()
-            assert lines[0].startswith(("checkpoint: ", "set: ")), case
-            assert all(line.startswith("  - ") for line in lines[1:]), (case, lines)
-            assert len(max(lines, key=len)) < 2000, case
+            (line,) = told.splitlines()
+            assert line.startswith(("checkpoint: ", "set: ")), (case, line)
+            assert len(line) < 4000, case
         assert digests(tmp_path) == before, case
         assert time.monotonic() - begun < SECONDS_EACH, case
         path.write_bytes(valid[path])

@@ -53,6 +53,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_a_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {f"neutralize/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
     expected |= {f"neutralize/{name}" for name in ("py.typed", "_build.json", "data/gpl-3.0.txt")}
+    expected |= {f"neutralize/pages/templates/{path.name}" for path in (PACKAGE / "pages" / "templates").iterdir()}
     info = f"neutralize-{PROJECT['version']}.dist-info"
     expected |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")}
     expected |= {f"{info}/licenses/LICENSE"}

@@ -65,7 +65,8 @@ def print_table(table: Table) -> None:
         console.print(*parts, sep="\n")
         return
     with console.capture() as captured:
-        console.print(*parts, sep="\n")
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, Text))  # a line with a path in it stays one
     print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
 
 
