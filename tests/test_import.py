@@ -24,7 +24,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def imports(tmp_path_factory):
-    """Three fresh processes that import torch, then neutralize; the last two find bytecode, as where it is installed."""
+    """Three fresh processes that import torch, then neutralize; the last two find bytecode, as when installed."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-c", PROGRAM]
