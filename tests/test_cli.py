@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pty
 import re
 import shlex
-import struct
 import subprocess
 import sys
-import termios
 import types
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +17,7 @@ import checkpoints
 import pytest
 import typer
 from safetensors.torch import save_file
+from terminals import on_terminal
 from typer.testing import CliRunner
 
 import neutralize
@@ -209,26 +207,13 @@ for environment in ({}, {"NO_COLOR": "1"}, {"TERM": "dumb"}):
 
 def test_a_terminal_of_80_columns(plain):
     """With colour, without it, and on one that can do nothing but print letters."""
-    master, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
     source = Path(neutralize.__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
     environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join([str(source), str(Path(__file__).parent)])}
     command = [sys.executable, "-c", PROGRAM, str(plain)]
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, cwd=plain)
-    os.close(terminal)
-    seen = b""
-    while True:
-        try:
-            block = os.read(master, 65536)
-        except OSError:  # Linux says EIO where the other end is closed
-            break
-        if not block:
-            break
-        seen += block
-    os.close(master)
-    assert process.wait() == 0, seen.decode()
-    parts = re.split(r"\$ (\{.*?\}) (\w+)\r\n", seen.decode())[1:]
+    status, seen = on_terminal(command, columns=80, streams="stdin stdout stderr", env=environment, cwd=plain)
+    assert status == 0, seen
+    parts = re.split(r"\$ (\{.*?\}) (\w+)\r\n", seen)[1:]
     shown = list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
     assert len(shown) == 15
     for environment, command, text in shown:

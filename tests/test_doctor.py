@@ -2,13 +2,13 @@
 
 import json
 import os
-import pty
 import subprocess
 import sys
 from importlib import metadata
 
 import pytest
 import torch
+from terminals import on_terminal
 
 import neutralize as nz
 from neutralize import doctor
@@ -56,24 +56,12 @@ def test_prints_plain_lines_into_a_pipe():
 
 
 def test_prints_colour_on_a_terminal():
-    master, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen(COMMAND, stdout=terminal, env=environment)
-    os.close(terminal)
-    text = b""
-    while True:
-        try:
-            block = os.read(master, 65536)
-        except OSError:  # Linux says EIO where the other end is closed
-            break
-        if not block:
-            break
-        text += block
-    os.close(master)
-    assert process.wait() == 0
-    assert b"\x1b[1m" in text
-    assert VERSION.encode() in text
+    status, text = on_terminal(COMMAND, env=environment)
+    assert status == 0
+    assert "\x1b[1m" in text
+    assert VERSION in text
 
 
 def less(part, **facts):
