@@ -296,3 +296,20 @@ class Flipped(nn.Module):
 
     def forward(self, x):
         return x.flip(-1) + self.lin(x)
+
+
+def small_llama(**changes):
+    """A Llama of transformers, 32 features wide, the same in every call with the same changes to its config."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, **changes})).eval()

@@ -3,8 +3,8 @@
 import peft
 import pytest
 import torch
-import transformers
 from bits import refusal
+from networks import small_llama
 from torch import nn
 
 import neutralize as nz
@@ -22,17 +22,7 @@ KINDS = {
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama(num_hidden_layers=2)
 
 
 def adapted(config=KINDS["lora"], *others: str) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 import torchvision
 import transformers
 from bits import refusal
-from networks import perturbed
+from networks import perturbed, small_llama
 from torch import nn
 
 import neutralize as nz
@@ -27,18 +27,7 @@ WORDS = "[UNK] [EOS] the a cat dog sat ran on mat road and is was red blue".spli
 
 
 def llama(*, tied: bool = False, words: int = 64) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=words,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    return perturbed(transformers.LlamaForCausalLM(config)).eval()
+    return perturbed(small_llama(vocab_size=words, tie_word_embeddings=tied))
 
 
 def run(model: nn.Module) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from bits import refusal
-from networks import perturbed
+from networks import perturbed, small_llama
 from torch import nn
 
 import neutralize as nz
@@ -17,18 +17,7 @@ IDS = {"input_ids": torch.arange(20).reshape(2, 10) * 7 % 90 + 5}
 
 
 def llama(tied: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    return perturbed(transformers.LlamaForCausalLM(config)).to(torch.bfloat16).eval()
+    return perturbed(small_llama(vocab_size=99, tie_word_embeddings=tied)).to(torch.bfloat16).eval()
 
 
 def on_cpu(model: nn.Module, folder: Path) -> nn.Module:
