@@ -166,6 +166,9 @@ def test_a_file_that_one_process_lacks_fails_both_at_once(two, llama, tmp_path):
     assert (code, other_code) == (2, 2)
     assert "expected a file of UTF-8 text" in err
     assert time.monotonic() - began < 60
+    log = tmp_path / "log.jsonl"  # the next sweep is shared as ever, though one process had begun this one
+    assert [code for code, _, _ in two.run(command, llama, *SHORT, "--log", log, "--quiet")] == [0, 0]
+    assert evaluated(log) == each_layer()
 
 
 def asked_to_end() -> tuple[list[int], list[int], object]:

@@ -120,7 +120,7 @@ class Team:
         """Let the others know, who wait for the next exchange, if this process fails on the way to it."""
         try:
             yield
-        except TeamError:
+        except (TeamError, SystemExit):  # who is asked to end (SIGTERM) cannot wait for others, which are ending too
             raise
         except BaseException as error:
             with suppress(TeamError):

@@ -36,7 +36,7 @@ _LEAST_TIMEOUT = 300.0
 """Seconds that it waits in any case."""
 
 _PHASES = itertools.count()
-"""Numbers the phases of all sweeps of a process, so that each has a queue of its own."""
+"""Numbers the phases of all sweeps of a process, so that each has a queue of its own; see ``Crew.begin``."""
 
 
 class Crew:
@@ -98,7 +98,10 @@ class Crew:
 
     def begin(self) -> None:
         """Begin a phase: work that all processes share, or that each does in full."""
-        self._phase, self._heard = next(_PHASES), 0
+        number = next(_PHASES)
+        # Where a sweep failed in one process, others may have begun phases that it has not: the largest is new to all.
+        self._phase = number if self._team is None else max(self._exchange("a phase", number))
+        self._heard = 0
 
     def share(self, items: Sequence[Item]) -> Iterator[Item]:
         """Yield those of the items that this process is to work on, one when the one before is done.
