@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 
 #include "../checks.h"
 #include "kernels.h"
@@ -20,8 +21,15 @@ constexpr int64_t kGrainBytes = 512 << 10;    // what makes a thread worth wakin
 constexpr int64_t kPieceBytes = 4 << 20;      // what it takes at a time, at most
 constexpr int64_t kStreamRunBytes = 4 << 10;  // shorter runs are not worth a fence
 
-// Jobs laid end to end as bytes, in one parallel region: body(job, first byte, last byte). The threads take pieces in
-// turn, so that one which is held up costs a piece and not its share of the whole.
+// What is left of one thread's share of the bytes; on a cache line of its own, since others look at it only at the end.
+struct alignas(kLine) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Jobs laid end to end as bytes, in one parallel region: body(job, first byte, last byte). A thread works on the same
+// bytes at every call of the same size, since its cache may still hold them, and then takes pieces of what others have
+// left, so that a thread which is held up costs a piece and not its share.
 template <typename Job, typename Bytes, typename Body>
 void for_all_bytes(const std::vector<Job>& jobs, const Bytes& bytes_of, const Body& body) {
   int64_t total = 0;
@@ -36,16 +44,25 @@ void for_all_bytes(const std::vector<Job>& jobs, const Bytes& bytes_of, const Bo
   ends.reserve(jobs.size());
   int64_t end_of_job = 0;
   for (const Job& job : jobs) ends.push_back(end_of_job += bytes_of(job));
-  const int64_t piece = std::min(kPieceBytes, total / (8 * threads) + 1);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < total;) {
-      const int64_t end = std::min(begin + piece, total);
-      auto at = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
-      for (; at < jobs.size(); ++at) {
-        const int64_t job_begin = at == 0 ? 0 : ends[at - 1];
-        if (job_begin >= end) break;
-        body(jobs[at], std::max(begin, job_begin) - job_begin, std::min(end, ends[at]) - job_begin);
+  const std::unique_ptr<Share[]> shares(new Share[threads]);
+  const int64_t share_bytes = total / threads + 1;
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    shares[thread].next = thread * share_bytes;
+    shares[thread].end = std::min((thread + 1) * share_bytes, total);
+  }
+  const int64_t piece = std::min(kPieceBytes, share_bytes / 8 + 1);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t) {
+    for (int64_t turn = 0; turn < threads; ++turn) {
+      Share& share = shares[(first_thread + turn) % threads];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int64_t begin = share.next.fetch_add(piece, std::memory_order_relaxed);
+        const int64_t end = std::min(begin + piece, share.end);
+        auto at = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
+        for (; at < jobs.size(); ++at) {
+          const int64_t job_begin = at == 0 ? 0 : ends[at - 1];
+          if (job_begin >= end) break;
+          body(jobs[at], std::max(begin, job_begin) - job_begin, std::min(end, ends[at]) - job_begin);
+        }
       }
     }
   });
