@@ -1,24 +1,25 @@
-"""What nvcc makes of the CUDA kernels, for every architecture that ships: read from the machine code and ptxas.
+"""The CUDA kernels as machine code, of every architecture that ships: read from the extension that is built.
 
 None of this runs a kernel. It shows that accesses are wide, that nothing spills and nothing is contracted; never speed.
 """
 
-import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+import neutralize
+
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = (75, 80, 86, 89, 90, 100, 120)  # as DEFAULT_ARCHS in setup.py
-FLAGS = ["-cubin", "-O3", "--fmad=false", "-Xptxas", "-v"]  # as in setup.py
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.+?)\s*;")  # without its predicate
 STORAGES = 6
 TABLES = 2  # kernel parameters of 4 KiB and of 32 KiB
 THREADS = 256
@@ -52,7 +53,7 @@ class Kernel:
     table_bytes: int
     registers: int = 0
     stack_bytes: int = -1
-    spill_bytes: int = -1
+    local_bytes: int = -1
     shared_bytes: int = 0
     instructions: list[str] = field(default_factory=list)  # without predicates: "LDG.E.128 R4, [R2.64]"
 
@@ -83,83 +84,55 @@ def describe(mangled: str) -> Kernel:
     return Kernel(operation, sizes[builtin or storage], int(table))
 
 
-def disassembler() -> str:
-    """Return nvdisasm: of the toolkit, of PyPI's nvidia-cuda-nvdisasm, or the one that comes with Triton."""
+def cuobjdump() -> str:
+    """Return cuobjdump: of the toolkit, or the one that comes with Triton, which CUDA builds of PyTorch require."""
     packages = Path(sysconfig.get_paths()["purelib"])
     nvcc = Path(shutil.which("nvcc") or "nvcc")
     candidates = [
-        shutil.which("nvdisasm"),
-        nvcc.resolve().with_name("nvdisasm"),
-        *sorted(packages.glob("nvidia/*/bin/nvdisasm"), reverse=True),
-        *packages.glob("triton/backends/nvidia/bin/nvdisasm"),
+        *packages.glob("triton/backends/nvidia/bin/cuobjdump"),
+        shutil.which("cuobjdump"),
+        nvcc.resolve().with_name("cuobjdump"),
     ]
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK):
             return str(candidate)
-    raise AssertionError("nvcc is here but no nvdisasm: pip install nvidia-cuda-nvdisasm")
-
-
-def compile_and_read(arch: int, directory: Path) -> dict[str, Kernel]:
-    """Compile kernels.cu for one architecture and read the cubin; both are kept under build/."""
-    cubin, log, sass = (directory / f"sm_{arch}.{suffix}" for suffix in ("cubin", "log", "sass"))
-    if not sass.exists():
-        partial = cubin.with_suffix(f".{os.getpid()}.cubin")
-        source = ROOT / "csrc" / "cuda" / "kernels.cu"
-        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        command = ["nvcc", *FLAGS, target, "-o", str(partial), str(source)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"sm_{arch}: {result.stderr[-4000:]}"
-        log.write_text(result.stderr)
-        partial.replace(cubin)
-        listing = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=False)
-        assert listing.returncode == 0, f"nvdisasm, sm_{arch}: {listing.stderr[-2000:]}"
-        written = sass.with_suffix(f".{os.getpid()}.sass")
-        written.write_text(listing.stdout)
-        written.replace(sass)
-    kernels: dict[str, Kernel] = {}
-    name = ""
-    for line in log.read_text().splitlines():
-        if entry := re.search(r"Compiling entry function '(\w+)'", line):
-            name = entry[1]
-            kernels[name] = describe(name)
-        elif numbers := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            if name in kernels:
-                kernels[name].stack_bytes = int(numbers[1])
-                kernels[name].spill_bytes = int(numbers[2]) + int(numbers[3])
-        elif used := re.search(r"Used (\d+) registers", line):
-            kernels[name].registers = int(used[1])
-            if shared := re.search(r"(\d+) bytes smem", line):
-                kernels[name].shared_bytes = int(shared[1])
-    for line in sass.read_text().splitlines():
-        if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line) or re.match(r"\.text\.(\w+):", line):
-            name = section[1]
-        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.+?)\s*;", line):
-            kernels[name].instructions.append(code[1])
-    return kernels
+    raise AssertionError("the CUDA kernels are built, but there is no cuobjdump to read them with: pip install triton")
 
 
 @pytest.fixture(scope="session")
 def kernels() -> dict[int, dict[str, Kernel]]:
-    """The kernels of every architecture. Compiled at most once per source text."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on PATH to compile the CUDA kernels with")
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256((version + repr(FLAGS)).encode())
-    for path in sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    directory = ROOT / "build" / "sass" / digest.hexdigest()[:16]
-    directory.mkdir(parents=True, exist_ok=True)
-    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    archs = [arch for arch in ARCHS if f"sm_{arch}" in known.split()]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(archs, pool.map(lambda arch: compile_and_read(arch, directory), archs), strict=True))
+    """The kernels of every architecture in the extension that is built, by name."""
+    package = Path(str(neutralize.__file__)).parent
+    record = json.loads((package / "_build.json").read_text())
+    binaries = list(package.glob("_cuda*.so"))
+    if not record["cuda"] or not binaries:
+        pytest.skip(f"no CUDA kernels in this build: {record['cuda_reason']}")
+    if record["debug"]:
+        pytest.skip("a build with DEBUG=1 is not what ships")
+    command = [cuobjdump(), "-res-usage", "-sass", str(binaries[0])]
+    found: dict[int, dict[str, Kernel]] = {}
+    arch, kernel = 0, Kernel("", 0, 0)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if code := INSTRUCTION.match(line):
+                kernel.instructions.append(code[1])
+            elif target := re.match(r"arch = sm_(\d+)", line):
+                arch = int(target[1])
+            elif name := re.match(r"\s*Function ?:? ?(\w+)", line):
+                kernel = found.setdefault(arch, {}).setdefault(name[1], describe(name[1]))
+            elif numbers := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+                kernel.registers, kernel.stack_bytes, kernel.shared_bytes, kernel.local_bytes = map(
+                    int, numbers.groups()
+                )
+    assert process.returncode == 0, f"{command}: exit status {process.returncode}"
+    return found
 
 
 @pytest.fixture(params=ARCHS, ids="sm_{}".format)
 def compiled(request: pytest.FixtureRequest, kernels: dict[int, dict[str, Kernel]]) -> tuple[int, list[Kernel]]:
     """One architecture and its kernels."""
     if request.param not in kernels:
-        pytest.skip(f"this nvcc does not know sm_{request.param}")
+        pytest.skip(f"this build has nothing for sm_{request.param}")
     return request.param, list(kernels[request.param].values())
 
 
@@ -180,7 +153,7 @@ def test_every_kernel_is_there_and_was_read(compiled):
 
 def test_no_local_memory(compiled):
     for kernel in compiled[1]:
-        assert (kernel.stack_bytes, kernel.spill_bytes) == (0, 0), kernel
+        assert (kernel.stack_bytes, kernel.local_bytes) == (0, 0), kernel  # what is spilled lies on the stack
         assert not kernel.matching(r"LDL|STL"), kernel
 
 
@@ -221,10 +194,11 @@ def test_nothing_is_contracted_flushed_or_shuffled(compiled):
 
 def test_nothing_divides_in_64_bits(compiled):
     for kernel in compiled[1]:
-        # Either a routine is called: a call of a label is a jump in disguise, and returns nowhere; a routine has a RET.
+        # Either a routine is called, and returns: a call without a RET is a jump in disguise, within the kernel.
         assert not kernel.matching(r"RET"), kernel
         for call in (text for text in kernel.instructions if text.startswith("CALL")):
-            assert "`(.L_" in call, f"{kernel}: {call}"
+            assert re.match(r"CALL\.REL\.NOINC 0x", call), f"{kernel}: {call}"
+            assert int(call.split()[1], 16) < 16 * len(kernel.instructions), f"{kernel}: {call}"
         # Or a reciprocal is refined in place: those that are there are of 32 bits.
         assert not kernel.matching(r"(I2F|F2I|I2FP)\S*64"), kernel
         assert kernel.operation != "RescaleFold" or not kernel.matching(r"MUFU\.RCP"), kernel
