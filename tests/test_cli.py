@@ -91,6 +91,39 @@ def test_every_example_parses(name, example):
         assert context.params
 
 
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("--help", 0, "Switch layers of PyTorch models off in place"),
+        ("--version", 0, metadata.version("neutralize")),
+        ("plan --hlep", 2, "No such option: --hlep"),
+        ("in|", 0, "inspect\ninfluence"),
+        ("plan {folder} --la|", 0, "--layers"),
+        ("plan {folder} --strategy pa|", 0, "passthrough"),
+        ("plan {folder} --layers co|", 0, "conv"),
+        ("plan {folder}/model-00001-of-00002.safetensors --layers fp|", 0, "fp8"),
+    ],
+)
+def test_who_asks_for_help_or_a_completion_does_not_wait_for_pytorch(tmp_path, line, status, said):
+    checkpoints.save(tmp_path, shards=2)
+    words = line.format(folder=tmp_path).rstrip("|").split()
+    environment = {**os.environ, "PYTHONPATH": str(Path(neutralize.__file__).parents[1])}
+    if line.endswith("|"):
+        environment |= {"_NEUTRALIZE_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words))}
+        environment["COMP_WORDS"], words = " ".join(["neutralize", *words]), []
+    script = Path(sys.executable).parent / "neutralize"
+    for program in (["-m", "neutralize"], [str(script)])[: 1 + (line == "--version" and script.exists())]:
+        command = [sys.executable, "-X", "importtime", *program, *words]
+        told = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert told.returncode == status, told.stderr
+        assert said in told.stdout + told.stderr
+        imported = {
+            entry.rpartition("|")[2].strip() for entry in told.stderr.splitlines() if entry.startswith("import ")
+        }
+        assert "neutralize.cli" in imported
+        assert not {"torch", "numpy", "neutralize.api"} & imported
+
+
 # ---- what cannot be carried out ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -230,15 +263,24 @@ def test_a_terminal_of_80_columns(plain):
     assert any("\x1b[1m" in text for environment, command, text in shown if environment == "{}")
 
 
-def test_a_bar_on_the_terminal_takes_nothing_from_a_pipe(tmp_path):
-    checkpoints.save(tmp_path)
+def test_the_command_as_it_is_run_with_a_model_of_the_users(plain):
+    """Its bar on the terminal takes nothing from the pipe; and its module has all names of the package."""
+    (plain / "user.py").write_text(
+        "import neutralize as nz\n"
+        "from neutralize import *\n"
+        "assert all(getattr(nz, name) is getattr(nz.api, name) for name in nz.__all__)\n"
+        "assert callable(plan) and callable(nz.verify)\n"  # names of modules too, which are none
+        "from checkpoints import own_model\n"
+    )
     master, terminal = pty.openpty()
-    command = [sys.executable, "-m", "neutralize", "status", str(tmp_path)]
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    printed = subprocess.check_output(command, stderr=terminal, text=True, env=environment)
+    options = ("--model", "user:own_model", "--layers", "1", "--json")
+    command = [sys.executable, "-m", "neutralize", "verify", str(plain), *options]
+    path = os.pathsep.join([str(Path(neutralize.__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": path}
+    printed = subprocess.check_output(command, stderr=terminal, text=True, env=environment, cwd=plain)
     os.close(terminal)
     os.close(master)
-    assert printed == f"{tmp_path}: intact\n"
+    assert json.loads(printed)["exact"]
 
 
 # ---- what the shell completes --------------------------------------------------------------------------------------
@@ -255,7 +297,7 @@ def test_commands_options_strategies_and_layers_are_completed(monkeypatch, tmp_p
     assert completed(monkeypatch, "in") == ["inspect", "influence"]
     assert "--layers" in completed(monkeypatch, "plan", "--la")
     assert completed(monkeypatch, "plan", "x", "--strategy", "pa") == ["passthrough"]
-    assert {*completed(monkeypatch, "plan", "x", "--strategy", "z"), "mean"} <= STRATEGIES.keys()
+    assert {*completed(monkeypatch, "plan", "x", "--strategy", ""), "mean"} == STRATEGIES.keys()
     assert completed(monkeypatch, "plan", "x", "--strategy", "damp", "--option", "fa") == ["factor="]
     assert completed(monkeypatch, "plan", str(tmp_path), "--layers", "co") == ["conv"]
     assert completed(monkeypatch, "plan", str(tmp_path / "absent"), "--layers", "co") == []

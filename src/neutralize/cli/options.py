@@ -10,21 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import neutralize
+
 if TYPE_CHECKING:
     from neutralize.checkpoint import Checkpoint
 
 
-def _strategies() -> list[str]:
-    from neutralize.strategies import STRATEGIES
-
-    return [name for name in STRATEGIES if name != "mean"]  # it takes batches, which no command line gives
+STRATEGIES = ("auto", "passthrough", "zero", "constant", "damp")
+"""Those that a command line can give all they need: without ``mean``, which takes batches."""
 
 
-def _layers_of(checkpoint: str) -> Iterator[str]:
-    """The modules that a checkpoint names in its tensors: only headers are read, no model is built."""
-    from neutralize.checkpoint import Checkpoint
+def _layers_of(checkpoint: Path) -> Iterator[str]:
+    """The modules of a checkpoint: of safetensors and of shards as their headers name tensors, without PyTorch."""
+    from neutralize.checkpoint.headers import stored_names
 
-    for tensor in Checkpoint(checkpoint).layout.tensors:
+    stored = stored_names(checkpoint)
+    if stored is None:
+        neutralize._load()
+        subject = neutralize.Checkpoint(checkpoint)
+        # A GGUF file has names of its own, which no option takes: those of its model take seconds.
+        stored = list(subject.model.state_dict() if subject.layout.kind.startswith("GGUF") else subject.layout.tensors)
+    for tensor in stored:
         parts = tensor.split(".")
         yield from (".".join(parts[:count]) for count in range(1, len(parts)))
 
@@ -34,7 +40,7 @@ def complete_layers(ctx: typer.Context, incomplete: str) -> list[str]:
     given = [ctx.params.get("checkpoint"), ctx.params.get("model"), *ctx.args]  # the last: not yet parsed to the end
     path = next((each for each in given if each), None)
     try:
-        names = {} if path is None else dict.fromkeys(_layers_of(str(path)))
+        names = {} if path is None else dict.fromkeys(_layers_of(Path(path)))
     except Exception:  # a shell that waits for an answer cannot be told why there is none
         return []
     depth = incomplete.count(".")
@@ -45,9 +51,8 @@ def complete_options(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete a parameter of the strategy that is named already."""
     from dataclasses import fields
 
-    from neutralize.strategies import STRATEGIES
-
-    kind: Any = STRATEGIES.get(ctx.params.get("strategy") or "auto")
+    neutralize._load()
+    kind: Any = neutralize.STRATEGIES.get(ctx.params.get("strategy") or "auto")
     return [f"{entry.name}=" for entry in fields(kind) if entry.name.startswith(incomplete)] if kind else []
 
 
@@ -66,7 +71,10 @@ Layers = Annotated[
 StrategyName = Annotated[
     str,
     typer.Option(
-        "--strategy", metavar="NAME", help="auto, passthrough, zero, constant or damp.", autocompletion=_strategies
+        "--strategy",
+        metavar="NAME",
+        help=f"{', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}.",
+        autocompletion=lambda: list(STRATEGIES),
     ),
 ]
 StrategyOptions = Annotated[

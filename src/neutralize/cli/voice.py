@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+import neutralize
 from neutralize.cli.printing import one_line
 from neutralize.errors import NeutralizeError
 
@@ -25,6 +26,11 @@ UNEXPECTED = 70
 
 class Command(TyperCommand):
     """A command whose epilog is examples, one a line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it, with all names of the package: whoever asks only for help does not wait for them."""
+        neutralize._load()
+        return super().invoke(ctx)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples as they are to be typed."""
