@@ -131,6 +131,7 @@ def test_who_asks_for_help_or_a_completion_does_not_wait_for_pytorch(tmp_path, l
         (["dotcor"], "No such command 'dotcor'. Did you mean 'doctor'?; see neutralize --help"),
         (["restore", "x", "--al"], "neutralize restore: No such option: --al"),
         (["restore"], "neutralize restore: Missing argument"),
+        (["plan", "x", "--layers"], "neutralize plan: Option '--layers' requires an argument; see neutralize plan"),
         (["bench", "--most", "many"], "neutralize bench: Invalid value for '--most'"),
         (["bench", "--only", "nothing"], "bench: expected a part of a case's name for --only, got 'nothing'"),
         (["status", "/nowhere\n/at all"], "checkpoint: expected a folder or a file, got nothing at '/nowhere\\n/at"),
@@ -138,6 +139,47 @@ def test_who_asks_for_help_or_a_completion_does_not_wait_for_pytorch(tmp_path, l
 )
 def test_a_refusal_is_one_line(arguments, said):
     assert said in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan no --layers 1 --strategy mean", "got 'mean', which needs batches; give that in Python"),
+        ("plan no --layers 1 --strategy damp", "expected --option factor=VALUE for strategy 'damp', got none; give it"),
+        ("plan no --layers 1 --strategy zreo", "got 'zreo'; did you mean 'zero'?"),
+        ("plan no --layers 1 --save no/p.json", "plan: expected a file for --save in a folder that can be written"),
+        ("influence no --strategy damp", "got 'damp', which needs factor; give that in Python"),
+        ("influence no --text no.txt", "UTF-8 text for text, got 'no.txt' (No such file or directory); give another"),
+        ("influence no --device cuda:9999", "influence: expected a device of this machine for device, got 'cuda:9999'"),
+    ],
+)
+def test_what_needs_no_model_is_checked_before_one_is_looked_for(line, said):
+    assert said in refused(*line.split())
+
+
+def test_a_plan_is_a_file_that_appears_whole(plain, tmp_path):
+    (tmp_path / "other").write_text("hello")
+    applied = ("apply", plain, *OWN, "--dry-run", "--plan")
+    assert f"plan: expected a plan in '{tmp_path / 'no'}', got No such file" in refused(*applied, tmp_path / "no")
+    assert f"plan: expected a plan in '{tmp_path / 'other'}', got something" in refused(*applied, tmp_path / "other")
+    planned = ("plan", plain, *OWN, "--layers", "1", "--save")
+    assert "got '/dev/full' (something else is there)" in refused(*planned, "/dev/full")
+    run(*planned, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert json.loads(run(*applied, tmp_path / "other", "--json").stdout)["state"] == "untouched"
+
+
+def test_nothing_is_intact_that_is_no_checkpoint(plain, tmp_path):
+    assert "got a folder without any" in refused("status", tmp_path, "--json")
+    cut = tmp_path / "model.safetensors"
+    cut.write_bytes((plain / "model.safetensors").read_bytes()[:-1])
+    assert "it was cut off or damaged" in refused("status", cut)
+    assert run("status", cut, "--quick").stdout == f"{cut}: intact\n"  # the journal says nothing else
+
+
+def test_inspect_refuses_what_it_would_not_show(plain):
+    assert "got 'x*', which none has; near matches: 0.bias" in refused("inspect", plain, "--match", "x*", "--json")
+    assert "expected --layers or --match, got both" in refused("inspect", plain, "--match", "*", "--layers", "1")
 
 
 def test_near_matches_are_named(plain):

@@ -127,3 +127,34 @@ def opened(path: Path, factory: str | None = None) -> Checkpoint:
     if factory is not None and "" not in sys.path:
         sys.path.insert(0, "")  # as python -m does: a module of one's own lies where one works
     return Checkpoint(path, factory=factory)
+
+
+def check_strategy(name: str, options: dict[str, Any] | None = None) -> None:
+    """Check that a strategy is there and has the parameters that it needs, before a model is waited for.
+
+    Args:
+        name: as it was given.
+        options: its parameters; ``None``: there is no way to give any.
+
+    Raises:
+        NeutralizeError: it is none, takes what no command line gives, or its parameters are others.
+    """
+    from dataclasses import MISSING, fields
+
+    from neutralize.errors import NeutralizeError
+    from neutralize.strategies import STRATEGIES as KINDS
+    from neutralize.strategies import resolve
+
+    kind: Any = KINDS.get(name)
+    known = fields(kind) if kind else ()
+    missing = [entry.name for entry in known if entry.default is MISSING and entry.name not in (options or {})]
+    if options and not {entry.name for entry in known}.issuperset(options):
+        missing = []  # an option that it does not have is told first
+    if missing and options is not None and name in STRATEGIES:
+        raise NeutralizeError(f"plan: expected --option {missing[0]}=VALUE for strategy {name!r}, got none; give it")
+    if missing:
+        raise NeutralizeError(
+            f"plan: expected a strategy that needs nothing more for --strategy, got {name!r}, which needs "
+            f"{missing[0]}; give that in Python"
+        )
+    resolve(name, options or {})

@@ -27,6 +27,15 @@ UNEXPECTED = 70
 class Command(TyperCommand):
     """A command whose epilog is examples, one a line."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read its words; what is wrong with them is told as of this command."""
+        try:
+            return super().parse_args(ctx, args)
+        except _ClickException as error:
+            if getattr(error, "ctx", None) is None:
+                error.ctx = ctx
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         """Run it, with all names of the package: whoever asks only for help does not wait for them."""
         neutralize._load()
