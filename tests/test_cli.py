@@ -203,6 +203,23 @@ def test_debug_shows_the_traceback_and_the_same_line_and_status(arguments):
     assert told[-1] == refused("status", "/nowhere")
 
 
+def test_an_output_that_cannot_be_written_is_one_line_and_one_that_nobody_reads_is_none():
+    environment = {**os.environ, "PYTHONPATH": str(Path(neutralize.__file__).parents[1])}
+    command = [sys.executable, "-m", "neutralize", "--version"]
+    full = subprocess.run(
+        f"{shlex.join(command)} >/dev/full", shell=True, capture_output=True, text=True, env=environment
+    )
+    said = "neutralize: expected files and an output that can be used, got No space left on device; check them\n"
+    assert (full.returncode, full.stderr) == (2, said)
+    unread, unwritten = os.pipe()
+    os.close(unread)
+    broken = subprocess.run(command, stdout=unwritten, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(unwritten)
+    assert (broken.returncode, broken.stderr) == (1, "")
+    closed = subprocess.run(f"{shlex.join(command)} >&-", **options)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
 def test_after_two_dashes_debug_is_a_name():
     assert "nothing at '--debug'" in refused("status", "--", "--debug")
 
