@@ -101,7 +101,7 @@ def test_alike_blocks_are_analysed_once(llama, monkeypatch):
     block = found(anatomy(llama).entries, "model.layers.0")
     assert block.names == ("model.layers.0", "model.layers.1", "model.layers.2")
     assert not [layer for layer in drafted if layer.startswith(("model.layers.1", "model.layers.2"))]
-    assert drafted.count("model.layers.0") == len(strategies)
+    assert drafted.count("model.layers.0") == len(strategies)  # each once: a second time would take an export
 
 
 class Counting:

@@ -91,6 +91,39 @@ def test_every_example_parses(name, example):
         assert context.params
 
 
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("--help", 0, "Switch layers of PyTorch models off in place"),
+        ("--version", 0, metadata.version("neutralize")),
+        ("plan --hlep", 2, "No such option: --hlep"),
+        ("in|", 0, "inspect\ninfluence"),
+        ("plan {folder} --la|", 0, "--layers"),
+        ("plan {folder} --strategy pa|", 0, "passthrough"),
+        ("plan {folder} --layers co|", 0, "conv"),
+        ("plan {folder}/model-00001-of-00002.safetensors --layers fp|", 0, "fp8"),
+    ],
+)
+def test_who_asks_for_help_or_a_completion_does_not_wait_for_pytorch(tmp_path, line, status, said):
+    checkpoints.save(tmp_path, shards=2)
+    words = line.format(folder=tmp_path).rstrip("|").split()
+    environment = {**os.environ, "PYTHONPATH": str(Path(neutralize.__file__).parents[1])}
+    if line.endswith("|"):
+        environment |= {"_NEUTRALIZE_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words))}
+        environment["COMP_WORDS"], words = " ".join(["neutralize", *words]), []
+    script = Path(sys.executable).parent / "neutralize"
+    for program in (["-m", "neutralize"], [str(script)])[: 1 + (line == "--version" and script.exists())]:
+        command = [sys.executable, "-X", "importtime", *program, *words]
+        told = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert told.returncode == status, told.stderr
+        assert said in told.stdout + told.stderr
+        imported = {
+            entry.rpartition("|")[2].strip() for entry in told.stderr.splitlines() if entry.startswith("import ")
+        }
+        assert "neutralize.cli" in imported
+        assert not {"torch", "numpy", "neutralize.api"} & imported
+
+
 # ---- what cannot be carried out ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -98,6 +131,7 @@ def test_every_example_parses(name, example):
         (["dotcor"], "No such command 'dotcor'. Did you mean 'doctor'?; see neutralize --help"),
         (["restore", "x", "--al"], "neutralize restore: No such option: --al"),
         (["restore"], "neutralize restore: Missing argument"),
+        (["plan", "x", "--layers"], "neutralize plan: Option '--layers' requires an argument; see neutralize plan"),
         (["bench", "--most", "many"], "neutralize bench: Invalid value for '--most'"),
         (["bench", "--only", "nothing"], "bench: expected a part of a case's name for --only, got 'nothing'"),
         (["status", "/nowhere\n/at all"], "checkpoint: expected a folder or a file, got nothing at '/nowhere\\n/at"),
@@ -105,6 +139,47 @@ def test_every_example_parses(name, example):
 )
 def test_a_refusal_is_one_line(arguments, said):
     assert said in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan no --layers 1 --strategy mean", "got 'mean', which needs batches; give that in Python"),
+        ("plan no --layers 1 --strategy damp", "expected --option factor=VALUE for strategy 'damp', got none; give it"),
+        ("plan no --layers 1 --strategy zreo", "got 'zreo'; did you mean 'zero'?"),
+        ("plan no --layers 1 --save no/p.json", "plan: expected a file for --save in a folder that can be written"),
+        ("influence no --strategy damp", "got 'damp', which needs factor; give that in Python"),
+        ("influence no --text no.txt", "UTF-8 text for text, got 'no.txt' (No such file or directory); give another"),
+        ("influence no --device cuda:9999", "influence: expected a device of this machine for device, got 'cuda:9999'"),
+    ],
+)
+def test_what_needs_no_model_is_checked_before_one_is_looked_for(line, said):
+    assert said in refused(*line.split())
+
+
+def test_a_plan_is_a_file_that_appears_whole(plain, tmp_path):
+    (tmp_path / "other").write_text("hello")
+    applied = ("apply", plain, *OWN, "--dry-run", "--plan")
+    assert f"plan: expected a plan in '{tmp_path / 'no'}', got No such file" in refused(*applied, tmp_path / "no")
+    assert f"plan: expected a plan in '{tmp_path / 'other'}', got something" in refused(*applied, tmp_path / "other")
+    planned = ("plan", plain, *OWN, "--layers", "1", "--save")
+    assert "got '/dev/full' (something else is there)" in refused(*planned, "/dev/full")
+    run(*planned, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert json.loads(run(*applied, tmp_path / "other", "--json").stdout)["state"] == "untouched"
+
+
+def test_nothing_is_intact_that_is_no_checkpoint(plain, tmp_path):
+    assert "got a folder without any" in refused("status", tmp_path, "--json")
+    cut = tmp_path / "model.safetensors"
+    cut.write_bytes((plain / "model.safetensors").read_bytes()[:-1])
+    assert "it was cut off or damaged" in refused("status", cut)
+    assert run("status", cut, "--quick").stdout == f"{cut}: intact\n"  # the journal says nothing else
+
+
+def test_inspect_refuses_what_it_would_not_show(plain):
+    assert "got 'x*', which none has; near matches: 0.bias" in refused("inspect", plain, "--match", "x*", "--json")
+    assert "expected --layers or --match, got both" in refused("inspect", plain, "--match", "*", "--layers", "1")
 
 
 def test_near_matches_are_named(plain):
@@ -126,6 +201,23 @@ def test_debug_shows_the_traceback_and_the_same_line_and_status(arguments):
     told = run(*arguments, status=2).stderr.splitlines()
     assert told[0] == "Traceback (most recent call last):"
     assert told[-1] == refused("status", "/nowhere")
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_one_that_nobody_reads_is_none():
+    environment = {**os.environ, "PYTHONPATH": str(Path(neutralize.__file__).parents[1])}
+    command = [sys.executable, "-m", "neutralize", "--version"]
+    full = subprocess.run(
+        f"{shlex.join(command)} >/dev/full", shell=True, capture_output=True, text=True, env=environment
+    )
+    said = "neutralize: expected files and an output that can be used, got No space left on device; check them\n"
+    assert (full.returncode, full.stderr) == (2, said)
+    unread, unwritten = os.pipe()
+    os.close(unread)
+    broken = subprocess.run(command, stdout=unwritten, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(unwritten)
+    assert (broken.returncode, broken.stderr) == (1, "")
+    closed = subprocess.run(f"{shlex.join(command)} >&-", **options)
+    assert (closed.returncode, closed.stderr) == (0, "")
 
 
 def test_after_two_dashes_debug_is_a_name():
@@ -230,15 +322,24 @@ def test_a_terminal_of_80_columns(plain):
     assert any("\x1b[1m" in text for environment, command, text in shown if environment == "{}")
 
 
-def test_a_bar_on_the_terminal_takes_nothing_from_a_pipe(tmp_path):
-    checkpoints.save(tmp_path)
+def test_the_command_as_it_is_run_with_a_model_of_the_users(plain):
+    """Its bar on the terminal takes nothing from the pipe; and its module has all names of the package."""
+    (plain / "user.py").write_text(
+        "import neutralize as nz\n"
+        "from neutralize import *\n"
+        "assert all(getattr(nz, name) is getattr(nz.api, name) for name in nz.__all__)\n"
+        "assert callable(plan) and callable(nz.verify)\n"  # names of modules too, which are none
+        "from checkpoints import own_model\n"
+    )
     master, terminal = pty.openpty()
-    command = [sys.executable, "-m", "neutralize", "status", str(tmp_path)]
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    printed = subprocess.check_output(command, stderr=terminal, text=True, env=environment)
+    options = ("--model", "user:own_model", "--layers", "1", "--json")
+    command = [sys.executable, "-m", "neutralize", "verify", str(plain), *options]
+    path = os.pathsep.join([str(Path(neutralize.__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": path}
+    printed = subprocess.check_output(command, stderr=terminal, text=True, env=environment, cwd=plain)
     os.close(terminal)
     os.close(master)
-    assert printed == f"{tmp_path}: intact\n"
+    assert json.loads(printed)["exact"]
 
 
 # ---- what the shell completes --------------------------------------------------------------------------------------
@@ -255,7 +356,7 @@ def test_commands_options_strategies_and_layers_are_completed(monkeypatch, tmp_p
     assert completed(monkeypatch, "in") == ["inspect", "influence"]
     assert "--layers" in completed(monkeypatch, "plan", "--la")
     assert completed(monkeypatch, "plan", "x", "--strategy", "pa") == ["passthrough"]
-    assert {*completed(monkeypatch, "plan", "x", "--strategy", "z"), "mean"} <= STRATEGIES.keys()
+    assert {*completed(monkeypatch, "plan", "x", "--strategy", ""), "mean"} == STRATEGIES.keys()
     assert completed(monkeypatch, "plan", "x", "--strategy", "damp", "--option", "fa") == ["factor="]
     assert completed(monkeypatch, "plan", str(tmp_path), "--layers", "co") == ["conv"]
     assert completed(monkeypatch, "plan", str(tmp_path / "absent"), "--layers", "co") == []

@@ -250,6 +250,14 @@ class Positioned(PreNorm):
         return super().forward(x) if bool((positions - shifted == 1).all()) else x.flip(0)
 
 
+class Causal(PreNorm):
+    """Attends to what came before: the mask is made of known values inside an op that is recorded whole."""
+
+    def forward(self, x):
+        y = self.up(self.norm(x))[None]
+        return x + self.down(nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)[0])
+
+
 class Counted(PreNorm):
     """The same of a tensor that it has written into."""
 
@@ -259,7 +267,9 @@ class Counted(PreNorm):
         return super().forward(x) if float(steps.sum()) == 2.0 else x.flip(0)
 
 
-@pytest.mark.parametrize(("block", "is_quick"), [(RowByRow, False), (Positioned, True), (Counted, False)])
+@pytest.mark.parametrize(
+    ("block", "is_quick"), [(RowByRow, False), (Positioned, True), (Causal, True), (Counted, False)]
+)
 def test_the_plan_of_a_meta_model_is_that_of_the_live_one(block, is_quick):
     model = perturbed(nn.Sequential(block(), block(), nn.Linear(8, 2)))
     meta = copy.deepcopy(model).to("meta")

@@ -4,12 +4,14 @@ import functools
 import hashlib
 import importlib.util
 import io
+import json
 import math
 from dataclasses import replace
 from importlib import resources
 
 import pytest
 import torch
+from click.testing import Result
 from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
@@ -83,6 +85,15 @@ def run(subject: Subject, script: Script, monkeypatch, plan=quick_plan) -> tuple
         return demo.main(script, Console(file=out, width=80, highlight=False)), out.getvalue()
 
 
+def command(subject: Subject, script: Script, monkeypatch, option: str) -> Result:
+    """The same as a command with an option."""
+    with monkeypatch.context() as patch:
+        patch.setattr(nz, "plan", quick_plan)
+        patch.setattr(demo, "load", lambda characters: subject)
+        patch.setattr(demo, "Script", lambda: script)
+        return CliRunner().invoke(cli.app, ["demo", option])
+
+
 def joined(printed: str) -> str:
     """What was printed, with every line break and indentation as one space."""
     return " ".join(printed.split())
@@ -107,9 +118,16 @@ def test_ends_with_0_where_every_proof_holds(tiny, monkeypatch):
 
 def test_ends_with_1_and_names_the_losses_that_are_not_the_known_ones(tiny, monkeypatch):
     wrong = Figure(3.0, 0.5)
-    code, printed = run(tiny, replace(TINY, known={None: wrong, 1: wrong, 2: wrong, 0: Figure(4.0, 1.0)}), monkeypatch)
-    assert code == 1
-    last = joined(printed.split("\n\n")[-1])
+    script = replace(TINY, known={None: wrong, 1: wrong, 2: wrong, 0: Figure(4.0, 1.0)})
+    result = command(tiny, script, monkeypatch, "--json")  # the show is on standard error
+    assert result.exit_code == 1
+    (line,) = result.stdout.splitlines()
+    told = json.loads(line)
+    assert not told["ok"]
+    assert [proof["holds"] for proof in told["proofs"]].count(False) == 3
+    assert len(told["proofs"]) == 13
+    assert told["seconds"] > 0
+    last = joined(result.stderr.split("\n\n")[-1])
     for what in ("of the intact model", "with block 1 off", "with block 2 off"):
         assert f"FAILED: the loss {what} is the known figure (4." in last
     assert last.count("against 3 +- 0.5") == last.count("FAILED") == 3
@@ -125,10 +143,13 @@ def test_ends_with_1_where_restore_loses_a_bit(tiny, monkeypatch):
             next(tiny.model.parameters()).view(torch.int32)[0, 0] += 1
 
     monkeypatch.setattr(Undo, "restore", careless)
-    code, printed = run(tiny, TINY, monkeypatch)
-    assert code == 1
-    assert "FAILED: after restore every bit of every weight is back" in joined(printed)
-    assert "FAILED: at the end every bit of every weight is as it was loaded" in joined(printed)
+    result = command(tiny, TINY, monkeypatch, "--quiet")
+    assert (result.exit_code, result.stderr) == (1, "")
+    *failed, verdict = result.stdout.splitlines()
+    assert all(line.startswith("FAILED: ") for line in failed)
+    assert any("after restore every bit of every weight is back (SHA-256" in line for line in failed)
+    assert "at the end every bit of every weight is as it was loaded" in failed[-1]
+    assert verdict == f"{9 - len(failed)} of 9 proofs hold."
 
 
 def test_ends_with_1_where_the_plan_switches_another_block_off(tiny, monkeypatch):

@@ -3,6 +3,7 @@
 import functools
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -22,6 +23,7 @@ from neutralize.checkpoint.naming import placed
 from neutralize.checkpoint.region import Files
 from neutralize.checkpoint.streamed import _Weights
 from neutralize.cli import app
+from neutralize.cli.options import complete_layers
 from neutralize.demo.subject import weights_file
 from neutralize.language import quiet_transformers
 from neutralize.plan import Rewrite
@@ -201,6 +203,9 @@ def test_a_block_of_a_small_model_is_off_bit_for_bit_and_back(tmp_path, architec
     write(path, architecture)
     before, block = path.read_bytes(), f"{MODELS[architecture][3]}.1"
     wanted = logits(loaded(path), (block,))
+    assert complete_layers(SimpleNamespace(params={"checkpoint": path}, args=[]), block) == [
+        block
+    ]  # not the file's own names
     plan = nz.plan(path, block, edit=edit)
     assert plan.layers[0].certificate.kind == "exact"
     undo = plan.apply(path)

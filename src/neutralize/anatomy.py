@@ -291,7 +291,8 @@ class _Look:
         try:
             draft = chosen.draft(request.part([name]), name)
         except NeutralizeError as error:
-            if name not in self.blocks or not request.flow.is_quick:
+            # What a block is filled with asks for nothing inside it, which the export would show better.
+            if name not in self.blocks or not request.flow.is_quick or strategy == "constant":
                 return Ability(strategy, None, why_not=str(error))
             try:  # the export keeps larger ops whole
                 draft = chosen.draft(self._thorough().part([name]), name)

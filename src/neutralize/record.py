@@ -46,6 +46,7 @@ class Recorder(TorchDispatchMode):
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
         self._values: dict[int, torch.Tensor] = {}  # of meta tensors, where they are known
+        self._known: list[torch.Tensor] = []  # those of `_values`, also those inside an op that is written down whole
         self._prints: dict[int, int | None] = {}  # of what ops returned: the bits that it had then
         self._kept: list[torch.Tensor] = []  # an id stays that of its tensor as long as the tensor lives
         self._count = 0
@@ -135,7 +136,7 @@ class Recorder(TorchDispatchMode):
             return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
         self._values[id(result)] = func(*pytree.tree_map(known, args), **pytree.tree_map(known, kwargs))
-        self._kept.append(result)
+        self._known.append(result)
 
     def finish(self, outputs: Any) -> fx.Graph:
         """Close the graph with what the model returned."""

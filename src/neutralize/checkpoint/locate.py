@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from neutralize.checkpoint.bounded import read_json
+from neutralize.checkpoint.headers import read_weight_map
 from neutralize.checkpoint.layout import Layout, Stored
 from neutralize.checkpoint.region import Files
 from neutralize.checkpoint.safetensors import read_safetensors
@@ -135,18 +136,7 @@ def _one_of(folder: Path, names: list[str], ending: str) -> str | None:
 
 def _sharded(folder: Path, index: str, suffix: str) -> Layout:
     """The shards that an index names, as one layout."""
-    content = read_json(folder / index, "an index")
-    weight_map = content.get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(name, str) for name in weight_map.values())
-    ):
-        raise NeutralizeError(
-            f"checkpoint: expected a weight_map of tensor names to files in {str(folder / index)!r}, got none; "
-            f"fetch it "
-            "again"
-        )
+    weight_map = read_weight_map(folder / index)
     files = list(dict.fromkeys(weight_map.values()))
     if len(files) > _FILE_LIMIT:
         raise NeutralizeError(

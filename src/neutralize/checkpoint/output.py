@@ -57,8 +57,7 @@ def check_free(output: Path) -> None:
         )
     if not output.parent.is_dir():
         raise NeutralizeError(
-            f"checkpoint: expected a folder to write {output.name!r} into, got nothing at {str(output.parent)!r}; "
-            "make it"
+            f"checkpoint: expected a folder to write {output.name!r} into, got none at {str(output.parent)!r}; make it"
         )
 
 

@@ -1,25 +1,16 @@
-"""Read where the tensors of a ``.safetensors`` file lie, trusting nothing that it says.
-
-Source: the format's description in the README of the safetensors project: eight bytes of header length, little endian,
-a JSON header, and the tensors without holes.
-"""
+"""Read where the tensors of a ``.safetensors`` file lie, trusting nothing that it says."""
 
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neutralize.checkpoint.bounded import TEXT_LIMIT, parse_json
+from neutralize.checkpoint.headers import MARK, Header, broken, read_header
 from neutralize.checkpoint.layout import Elements, Layout, Listed, Stored
 from neutralize.checkpoint.region import Region
-from neutralize.errors import NeutralizeError
-
-MARK = b"UNDO-ME!"
-"""Put over the header's length while a file is edited: as a number larger than any file, so that no reader takes it."""
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -57,67 +48,46 @@ def read_safetensors(path: Path) -> Layout:
     Raises:
         NeutralizeError: it cannot be read, or is no whole and consistent safetensors file.
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if start == MARK:
-                raise NeutralizeError(
-                    f"checkpoint: expected a finished file, got {str(path)!r}, in which an edit was cut off; run: "
-                    "neutralize restore"
-                )
-            if len(start) < 8:
-                raise _broken(path, f"{size} bytes", "the eight bytes of a header's length")
-            if length > size - 8:
-                raise _broken(path, f"a header of {length} bytes", f"one that fits into {size} bytes")
-            if length > TEXT_LIMIT:
-                raise _broken(path, f"a header of {length} bytes", f"{TEXT_LIMIT} at most")
-            text = file.read(length)
-    except OSError as error:
-        raise NeutralizeError(
-            f"checkpoint: expected a file that can be read, got {error.strerror or error} for {str(path)!r}; check it"
-        ) from error
-    header = parse_json(text, f"the header of {str(path)!r}")
-    tensors = _tensors(path, header, 8 + length, size)
+    header = read_header(path)
+    tensors = _tensors(path, header)
     return Layout(path.parent, (path.name,), tensors, {path.name: (0, MARK)}, "safetensors")
 
 
-def _tensors(path: Path, header: dict[str, Any], begin: int, size: int) -> dict[str, Stored]:
+def _tensors(path: Path, header: Header) -> dict[str, Stored]:
     found: list[tuple[int, int, str, Stored]] = []
-    for name, entry in header.items():
+    for name, entry in header.entries.items():
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-                raise _broken(path, "something else", "a table of strings as metadata")
+                raise broken(path, "something else", "a table of strings as metadata")
             continue
-        stored, first, last = _tensor(path, name, entry, begin)
+        stored, first, last = _tensor(path, name, entry, header.begin)
         found.append((first, last, name, stored))
     found.sort(key=lambda entry: entry[:2])
     place = 0
     for first, last, name, _ in found:
         if first != place:
             what = "overlap" if first < place else "leave a hole"
-            raise _broken(path, f"tensors that {what} at {name[:200]!r}", f"one after the other from {place}")
+            raise broken(path, f"tensors that {what} at {name[:200]!r}", f"one after the other from {place}")
         place = last
-    if begin + place != size:
-        raise _broken(path, f"tensors up to byte {begin + place}", f"{size} bytes")
+    if header.begin + place != header.size:
+        raise broken(path, f"tensors up to byte {header.begin + place}", f"{header.size} bytes")
     return {name: stored for _, _, name, stored in found}
 
 
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> tuple[Stored, int, int]:
     shown = repr(name[:200])
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _broken(path, f"an entry for {shown} that is none", "dtype, shape and data_offsets")
+        raise broken(path, f"an entry for {shown} that is none", "dtype, shape and data_offsets")
     shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
     if not _is_list_of_sizes(shape) or len(shape) > 64 or not _is_list_of_sizes(offsets) or len(offsets) != 2:
-        raise _broken(path, f"a shape or offsets of {shown} that are none", "lists of sizes")
+        raise broken(path, f"a shape or offsets of {shown} that are none", "lists of sizes")
     if not isinstance(kind, str) or (kind not in _DTYPES and kind not in _BITS):
-        raise _broken(path, f"the dtype {str(kind)[:40]!r} for {shown}", f"one of {', '.join([*_DTYPES, *_BITS])}")
+        raise broken(path, f"the dtype {str(kind)[:40]!r} for {shown}", f"one of {', '.join([*_DTYPES, *_BITS])}")
     first, last = offsets
     bits = _BITS.get(kind) or _DTYPES[kind].itemsize * 8
     # The product is taken of small numbers only: 64 sizes of 64 bits each are at most 4096 bits.
     if last < first or math.prod(shape) * bits != (last - first) * 8:
-        raise _broken(path, f"{last - first} bytes for {shown}", f"{shape} of {kind}")
+        raise broken(path, f"{last - first} bytes for {shown}", f"{shape} of {kind}")
     if kind in _BITS:
         return (
             Listed(name, kind, _REMEDY, tuple(shape), (Region.run(path.name, begin + first, last - first),)),
@@ -129,9 +99,3 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> tuple[Stored, int,
 
 def _is_list_of_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
-
-
-def _broken(path: Path, got: str, expected: str) -> NeutralizeError:
-    return NeutralizeError(
-        f"checkpoint: expected {expected} in {str(path)!r}, got {got}; it was cut off or damaged: fetch it again"
-    )

@@ -50,12 +50,17 @@ def _parsed(text: str, layout: Layout) -> list[Rewrite]:
         slices = None
     names = _names(pattern, layout)
     if not names:
-        near = difflib.get_close_matches(pattern, layout.tensors, n=3, cutoff=0.5) or list(layout.tensors)[:3]
-        raise NeutralizeError(
-            f"set: expected the name of a tensor or a glob, got {pattern!r}, which none has; near matches: "
-            f"{', '.join(near)}"
-        )
+        raise unknown_name("set", pattern, layout)
     return [_edit(text, layout.tensors[name], operator, value, slices and slices.group(1)) for name in names]
+
+
+def unknown_name(op: str, pattern: str, layout: Layout) -> NeutralizeError:
+    """Return the error for a name or glob that fits no tensor."""
+    near = difflib.get_close_matches(pattern, layout.tensors, n=3, cutoff=0.5) or list(layout.tensors)[:3]
+    return NeutralizeError(
+        f"{op}: expected the name of a tensor or a glob, got {pattern!r}, which none has; near matches: "
+        f"{', '.join(near)}"
+    )
 
 
 def _names(pattern: str, layout: Layout) -> list[str]:

@@ -21,6 +21,7 @@ from neutralize.cli.options import (
     StrategyName,
     StrategyOptions,
     audited,
+    check_strategy,
     opened,
 )
 from neutralize.cli.printing import command_line, moved_bytes, print_json, print_table, printable, text_table, waiting
@@ -44,10 +45,16 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Work out what to write so that layers are off; nothing is written."""
+    from neutralize.whole import write_whole
+
+    _check_strategy(layers, strategy, option)
+    expected = "plan: expected a file for --save"
+    if save is not None:
+        write_whole(save, None, expected)
     with waiting("planning", quiet=quiet):
         made = _planned(opened(checkpoint, model), layers, strategy, option)
     if save is not None:
-        save.write_text(made.to_json() + "\n", encoding="utf-8")
+        write_whole(save, made.to_json() + "\n", expected)
     _print_plan(made, json=json)
 
 
@@ -175,6 +182,8 @@ def status(
     with moved_bytes(quiet=quiet) as advance:
         subject = opened(checkpoint)
         found = subject.status if quick else subject.check(advance)
+        if found.state == "intact" and not quick:
+            _ = subject.layout  # nothing is intact that is no checkpoint, or was cut off
         if json:
             told = {"undone": found.undone, "changed": found.changed, "leftovers": [*map(str, found.leftovers)]}
             print_json({"state": found.state, "edits": [_edition(entry) for entry in found.edits], **told})
@@ -283,9 +292,12 @@ def _check_target(
 
 
 def _check_strategy(layers: list[str] | None, strategy: str, options: list[str] | None) -> None:
+    """Fail before the model is built rather than after it."""
     from neutralize.errors import NeutralizeError
 
-    if not layers and (strategy != "auto" or options):
+    if layers:
+        check_strategy(strategy, _parsed(options))
+    elif strategy != "auto" or options:
         raise NeutralizeError(
             "neutralize: expected --strategy and --option beside --layers, got them beside what is planned already; "
             "leave them out"
@@ -302,10 +314,12 @@ def _plan_of(
     if plan_file is None:
         return _planned(subject, layers, strategy, options)
     try:
-        text = plan_file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise NeutralizeError(f"apply: expected a plan in {str(plan_file)!r}, got {error}; check the path") from error
-    return Plan.from_json(text)
+        return Plan.from_json(plan_file.read_text(encoding="utf-8"))
+    except OSError as error:
+        got, remedy = error.strerror or str(error), "check the path"
+    except ValueError as error:  # no text, or no plan
+        got, remedy = f"something else ({error})", "name a file that neutralize plan --save has written"
+    raise NeutralizeError(f"plan: expected a plan in {str(plan_file)!r}, got {got}; {remedy}")
 
 
 def _planned(subject: Checkpoint, layers: list[str] | None, strategy: str, options: list[str] | None) -> Plan:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neutralize.cli.options import Audit, StrategyName, audited, complete_layers
+from neutralize.cli.options import Audit, Json, Quiet, StrategyName, audited, check_strategy, complete_layers
 from neutralize.cli.printing import command_line, print_json, print_table
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def influence(
         Path | None, typer.Option(metavar="FILE", help="Write the result as one HTML page to this file.")
     ] = None,
     audit: Audit = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Switch each block of a language model off alone, measure the harm, and put every bit back.
 
@@ -90,6 +90,7 @@ def influence(
                 raise typer.Exit(_run_job(Job.read(job), resume=resume, json=json, quiet=quiet, speaks=speaks))
             if resume and log is None:
                 raise NeutralizeError("influence: expected --log beside --resume, got none; name the log to go on with")
+            check_strategy(strategy)
             task = Task(
                 model=model,
                 layers=tuple(layers or ()),

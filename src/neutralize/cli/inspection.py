@@ -35,6 +35,8 @@ def inspect(
     from neutralize.anatomy import STRATEGIES, anatomy
     from neutralize.errors import NeutralizeError
 
+    if match is not None and layers:
+        raise NeutralizeError("inspect: expected --layers or --match, got both; give one of them")
     subject = opened(checkpoint, model)
     if match is not None:
         _print_tensors(subject, match, json=json)
@@ -115,6 +117,7 @@ def _label(entry: Entry, depth: int) -> str:
 def _print_tensors(subject: Checkpoint, match: str, *, json: bool, no_model: str = "") -> None:
     from fnmatch import fnmatchcase
 
+    from neutralize.checkpoint.setters import unknown_name
     from neutralize.report import format_bytes
 
     layout = subject.layout
@@ -129,6 +132,8 @@ def _print_tensors(subject: Checkpoint, match: str, *, json: bool, no_model: str
         for name, stored in layout.tensors.items()
         if fnmatchcase(name, match)
     ]
+    if not rows and layout.tensors:
+        raise unknown_name("inspect", match, layout)
     if json:
         about = {"no_model": no_model} if no_model else {}
         print_json({"kind": layout.kind, "files": list(layout.files), "tensors": rows, **about})

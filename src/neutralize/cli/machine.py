@@ -35,7 +35,7 @@ def doctor(json: Json = False, quiet: Quiet = False) -> None:
 def demo(json: Json = False, quiet: Quiet = False) -> None:
     """Switch blocks of a trained language model off, prove it, and put them back; exit 1 if a proof fails.
 
-    With --json the show is on standard error; with --quiet there is none, and the verdict alone is printed.
+    With --json the show is on standard error; with --quiet there is none but for proofs that fail and the verdict.
     """
     from rich.console import Console
 

@@ -10,21 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import neutralize
+
 if TYPE_CHECKING:
     from neutralize.checkpoint import Checkpoint
 
 
-def _strategies() -> list[str]:
-    from neutralize.strategies import STRATEGIES
-
-    return [name for name in STRATEGIES if name != "mean"]  # it takes batches, which no command line gives
+STRATEGIES = ("auto", "passthrough", "zero", "constant", "damp")
+"""Those that a command line can give all they need: without ``mean``, which takes batches."""
 
 
-def _layers_of(checkpoint: str) -> Iterator[str]:
-    """The modules that a checkpoint names in its tensors: only headers are read, no model is built."""
-    from neutralize.checkpoint import Checkpoint
+def _layers_of(checkpoint: Path) -> Iterator[str]:
+    """The modules of a checkpoint: of safetensors and of shards as their headers name tensors, without PyTorch."""
+    from neutralize.checkpoint.headers import stored_names
 
-    for tensor in Checkpoint(checkpoint).layout.tensors:
+    stored = stored_names(checkpoint)
+    if stored is None:
+        neutralize._load()
+        subject = neutralize.Checkpoint(checkpoint)
+        # A GGUF file has names of its own, which no option takes: those of its model take seconds.
+        stored = list(subject.model.state_dict() if subject.layout.kind.startswith("GGUF") else subject.layout.tensors)
+    for tensor in stored:
         parts = tensor.split(".")
         yield from (".".join(parts[:count]) for count in range(1, len(parts)))
 
@@ -34,7 +40,7 @@ def complete_layers(ctx: typer.Context, incomplete: str) -> list[str]:
     given = [ctx.params.get("checkpoint"), ctx.params.get("model"), *ctx.args]  # the last: not yet parsed to the end
     path = next((each for each in given if each), None)
     try:
-        names = {} if path is None else dict.fromkeys(_layers_of(str(path)))
+        names = {} if path is None else dict.fromkeys(_layers_of(Path(path)))
     except Exception:  # a shell that waits for an answer cannot be told why there is none
         return []
     depth = incomplete.count(".")
@@ -45,9 +51,8 @@ def complete_options(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete a parameter of the strategy that is named already."""
     from dataclasses import fields
 
-    from neutralize.strategies import STRATEGIES
-
-    kind: Any = STRATEGIES.get(ctx.params.get("strategy") or "auto")
+    neutralize._load()
+    kind: Any = neutralize.STRATEGIES.get(ctx.params.get("strategy") or "auto")
     return [f"{entry.name}=" for entry in fields(kind) if entry.name.startswith(incomplete)] if kind else []
 
 
@@ -66,7 +71,10 @@ Layers = Annotated[
 StrategyName = Annotated[
     str,
     typer.Option(
-        "--strategy", metavar="NAME", help="auto, passthrough, zero, constant or damp.", autocompletion=_strategies
+        "--strategy",
+        metavar="NAME",
+        help=f"{', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}.",
+        autocompletion=lambda: list(STRATEGIES),
     ),
 ]
 StrategyOptions = Annotated[
@@ -119,3 +127,34 @@ def opened(path: Path, factory: str | None = None) -> Checkpoint:
     if factory is not None and "" not in sys.path:
         sys.path.insert(0, "")  # as python -m does: a module of one's own lies where one works
     return Checkpoint(path, factory=factory)
+
+
+def check_strategy(name: str, options: dict[str, Any] | None = None) -> None:
+    """Check that a strategy is there and has the parameters that it needs, before a model is waited for.
+
+    Args:
+        name: as it was given.
+        options: its parameters; ``None``: there is no way to give any.
+
+    Raises:
+        NeutralizeError: it is none, takes what no command line gives, or its parameters are others.
+    """
+    from dataclasses import MISSING, fields
+
+    from neutralize.errors import NeutralizeError
+    from neutralize.strategies import STRATEGIES as KINDS
+    from neutralize.strategies import resolve
+
+    kind: Any = KINDS.get(name)
+    known = fields(kind) if kind else ()
+    missing = [entry.name for entry in known if entry.default is MISSING and entry.name not in (options or {})]
+    if options and not {entry.name for entry in known}.issuperset(options):
+        missing = []  # an option that it does not have is told first
+    if missing and options is not None and name in STRATEGIES:
+        raise NeutralizeError(f"plan: expected --option {missing[0]}=VALUE for strategy {name!r}, got none; give it")
+    if missing:
+        raise NeutralizeError(
+            f"plan: expected a strategy that needs nothing more for --strategy, got {name!r}, which needs "
+            f"{missing[0]}; give that in Python"
+        )
+    resolve(name, options or {})

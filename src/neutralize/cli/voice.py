@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+import neutralize
 from neutralize.cli.printing import one_line
 from neutralize.errors import NeutralizeError
 
@@ -25,6 +27,20 @@ UNEXPECTED = 70
 
 class Command(TyperCommand):
     """A command whose epilog is examples, one a line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read its words; what is wrong with them is told as of this command."""
+        try:
+            return super().parse_args(ctx, args)
+        except _ClickException as error:
+            if getattr(error, "ctx", None) is None:
+                error.ctx = ctx
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it, with all names of the package: whoever asks only for help does not wait for them."""
+        neutralize._load()
+        return super().invoke(ctx)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples as they are to be typed."""
@@ -44,6 +60,8 @@ class Group(TyperGroup):
         words = [word for word in words[:own] if word != "--debug"] + words[own:]
         with refusals(debug=debug):
             status = super().main(words, prog_name or NAME, **{**extra, "standalone_mode": False})
+            if sys.stdout is not None:  # as where it was closed
+                sys.stdout.flush()  # while an error of it can be told
         sys.exit(status or 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -85,18 +103,28 @@ def refusals(*, debug: bool) -> Iterator[None]:
         except NeutralizeError as error:
             _end(str(error), 2, debug=debug)
         except BrokenPipeError:  # the reader of the output has seen enough
-            sys.stdout = None  # nothing is left to flush into
+            _close_output()
             sys.exit(1)
         except OSError as error:
-            about = f" for {error.filename!r}" if error.filename else ""
-            reason = error.strerror or str(error)
-            _end(f"neutralize: expected paths that can be used, got {reason}{about}; check them", 2, debug=debug)
+            _close_output()
+            what = "paths that can be used" if error.filename else "files and an output that can be used"
+            got = f"{error.strerror or error}{f' for {error.filename!r}' if error.filename else ''}"
+            _end(f"neutralize: expected {what}, got {got}; check them", 2, debug=debug)
         except Exception as error:
             if isinstance(error, _ClickException):
                 _end(_misuse(error), 2, debug=debug)
             got = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             remedy = "please report it with what is above" if debug else "--debug shows where, for a report"
             _end(f"neutralize: expected no such error, got {got}; {remedy}", UNEXPECTED, debug=debug)
+
+
+def _close_output() -> None:
+    """Give up what cannot be printed: at the end it would be tried once more, and fail in words of Python's own."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _misuse(error: Any) -> str:

@@ -26,7 +26,8 @@ def main(script: Script | None = None, console: Console | None = None, *, json: 
 
     Args:
         script: what is shown; by default everything.
-        console: where it is printed; by default on standard output. One that prints nothing leaves the verdict.
+        console: where it is printed; by default on standard output. One that prints nothing leaves the proofs that
+            fail, and the verdict.
         json: print the proofs as JSON on standard output at the end.
 
     Returns:
@@ -52,5 +53,7 @@ def main(script: Script | None = None, console: Console | None = None, *, json: 
         proofs = [asdict(proof) for proof in stage.proofs]
         print(dumps({"ok": all_hold, "proofs": proofs, "seconds": seconds}), flush=True)
     elif stage.console.quiet:
+        for proof in stage.failed:
+            print(f"{proof.verdict}: {proof.statement}")
         print(stage.verdict)
     return 0 if all_hold else 1

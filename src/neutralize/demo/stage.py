@@ -100,11 +100,15 @@ class Stage:
 
     def close(self) -> bool:
         """Say how many proofs hold and name those that failed; return whether all hold."""
-        failed = [proof for proof in self.proofs if not proof.holds]
-        for proof in failed:
+        for proof in self.failed:
             self._lines(proof)
         self.console.print(f"[bold]{self.verdict}[/bold]")
-        return not failed
+        return not self.failed
+
+    @property
+    def failed(self) -> list[Proof]:
+        """Those that do not hold."""
+        return [proof for proof in self.proofs if not proof.holds]
 
     @property
     def verdict(self) -> str:

@@ -31,6 +31,7 @@ from neutralize.influence.log import Log
 from neutralize.influence.sweep import Report, Sweep, influence, open_log
 from neutralize.language import LanguageModel, load_language_model
 from neutralize.select import blocks, select
+from neutralize.strategies import resolve
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -90,6 +91,8 @@ class Task:
     def _loaded(self) -> LanguageModel:
         from neutralize.demo.subject import weights_file
 
+        resolve(self.strategy, {})  # this and the text before the weights, which take minutes
+        self.read()
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise NeutralizeError(
@@ -101,9 +104,10 @@ class Task:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             place = torch.device(device)
-        except RuntimeError as error:
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # by what this torch was built with
             raise NeutralizeError(
-                f"influence: expected a device of torch for device, got {self.device!r}; write auto, cpu or cuda"
+                f"influence: expected a device of this machine for device, got {self.device!r}; write auto, cpu or cuda"
             ) from error
         if self.model == SMOLLM2:
             file = weights_file()
@@ -123,8 +127,9 @@ class Task:
         try:
             return Path(self.text).read_text(encoding="utf-8")[: self.characters]
         except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise NeutralizeError(
-                f"influence: expected a file of UTF-8 text for text, got {self.text!r} ({error}); give another"
+                f"influence: expected a file of UTF-8 text for text, got {self.text!r} ({reason}); give another"
             ) from error
 
     def run(self, language: LanguageModel, log: Log | None = None, progress: Report | None = None) -> Sweep:

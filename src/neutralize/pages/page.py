@@ -6,17 +6,15 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neutralize.errors import NeutralizeError
 from neutralize.report import format_bytes
+from neutralize.whole import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -99,13 +97,16 @@ def _now() -> datetime:
     return datetime.fromtimestamp(int(given), timezone.utc) if given.isdecimal() else datetime.now(timezone.utc)
 
 
+_EXPECTED, _ENDINGS = "report: expected an html file", (".html", ".htm")
+
+
 def check_target(path: str | os.PathLike[str]) -> None:
     """Fail before the work rather than after it, if no page could be written there.
 
     Raises:
         NeutralizeError: the name is not that of a page, something else is there, or the folder cannot be written.
     """
-    _write(path, None)
+    write_whole(path, None, _EXPECTED, _ENDINGS)
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
@@ -114,33 +115,4 @@ def write(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         NeutralizeError: see ``check_target``.
     """
-    _write(path, text)
-
-
-def _write(path: str | os.PathLike[str], text: str | None) -> None:
-    """Write a page under a temporary name and rename it; without a text only show that this would go well."""
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    reason = ""
-    if target.suffix not in (".html", ".htm"):
-        reason = "it ends otherwise"
-    elif target.exists() and not target.is_file():
-        reason = "something else is there"
-    else:
-        try:
-            with open(part, "x", encoding="utf-8", errors="replace") as file:  # names may hold what is no character
-                if text is not None:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-            if text is not None:
-                part.replace(target)
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-        finally:
-            with suppress(OSError):  # renamed, or never made
-                part.unlink()
-    if reason:
-        raise NeutralizeError(
-            f"report: expected an html file in a folder that can be written, got {str(path)!r} ({reason}); give one"
-        )
+    write_whole(path, text, _EXPECTED, _ENDINGS)
