@@ -184,6 +184,48 @@ def test_the_same_is_the_same_page_but_for_its_date(verified, swept, written, tm
         assert once[1].partition("</dd>")[2] == now[1].partition("</dd>")[2]
 
 
+@pytest.fixture(scope="module")
+def tokens():
+    """A model of token ids: a block off exactly, another damped up to rounding, behind an embedding."""
+    model = perturbed(nn.Sequential(nn.Embedding(9, 16), PreNorm(16), PreNorm(16), nn.Linear(16, 5)))
+    return model.requires_grad_(False), torch.arange(8).reshape(2, 4)
+
+
+def test_of_a_model_of_token_ids_what_enters_each_layer_is_scaled(tokens):
+    model, ids = tokens
+    plan = nz.plan(model, "2", "damp", factor=0.3, example_inputs=ids)
+    entering = model[:2](ids).detach()
+    found = nz.verify(model, plan, ids)
+    assert found.scaled == "layers"
+    for scale, one in found.at_scales([0.25, 1, 1024]).items():
+        given = scale * entering
+        wanted = given + 0.3 * (model[2](given) - given)
+        with plan.applied(model):
+            got = model[2](given)
+        error = float((got.double() - wanted.double()).abs().max() / wanted.abs().max())
+        assert one.per_layer == {"2": pytest.approx(error, rel=1e-6)}
+        assert 0 < error < 1e-6
+    with pytest.raises(nz.NeutralizeError, match=r"verify: expected positive finite scales, got .*; leave them out"):
+        found.at_scales([0.0])
+
+
+def test_the_page_of_a_model_of_token_ids_says_what_was_scaled_and_draws_zeros(tokens, tmp_path):
+    model, ids = tokens
+    nz.verify(model, nz.plan(model, ["1", "2"], example_inputs=ids), ids).to_html(tmp_path / "exact.html")
+    reading = Reading((tmp_path / "exact.html").read_text())
+    assert "What was scaled: the hidden states that enter the layer" in reading.text
+    assert reading.text.count(": 0, bit for bit at every scale") == 2
+    assert [attrs["id"] for attrs in reading.all("h3") if "id" in attrs] == ["layers"]
+    marks = [
+        attrs for tag, attrs in reading.elements if attrs.get("class") == "mark circle k1" and "transform" in attrs
+    ]
+    assert len(marks) == 1 + 2 * 7  # in the legend, and at seven scales in both widths
+    off = nz.verify(model, nz.plan(model, "0", "zero", example_inputs=ids), ids)
+    assert off.scaled == ""
+    off.to_html(tmp_path / "off.html")
+    assert "neither the model's inputs nor what enters the layers" in Reading((tmp_path / "off.html").read_text()).text
+
+
 def test_a_verification_without_its_model_has_a_page_too(verified, tmp_path):
     replace(verified, _details=None, bound_holds=False, exact=False).to_html(tmp_path / "a.html")
     text = Reading((tmp_path / "a.html").read_text()).text
@@ -364,8 +406,14 @@ class Stored(nn.Module):
 def test_verify_of_files_writes_a_page(tmp_path):
     save_file(perturbed(Stored()).state_dict(), tmp_path / "model.safetensors")
     arguments = ["verify", tmp_path / "model.safetensors", "--layers", "first", "--model", f"{__name__}:Stored"]
-    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--report", str(tmp_path / "out.html"), "--quiet"])
+    more = ["--report", str(tmp_path / "out.html"), "--quiet", "--json"]
+    result = CliRunner().invoke(cli.app, [*map(str, arguments), *more])
     assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["scaled"] == "inputs"
+    assert [one["scale"] for one in told["scales"]] == [1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64]
+    assert told["scales"][3]["per_layer"] == told["per_layer"]
+    assert told["read_bytes"] < 3 * (tmp_path / "model.safetensors").stat().st_size
     reading = Reading((tmp_path / "out.html").read_text())
     assert "model.safetensors" in reading.text
     assert "command line" in reading.text
