@@ -25,11 +25,14 @@ import neutralize as nz
 from neutralize import cli
 from neutralize.pages import page
 from neutralize.pages.charts import Bars, Line, bars, curves
-from neutralize.pages.weights import heat
+from neutralize.pages.weights import Change, heat
 from neutralize.plan import Certificate, LayerPlan, Plan, Rewrite
 
 HOSTILE = "<script>owned=1</script>\"'&<img src=x onerror=owned=1>"
 """A name that a module may have; a page must show it as it is."""
+
+
+LONG = "a_name_without_any_dot_that_no_phone_is_wide_enough_for_and_no_line_breaks_by_itself"
 
 
 class Reading(HTMLParser):
@@ -73,19 +76,19 @@ def verified():
         HOSTILE: nn.Linear(24, 24),
         "tanh": nn.Tanh(),
         "next": nn.Linear(24, 24),
-        "block": PreNorm(24),
+        LONG: PreNorm(24),
     }
     model = perturbed(nn.Sequential(*names.values(), nn.Linear(24, 6)))
     for place, name in enumerate(names):
         model._modules = {name if key == str(place) else key: module for key, module in model._modules.items()}
     x = unit(16, 24)
-    return nz.verify(model, nz.plan(model, [model.get_submodule(HOSTILE), "block"], example_inputs=x), x)
+    return nz.verify(model, nz.plan(model, [model.get_submodule(HOSTILE), LONG], example_inputs=x), x)
 
 
 @pytest.fixture(scope="module")
 def swept():
     model = perturbed(nn.Sequential(*[PreNorm(16) for _ in range(13)]))
-    model._modules = {HOSTILE if key == "3" else key: module for key, module in model._modules.items()}
+    model._modules = {HOSTILE if key == "3" else f"{LONG}{key}": module for key, module in model._modules.items()}
     batches = [unit(4, 16, seed=seed) for seed in range(2)]
     return nz.influence(
         model, list(model), batches, loss=lambda output, batch: (output - batch).square().mean(), k=2, among=2
@@ -214,7 +217,8 @@ def test_the_page_of_a_model_of_token_ids_says_what_was_scaled_and_draws_zeros(t
     nz.verify(model, nz.plan(model, ["1", "2"], example_inputs=ids), ids).to_html(tmp_path / "exact.html")
     reading = Reading((tmp_path / "exact.html").read_text())
     assert "What was scaled: the hidden states that enter the layer" in reading.text
-    assert reading.text.count(": 0, bit for bit at every scale") == 2
+    assert "1 and 2: 0, bit for bit at every scale" in reading.text
+    assert "1/64" in reading.text
     assert [attrs["id"] for attrs in reading.all("h3") if "id" in attrs] == ["layers"]
     marks = [
         attrs for tag, attrs in reading.elements if attrs.get("class") == "mark circle k1" and "transform" in attrs
@@ -319,6 +323,15 @@ def test_what_is_not_finite_is_seen_and_not_in_the_scale():
     found = heat(tensor)
     assert (found.largest, found.not_finite, found.zeros) == (1.0, 2, 0.0)
     assert decoded(found.picture(1.0))[1] == [bytes((254, 255)), bytes((255, 128))]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "peaks"),
+    [(1.0, 0.5, (1.0, 1.0)), (0.5, 8.0, (8.0, 8.0)), (0.5, 1e-6, (0.5, 1e-6)), (0.0, 1.0, (1.0, 1.0))],
+)
+def test_what_would_be_all_white_has_colours_of_its_own(before, after, peaks):
+    found = Change("w", (2,), "float64", heat(torch.tensor([before, 0.0])), heat(torch.tensor([after, 0.0])))
+    assert found.peaks == pytest.approx(peaks)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (700,), (1, 4096), (4096, 2), (3, 4, 5, 5)])
@@ -489,6 +502,8 @@ addEventListener("load", () => {
       && element.getBoundingClientRect().right > innerWidth + 1).map(element => element.tagName),
     charts: [...document.querySelectorAll(".chart svg[role=img]")].filter(svg => svg.getBoundingClientRect().width)
       .map(svg => svg.getAttribute("class")),
+    broken: [...document.querySelectorAll(".figures dd")].filter(number => number.getBoundingClientRect().height
+      > 1.5 * parseFloat(getComputedStyle(number).lineHeight)).map(number => number.textContent),
     overlapping: [...document.querySelectorAll(".chart svg[role=img]")].flatMap(svg => {
       const boxes = [...svg.querySelectorAll("text")].map(text => text.getBoundingClientRect());
       const meet = (one, other) => one.left < other.right && other.left < one.right
@@ -544,7 +559,7 @@ def share_of(picture, colour):
     ("name", "width", "height", "dark", "ground", "inks"),
     [
         ("verification", 390, 844, False, "#fdfdfc", ("#1d2126", "#17673b")),
-        ("verification", 1280, 3600, True, "#15181b", ("#79b3e8", "#ec9a5f", "#e4e7ea")),
+        ("verification", 1000, 3600, True, "#15181b", ("#79b3e8", "#ec9a5f", "#e4e7ea")),
         ("sweep", 390, 1600, True, "#15181b", ("#79b3e8", "#e4e7ea")),
         ("sweep", 1280, 1400, False, "#fdfdfc", ("#2a6aa8", "#78459c", "#1d2126")),
     ],
@@ -557,6 +572,7 @@ def test_a_browser_shows_the_page(name, width, height, dark, ground, inks, writt
     assert (seen["scrolling"] > 0) == (width < 400)
     assert set(seen["charts"]) == {"narrow" if width < 640 else "wide"}
     assert seen["overlapping"] == []
+    assert seen["broken"] == []  # a power of ten stays with its number
     assert all(size > 0 for size in seen["pictures"])
     assert not seen["owned"]  # no name was run as a script
     assert seen["scripts"] == 1
@@ -569,3 +585,18 @@ def test_a_browser_shows_the_page(name, width, height, dark, ground, inks, writt
     assert 0.5 < share_of(picture, ground) < 0.99
     for ink in inks:
         assert share_of(picture, ink) > 1e-4, ink
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium was found: apt-get install chromium (.ci/run does)")
+def test_pieces_for_notebooks_are_readable_in_light_and_dark_ones(verified, swept, tmp_path):
+    pieces = "".join(found._repr_html_() for found in (verified._details().plan, verified, swept))
+    themes = "".join(
+        f'<div style="background: {ground}; color: {ink}; font: 13px sans-serif">{pieces}</div>'
+        for ground, ink in (("#ffffff", "#212121"), ("#111111", "#dedede"))
+    )
+    (tmp_path / "notebook.html").write_text(f'<!DOCTYPE html><html lang="en"><body>{themes}</body></html>')
+    seen, picture = rendered(tmp_path / "notebook.html", tmp_path, 390, 1200)
+    assert seen["content"] <= 390
+    assert len(seen["texts"]) > 100
+    assert [text for text in seen["texts"] if text["contrast"] < 4.5] == []
+    assert share_of(picture, "#ffffff") > 0.3

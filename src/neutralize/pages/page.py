@@ -122,7 +122,7 @@ def _write(path: str | os.PathLike[str], text: str | None) -> None:
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     reason = ""
-    if target.suffix not in (".html", ".htm"):
+    if target.suffix.lower() not in (".html", ".htm"):
         reason = "it ends otherwise"
     elif target.exists() and not target.is_file():
         reason = "something else is there"

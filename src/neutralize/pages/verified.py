@@ -85,7 +85,7 @@ def page(
         grounds=[] if plan is None else plans.grounds(plan.certificates),
         meanings=[] if plan is None else plans.meanings([*plan.certificates, plan.certificate]),
         charts=_charts(found, at),
-        at=[(scale, one, _worst(one)) for scale, one in at],
+        at=[(_factor(scale), one, _worst(one)) for scale, one in at],
         around=[] if plan is None else [entry.layer for entry in plan.layers if entry.sides == "around"],
         weights=() if beside is None else beside.weights,
         unshown=0 if plan is None or beside is None else len(plan.parameters) - len(beside.weights),
@@ -136,6 +136,11 @@ def _scales(found: Verification, beside: Details | None) -> list[tuple[float, Ve
     return [] if beside is None or not beside.at else sorted({**beside.at, 1.0: found}.items())
 
 
+def _factor(scale: float) -> str:
+    """A factor as people write it: one below 1 as a fraction, where it is that of a whole number."""
+    return f"1/{figure(1 / scale)}" if scale < 1 and (1 / scale).is_integer() else figure(scale)
+
+
 def _worst(found: Verification) -> float:
     """The largest error of a layer; NaN: none can be seen."""
     return max((error for error in found.per_layer.values() if not math.isnan(error)), default=math.nan)
@@ -144,7 +149,7 @@ def _worst(found: Verification) -> float:
 def _charts(found: Verification, at: Sequence[tuple[float, Verification]]) -> list[Chart]:
     if not at:
         return []
-    scales = f"from {figure(at[0][0])} to {figure(at[-1][0])}"
+    scales = f"{_factor(at[0][0])} to {_factor(at[-1][0])}"
     charts = []
     if found.scaled == "inputs":
         errors = [one.output_error for _, one in at]
@@ -161,19 +166,25 @@ def _charts(found: Verification, at: Sequence[tuple[float, Verification]]) -> li
         ]
     curved = {layer: [one.per_layer.get(layer, math.nan) for _, one in at] for layer in found.per_layer}
     seen = {layer: errors for layer, errors in curved.items() if sum(map(math.isfinite, errors)) > 1}
-    worst = sorted(seen, key=lambda layer: -max(filter(math.isfinite, seen[layer])))[:_MOST_LINES]
+    inexact = [layer for layer, errors in seen.items() if any(error > 0 for error in errors)]
+    worst = sorted(inexact, key=lambda layer: -max(filter(math.isfinite, seen[layer])))[:_MOST_LINES]
+    drawn = {layer: layer for layer in inexact if layer in worst}
+    exact = [layer for layer in seen if layer not in inexact]
+    if exact:  # one line for all of them: they lie on each other
+        drawn[exact[0]] = f"{_named(exact)}: 0, bit for bit at every scale"
     lines = []
-    for place, layer in enumerate(layer for layer in seen if layer in worst):
+    for place, (layer, label) in enumerate(drawn.items()):
         points = tuple((scale, error) for (scale, _), error in zip(at, seen[layer], strict=True))
-        lines.append(Line(f"{layer}{_zeros(seen[layer])}", points, place + 1, SHAPES[place]))
-        lines += _bound(f"bound of {layer}", found.bounds.get(layer), at, place + 1)
+        lines.append(Line(label, points, (place + 1) % 5, SHAPES[place]))
+        if layer in inexact:
+            lines += _bound(f"bound of {layer}", found.bounds.get(layer), at, (place + 1) % 5)
     if not lines:
         return charts
-    more = ""
-    if len(seen) > len(worst):
-        shown = "those with the largest errors" if any(map(any, seen.values())) else "as the others are 0 as well"
-        more = f" {len(worst)} of {len(seen)} layers are drawn, {shown}."
-    told = " ".join(f"{layer}: {_told(seen[layer])}" for layer in seen if layer in worst)
+    more = (
+        f" Drawn are the {len(worst)} of {len(inexact)} with the largest errors." if len(inexact) > len(worst) else ""
+    )
+    told = " ".join(f"{layer}: {_told(seen[layer])}" for layer in drawn if layer in worst)
+    told += f" {_named(exact)}: {_told([0.0])}" if exact else ""
     given = "inputs" if found.scaled == "inputs" else "hidden states that enter the layer,"
     return [
         *charts,
@@ -181,12 +192,19 @@ def _charts(found: Verification, at: Sequence[tuple[float, Verification]]) -> li
             "layers",
             "What each layer hands on",
             f"Largest error of what a layer hands on, divided by its largest input, at {given} times {scales}.{more} "
-            f"{told}",
+            f"{told.strip()}",
             "input scale (1: the inputs given)" if found.scaled == "inputs" else "scale of what enters the layer",
             "largest error (relative)",
             lines,
         ),
     ]
+
+
+def _named(layers: Sequence[str]) -> str:
+    """Some layers, in few words."""
+    if len(layers) > 2:
+        return f"{layers[0]} and {len(layers) - 1} others"
+    return " and ".join(layers)
 
 
 def _zeros(errors: Sequence[float]) -> str:
