@@ -224,6 +224,13 @@ def test_the_page_of_a_model_of_token_ids_says_what_was_scaled_and_draws_zeros(t
         attrs for tag, attrs in reading.elements if attrs.get("class") == "mark circle k1" and "transform" in attrs
     ]
     assert len(marks) == 1 + 2 * 7  # in the legend, and at seven scales in both widths
+    damped = nz.verify(model, nz.plan(model, "2", "damp", factor=0.3, example_inputs=ids), ids)
+    damped.to_html(tmp_path / "damped.html")
+    for name, aim in (
+        ("exact", "those of the network without the layers"),
+        ("damped", "those of the network that the plan aims at"),
+    ):
+        assert f"The outputs are {aim}" in Reading((tmp_path / f"{name}.html").read_text()).text
     off = nz.verify(model, nz.plan(model, "0", "zero", example_inputs=ids), ids)
     assert off.scaled == ""
     off.to_html(tmp_path / "off.html")
@@ -372,7 +379,12 @@ def test_bars_are_drawn_whatever_the_losses(values):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("page.txt", "it ends otherwise"), ("nowhere/page.html", "No such file"), ("folder.html", "something else")],
+    [
+        ("page.txt", "its name does not end in .html"),
+        ("nowhere/page.html", "No such file"),
+        ("folder.html", "it is a folder"),
+        ("", "it is a folder"),
+    ],
 )
 def test_a_bad_target_is_refused_before_anything_runs(name, reason, verified, tmp_path):
     (tmp_path / "folder.html").mkdir()

@@ -122,8 +122,10 @@ def _write(path: str | os.PathLike[str], text: str | None) -> None:
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     reason = ""
-    if target.suffix.lower() not in (".html", ".htm"):
-        reason = "it ends otherwise"
+    if target.is_dir():
+        reason = "it is a folder"
+    elif target.suffix.lower() not in (".html", ".htm"):
+        reason = "its name does not end in .html"
     elif target.exists() and not target.is_file():
         reason = "something else is there"
     else:

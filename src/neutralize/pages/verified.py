@@ -74,8 +74,9 @@ def page(
     at = _scales(found, beside)
     return render(
         "verification.html",
-        title=title or "Layers off, against the network without them",
+        title=title or "What a plan does, against what it aims at",
         found=found,
+        is_off=_is_off(plan),
         ok=is_ok(found, plan),
         errors=_errors(found),
         open_rows=plans.OPEN_ROWS,
@@ -112,6 +113,11 @@ def fragment(found: Verification) -> str:
 def is_ok(found: Verification, plan: Plan | None) -> bool:
     """Whether what was measured is what the certificates say; where the plan is exact, bit for bit."""
     return found.bound_holds and (found.exact or plan is None or plan.certificate.kind != "exact")
+
+
+def _is_off(plan: Plan | None) -> bool:
+    """Whether the aim of a plan is the network without its layers: nothing damped, filled, or at its mean."""
+    return plan is not None and all(entry.target in ("input", "null") and entry.gain == 1 for entry in plan.layers)
 
 
 @dataclass(frozen=True)
@@ -191,8 +197,7 @@ def _charts(found: Verification, at: Sequence[tuple[float, Verification]]) -> li
         curves(
             "layers",
             "What each layer hands on",
-            f"Largest error of what a layer hands on, divided by its largest input, at {given} times {scales}.{more} "
-            f"{told.strip()}",
+            f"Largest error of what a layer hands on, relative, at {given} times {scales}.{more} {told.strip()}",
             "input scale (1: the inputs given)" if found.scaled == "inputs" else "scale of what enters the layer",
             "largest error (relative)",
             lines,
