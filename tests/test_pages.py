@@ -190,6 +190,7 @@ def test_the_same_is_the_same_page_but_for_its_date(verified, swept, written, tm
 @pytest.fixture(scope="module")
 def tokens():
     """A model of token ids: a block off exactly, another damped up to rounding, behind an embedding."""
+    torch.manual_seed(0)
     model = perturbed(nn.Sequential(nn.Embedding(9, 16), PreNorm(16), PreNorm(16), nn.Linear(16, 5)))
     return model.requires_grad_(False), torch.arange(8).reshape(2, 4)
 
@@ -210,6 +211,24 @@ def test_of_a_model_of_token_ids_what_enters_each_layer_is_scaled(tokens):
         assert 0 < error < 1e-6
     with pytest.raises(nz.NeutralizeError, match=r"verify: expected positive finite scales, got .*; leave them out"):
         found.at_scales([0.0])
+
+
+def test_a_layer_that_reads_a_pass_through_is_scaled_by_what_enters_that():
+    torch.manual_seed(0)
+    layers = (nn.Embedding(9, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 2))
+    model, ids = perturbed(nn.Sequential(*layers)).requires_grad_(False), torch.arange(8).reshape(2, 4)
+    plan = nz.plan(model, ["1", "3"], example_inputs=ids)
+    inside, beyond = nz.verify(model, plan, ids).at_scales([1, 4096]).values()
+    assert inside.assumptions_hold
+    assert not beyond.assumptions_hold
+    first = plan.layers[0]
+    with plan.applied(model):
+        entered = 4096 * model[0](ids).double()
+        handed_on = (model[1:3](4096 * model[0](ids)).double() - first.value) / (first.epsilon * first.slope)
+    error = float((handed_on - entered).abs().max()) / first.input_bound
+    assert error > 1
+    assert beyond.per_layer["1"] == pytest.approx(error, rel=1e-6)
+    assert beyond.per_layer["3"] > 100 * inside.per_layer["3"]
 
 
 def test_the_page_of_a_model_of_token_ids_says_what_was_scaled_and_draws_zeros(tokens, tmp_path):
