@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import neutralize as nz
 from neutralize.checkpoint import Checkpoint
+from neutralize.checkpoint.in_step import Turns
 from neutralize.checkpoint.model import meta_model
 from neutralize.checkpoint.region import Files
 from neutralize.checkpoint.streamed import _Weights, verify
@@ -39,6 +40,94 @@ CASES = [
     (gpt2, "transformer.h[1].attn.heads[-1]", "zero", {}),
     (mixtral, "model.layers[1].mlp.experts[2]", "zero", {}),
 ]
+
+
+class Tower(nn.Sequential):
+    """Floating-point inputs, and a layer that is off only as far as its input is small."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(16, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 300))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "strategy", "options", "scaled"),
+    [
+        (mixtral, "model.layers[0]", "damp", {"factor": 0.3}, "layers"),  # sizes of its input choose other experts
+        (bert, ["bert.encoder.layer[1]"], "auto", {}, "layers"),
+        (Tower, "1", "auto", {}, "inputs"),
+    ],
+)
+def test_the_curve_over_scales_is_that_of_the_loaded_model_and_reads_nothing_more(
+    make, layers, strategy, options, scaled, tmp_path
+):
+    given, factory = (torch.randn(5, 16), Tower) if make is Tower else (IDS, None)
+    if make is Tower:
+        live = perturbed(Tower())
+        save_file(live.state_dict(), tmp_path / "model.safetensors")
+    else:
+        folder = saved(make, tmp_path, torch.float32)
+        live = loaded(type(meta_model(located(folder))[0]), folder)
+    layout = located(tmp_path if make is Tower else folder)
+    args, kwargs = ((given,), {}) if make is Tower else ((), given)
+    plan = nz.plan(live, layers, strategy, example_inputs=given, **options)
+    plain, found = (verify(layout, plan, given, factory=factory, detailed=detailed) for detailed in (False, True))
+
+    wanted = nz.verify(live, plan, *args, **kwargs)
+    assert found.measured.scaled == wanted.scaled == scaled
+    curve, live_curve = found.measured.at_scales(), wanted.at_scales()
+    assert list(curve) == list(live_curve) == [1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64]
+    for scale, one in curve.items():
+        assert one.per_layer == live_curve[scale].per_layer, scale  # of numbers: NaN would not be equal
+        assert one.output_error == live_curve[scale].output_error, scale
+        assert (one.bound_holds, one.assumptions_hold) == (True, live_curve[scale].assumptions_hold)
+    assert found.measured.per_layer == plain.per_layer
+    assert len({one.output_error for one in curve.values()}) > 1 or make is bert
+    buffers = sum(buffer.nbytes for buffer in live.buffers())
+    drawn = 2 * sum(value.nbytes for name, value in live.named_parameters() if name in plan.parameters)
+    assert plain.read_bytes <= found.read_bytes <= plain.read_bytes + drawn + 20 * buffers
+    assert found.peak_bytes <= plain.peak_bytes + max(value.nbytes for value in live.parameters())
+    with pytest.raises(nz.NeutralizeError, match="verify: expected some of the scales that were measured on the files"):
+        found.measured.at_scales([3.0])
+
+
+class Seeing(nn.Module):
+    """A model of images that brings token ids, as those of transformers do."""
+
+    main_input_name = "pixel_values"
+    dummy_inputs = {"input_ids": torch.arange(4)}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.block, self.last = nn.Conv2d(3, 4, 64, 64), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, pixel_values=None, **ignored):
+        """Run it."""
+        return self.last(self.block(self.patch(pixel_values).mean((2, 3))))
+
+
+def test_a_model_of_images_is_verified_on_images_of_a_size_that_it_takes(tmp_path):
+    model = perturbed(Seeing())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    plan = nz.plan(model, "block", example_inputs=torch.randn(2, 3, 64, 64))
+    found = verify(located(tmp_path), plan, factory=Seeing)
+    assert found.ok
+    assert found.measured.scaled == "inputs"
+
+
+def test_runs_in_step_end_together_and_the_first_error_is_told():
+    turns, log = Turns(3), []
+
+    def job(place):
+        for step in range(3):
+            turns.wait(lambda: False, helps_itself=True)
+            log.append((step, place))
+            if (step, place) == (1, 1):
+                raise ValueError("the second run")
+
+    with pytest.raises(ValueError, match="the second run"):
+        turns.run([lambda place=place: job(place) for place in range(3)])
+    assert log == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert Turns(2).run([lambda: 1, lambda: 2]) == [1, 2]
 
 
 @pytest.mark.parametrize(("make", "layers", "strategy", "options"), CASES)

@@ -25,11 +25,14 @@ import neutralize as nz
 from neutralize import cli
 from neutralize.pages import page
 from neutralize.pages.charts import Bars, Line, bars, curves
-from neutralize.pages.weights import heat
+from neutralize.pages.weights import Change, heat
 from neutralize.plan import Certificate, LayerPlan, Plan, Rewrite
 
 HOSTILE = "<script>owned=1</script>\"'&<img src=x onerror=owned=1>"
 """A name that a module may have; a page must show it as it is."""
+
+
+LONG = "a_name_without_any_dot_that_no_phone_is_wide_enough_for_and_no_line_breaks_by_itself"
 
 
 class Reading(HTMLParser):
@@ -73,19 +76,19 @@ def verified():
         HOSTILE: nn.Linear(24, 24),
         "tanh": nn.Tanh(),
         "next": nn.Linear(24, 24),
-        "block": PreNorm(24),
+        LONG: PreNorm(24),
     }
     model = perturbed(nn.Sequential(*names.values(), nn.Linear(24, 6)))
     for place, name in enumerate(names):
         model._modules = {name if key == str(place) else key: module for key, module in model._modules.items()}
     x = unit(16, 24)
-    return nz.verify(model, nz.plan(model, [model.get_submodule(HOSTILE), "block"], example_inputs=x), x)
+    return nz.verify(model, nz.plan(model, [model.get_submodule(HOSTILE), LONG], example_inputs=x), x)
 
 
 @pytest.fixture(scope="module")
 def swept():
     model = perturbed(nn.Sequential(*[PreNorm(16) for _ in range(13)]))
-    model._modules = {HOSTILE if key == "3" else key: module for key, module in model._modules.items()}
+    model._modules = {HOSTILE if key == "3" else f"{LONG}{key}": module for key, module in model._modules.items()}
     batches = [unit(4, 16, seed=seed) for seed in range(2)]
     return nz.influence(
         model, list(model), batches, loss=lambda output, batch: (output - batch).square().mean(), k=2, among=2
@@ -184,6 +187,75 @@ def test_the_same_is_the_same_page_but_for_its_date(verified, swept, written, tm
         assert once[1].partition("</dd>")[2] == now[1].partition("</dd>")[2]
 
 
+@pytest.fixture(scope="module")
+def tokens():
+    """A model of token ids: a block off exactly, another damped up to rounding, behind an embedding."""
+    torch.manual_seed(0)
+    model = perturbed(nn.Sequential(nn.Embedding(9, 16), PreNorm(16), PreNorm(16), nn.Linear(16, 5)))
+    return model.requires_grad_(False), torch.arange(8).reshape(2, 4)
+
+
+def test_of_a_model_of_token_ids_what_enters_each_layer_is_scaled(tokens):
+    model, ids = tokens
+    plan = nz.plan(model, "2", "damp", factor=0.3, example_inputs=ids)
+    entering = model[:2](ids).detach()
+    found = nz.verify(model, plan, ids)
+    assert found.scaled == "layers"
+    for scale, one in found.at_scales([0.25, 1, 1024]).items():
+        given = scale * entering
+        wanted = given + 0.3 * (model[2](given) - given)
+        with plan.applied(model):
+            got = model[2](given)
+        error = float((got.double() - wanted.double()).abs().max() / wanted.abs().max())
+        assert one.per_layer == {"2": pytest.approx(error, rel=1e-6)}
+        assert 0 < error < 1e-6
+    with pytest.raises(nz.NeutralizeError, match=r"verify: expected positive finite scales, got .*; leave them out"):
+        found.at_scales([0.0])
+
+
+def test_a_layer_that_reads_a_pass_through_is_scaled_by_what_enters_that():
+    torch.manual_seed(0)
+    layers = (nn.Embedding(9, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 2))
+    model, ids = perturbed(nn.Sequential(*layers)).requires_grad_(False), torch.arange(8).reshape(2, 4)
+    plan = nz.plan(model, ["1", "3"], example_inputs=ids)
+    inside, beyond = nz.verify(model, plan, ids).at_scales([1, 4096]).values()
+    assert inside.assumptions_hold
+    assert not beyond.assumptions_hold
+    first = plan.layers[0]
+    with plan.applied(model):
+        entered = 4096 * model[0](ids).double()
+        handed_on = (model[1:3](4096 * model[0](ids)).double() - first.value) / (first.epsilon * first.slope)
+    error = float((handed_on - entered).abs().max()) / first.input_bound
+    assert error > 1
+    assert beyond.per_layer["1"] == pytest.approx(error, rel=1e-6)
+    assert beyond.per_layer["3"] > 100 * inside.per_layer["3"]
+
+
+def test_the_page_of_a_model_of_token_ids_says_what_was_scaled_and_draws_zeros(tokens, tmp_path):
+    model, ids = tokens
+    nz.verify(model, nz.plan(model, ["1", "2"], example_inputs=ids), ids).to_html(tmp_path / "exact.html")
+    reading = Reading((tmp_path / "exact.html").read_text())
+    assert "What was scaled: the hidden states that enter the layer" in reading.text
+    assert "1 and 2: 0, bit for bit at every scale" in reading.text
+    assert "1/64" in reading.text
+    assert [attrs["id"] for attrs in reading.all("h3") if "id" in attrs] == ["layers"]
+    marks = [
+        attrs for tag, attrs in reading.elements if attrs.get("class") == "mark circle k1" and "transform" in attrs
+    ]
+    assert len(marks) == 1 + 2 * 7  # in the legend, and at seven scales in both widths
+    damped = nz.verify(model, nz.plan(model, "2", "damp", factor=0.3, example_inputs=ids), ids)
+    damped.to_html(tmp_path / "damped.html")
+    for name, aim in (
+        ("exact", "those of the network without the layers"),
+        ("damped", "those of the network that the plan aims at"),
+    ):
+        assert f"The outputs are {aim}" in Reading((tmp_path / f"{name}.html").read_text()).text
+    off = nz.verify(model, nz.plan(model, "0", "zero", example_inputs=ids), ids)
+    assert off.scaled == ""
+    off.to_html(tmp_path / "off.html")
+    assert "neither the model's inputs nor what enters the layers" in Reading((tmp_path / "off.html").read_text()).text
+
+
 def test_a_verification_without_its_model_has_a_page_too(verified, tmp_path):
     replace(verified, _details=None, bound_holds=False, exact=False).to_html(tmp_path / "a.html")
     text = Reading((tmp_path / "a.html").read_text()).text
@@ -279,6 +351,15 @@ def test_what_is_not_finite_is_seen_and_not_in_the_scale():
     assert decoded(found.picture(1.0))[1] == [bytes((254, 255)), bytes((255, 128))]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "peaks"),
+    [(1.0, 0.5, (1.0, 1.0)), (0.5, 8.0, (8.0, 8.0)), (0.5, 1e-6, (0.5, 1e-6)), (0.0, 1.0, (1.0, 1.0))],
+)
+def test_what_would_be_all_white_has_colours_of_its_own(before, after, peaks):
+    found = Change("w", (2,), "float64", heat(torch.tensor([before, 0.0])), heat(torch.tensor([after, 0.0])))
+    assert found.peaks == pytest.approx(peaks)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (700,), (1, 4096), (4096, 2), (3, 4, 5, 5)])
 def test_every_shape_has_a_picture(shape):
     cells = heat(torch.ones(shape)).cells
@@ -317,7 +398,12 @@ def test_bars_are_drawn_whatever_the_losses(values):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("page.txt", "it ends otherwise"), ("nowhere/page.html", "No such file"), ("folder.html", "something else")],
+    [
+        ("page.txt", "its name does not end in .html"),
+        ("nowhere/page.html", "No such file"),
+        ("folder.html", "it is a folder"),
+        ("", "it is a folder"),
+    ],
 )
 def test_a_bad_target_is_refused_before_anything_runs(name, reason, verified, tmp_path):
     (tmp_path / "folder.html").mkdir()
@@ -364,8 +450,14 @@ class Stored(nn.Module):
 def test_verify_of_files_writes_a_page(tmp_path):
     save_file(perturbed(Stored()).state_dict(), tmp_path / "model.safetensors")
     arguments = ["verify", tmp_path / "model.safetensors", "--layers", "first", "--model", f"{__name__}:Stored"]
-    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--report", str(tmp_path / "out.html"), "--quiet"])
+    more = ["--report", str(tmp_path / "out.html"), "--quiet", "--json"]
+    result = CliRunner().invoke(cli.app, [*map(str, arguments), *more])
     assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["scaled"] == "inputs"
+    assert [one["scale"] for one in told["scales"]] == [1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64]
+    assert told["scales"][3]["per_layer"] == told["per_layer"]
+    assert told["read_bytes"] < 3 * (tmp_path / "model.safetensors").stat().st_size
     reading = Reading((tmp_path / "out.html").read_text())
     assert "model.safetensors" in reading.text
     assert "command line" in reading.text
@@ -441,6 +533,8 @@ addEventListener("load", () => {
       && element.getBoundingClientRect().right > innerWidth + 1).map(element => element.tagName),
     charts: [...document.querySelectorAll(".chart svg[role=img]")].filter(svg => svg.getBoundingClientRect().width)
       .map(svg => svg.getAttribute("class")),
+    broken: [...document.querySelectorAll(".figures dd")].filter(number => number.getBoundingClientRect().height
+      > 1.5 * parseFloat(getComputedStyle(number).lineHeight)).map(number => number.textContent),
     overlapping: [...document.querySelectorAll(".chart svg[role=img]")].flatMap(svg => {
       const boxes = [...svg.querySelectorAll("text")].map(text => text.getBoundingClientRect());
       const meet = (one, other) => one.left < other.right && other.left < one.right
@@ -496,7 +590,7 @@ def share_of(picture, colour):
     ("name", "width", "height", "dark", "ground", "inks"),
     [
         ("verification", 390, 844, False, "#fdfdfc", ("#1d2126", "#17673b")),
-        ("verification", 1280, 3600, True, "#15181b", ("#79b3e8", "#ec9a5f", "#e4e7ea")),
+        ("verification", 1000, 3600, True, "#15181b", ("#79b3e8", "#ec9a5f", "#e4e7ea")),
         ("sweep", 390, 1600, True, "#15181b", ("#79b3e8", "#e4e7ea")),
         ("sweep", 1280, 1400, False, "#fdfdfc", ("#2a6aa8", "#78459c", "#1d2126")),
     ],
@@ -509,6 +603,7 @@ def test_a_browser_shows_the_page(name, width, height, dark, ground, inks, writt
     assert (seen["scrolling"] > 0) == (width < 400)
     assert set(seen["charts"]) == {"narrow" if width < 640 else "wide"}
     assert seen["overlapping"] == []
+    assert seen["broken"] == []  # a power of ten stays with its number
     assert all(size > 0 for size in seen["pictures"])
     assert not seen["owned"]  # no name was run as a script
     assert seen["scripts"] == 1
@@ -521,3 +616,18 @@ def test_a_browser_shows_the_page(name, width, height, dark, ground, inks, writt
     assert 0.5 < share_of(picture, ground) < 0.99
     for ink in inks:
         assert share_of(picture, ink) > 1e-4, ink
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium was found: apt-get install chromium (.ci/run does)")
+def test_pieces_for_notebooks_are_readable_in_light_and_dark_ones(verified, swept, tmp_path):
+    pieces = "".join(found._repr_html_() for found in (verified._details().plan, verified, swept))
+    themes = "".join(
+        f'<div style="background: {ground}; color: {ink}; font: 13px sans-serif">{pieces}</div>'
+        for ground, ink in (("#ffffff", "#212121"), ("#111111", "#dedede"))
+    )
+    (tmp_path / "notebook.html").write_text(f'<!DOCTYPE html><html lang="en"><body>{themes}</body></html>')
+    seen, picture = rendered(tmp_path / "notebook.html", tmp_path, 390, 1200)
+    assert seen["content"] <= 390
+    assert len(seen["texts"]) > 100
+    assert [text for text in seen["texts"] if text["contrast"] < 4.5] == []
+    assert share_of(picture, "#ffffff") > 0.3

@@ -7,7 +7,7 @@ which people with any colour vision tell apart; every line also has a dash or a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,8 @@ _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#56B4E9")
 _MARKERS = "osv^Dx"
 _MOST_LAYERS = 6
 _FLOOR = 1e-14  # what is smaller is drawn as 0
-SCALES = tuple(10.0 ** (step / 4) for step in range(-8, 9))
-"""The factors by which ``Verification.plot`` multiplies the inputs: from a hundredth to a hundred."""
+PLOT_SCALES = tuple(10.0 ** (step / 4) for step in range(-8, 9))
+"""The factors of ``Verification.plot``: from a hundredth to a hundred."""
 
 
 def _figure(rows: int, columns: int, *, width: float = 10.0, height: float = 3.4) -> tuple[Figure, Any]:
@@ -151,30 +151,36 @@ def _written(plan: Plan) -> Figure:
     return figure
 
 
-def plot_verification(scales: list[float], verify_at: Callable[[float], Verification]) -> Figure:
-    """Measured errors and their bounds against the scale of the inputs.
+def plot_verification(verification: Verification, scales: Sequence[float]) -> Figure:
+    """Measured errors and their bounds against the scale of the inputs, or of what enters the layers.
 
     Args:
-        scales: positive factors, in ascending order.
-        verify_at: the verification at a factor.
+        verification: what is measured again at the scales.
+        scales: positive factors.
     """
-    figure, ((left, right),) = _figure(1, 2, width=12.0, height=4.6)
-    at = [verify_at(scale) for scale in scales]
+    given = sorted({float(scale) for scale in scales})
+    if len(given) < 2:
+        raise NeutralizeError(f"plot: expected two or more positive finite scales, got {given}; leave them out")
+    measured = verification.at_scales(given)
+    scales, at = list(measured), list(measured.values())
+    has_inputs = verification.scaled == "inputs"
+    figure, ((left, *beside),) = _figure(1, 1 + has_inputs, width=12.0 if has_inputs else 7.0, height=4.6)
     first = at[0]
-    valid_to = _valid_to(scales, at, verify_at)
+    valid_to = _valid_to(scales, at, lambda scale: verification.at_scales([scale])[scale])
     left.set_title("what each layer hands on", fontsize=10)
     left.set_ylabel("largest error / largest input (X)")
     for place, layer in enumerate(list(first.per_layer)[:_MOST_LAYERS]):
         colour, marker = _COLOURS[place], _MARKERS[place]
         _draw_measured(left, scales, [found.per_layer[layer] for found in at], colour, marker, f"{layer!r} measured")
         _draw_bound(left, scales, first.bounds.get(layer), valid_to, colour, f"{layer!r} bound")
-    right.set_title("the model's outputs", fontsize=10)
-    right.set_ylabel("largest error of an element (absolute)")
-    _draw_measured(right, scales, [found.output_error for found in at], BLUE, "o", "measured")
-    _draw_bound(right, scales, first.output_bound, valid_to, RED, "bound of the plan")
-    for axes in (left, right):
+    for right in beside:
+        right.set_title("the model's outputs", fontsize=10)
+        right.set_ylabel("largest error of an element (absolute)")
+        _draw_measured(right, scales, [found.output_error for found in at], BLUE, "o", "measured")
+        _draw_bound(right, scales, first.output_bound, valid_to, RED, "bound of the plan")
+    for axes in (left, *beside):
         axes.set_xscale("log")
-        axes.set_xlabel("input scale (1: the inputs given)")
+        axes.set_xlabel("input scale (1: the inputs given)" if has_inputs else "scale of what enters each layer")
         if valid_to < scales[-1]:
             axes.axvspan(max(valid_to, scales[0]), scales[-1], color=GREY, alpha=0.15, linewidth=0,
                          label="inputs larger than assumed")  # fmt: skip

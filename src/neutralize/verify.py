@@ -24,7 +24,7 @@ from neutralize.activations import FUNCTION_NAMES, GRID, identify
 from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tensors_in
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, owner_of, part_of
-from neutralize.plan import Fold, LayerPlan, Plan, Rewrite
+from neutralize.plan import Copy, Fold, LayerPlan, Plan, Rewrite
 from neutralize.select import Layers, select, unwrap
 from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
 from neutralize.undo import untouched
@@ -38,6 +38,8 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
 
 _HANDING_ON = ("input", "partial")
+SCALES = tuple(4.0**power for power in range(-3, 4))
+"""The factors of ``Verification.at_scales``; powers of two, so that scaling itself rounds nothing."""
 # Functions that work element by element; ``x * y`` comes as ``mul``, ``2 - x`` as ``__rsub__``.
 _POINTWISE = FUNCTION_NAMES | frozenset(
     """abs add addcmul atan ceil clamp clamp_max clamp_min clip cos cosh div divide erf erfc exp exp2 expm1 floor
@@ -68,6 +70,8 @@ class Verification:
         bounds: for each layer with one, the bound of its certificate.
         output_error: the largest error of an element of a floating-point output: absolute.
         output_bound: the bound on it that the plan's certificate states, if it states one.
+        scaled: what ``at_scales`` multiplies: ``inputs``, the floating-point inputs of the model; or ``layers``, where
+            it has none: what enters each layer; or ``""``, where that cannot be scaled either.
     """
 
     relative_error: float
@@ -79,32 +83,53 @@ class Verification:
     bounds: dict[str, float] = field(default_factory=dict)
     output_error: float = 0.0
     output_bound: float | None = None
-    _again: Callable[[float], Verification] | None = field(default=None, repr=False, compare=False)
+    scaled: str = ""
+    _again: Callable[[Sequence[float]], list[Verification]] | None = field(default=None, repr=False, compare=False)
     _details: Callable[[], Details] | None = field(default=None, repr=False, compare=False)
+
+    def at_scales(self, scales: Sequence[float] | None = None) -> dict[float, Verification]:
+        """Measure again at other sizes of the input: of the model's, or of what enters each layer; see ``scaled``.
+
+        Where layers are scaled, each is given what entered it, times the factor, in both networks; the hidden states
+        that enter a norm which is rewritten for a layer behind it are scaled instead of what enters the layer. The
+        errors of layers are then what is measured; the outputs are those of networks that run on such states, and no
+        bound is stated for them.
+
+        Args:
+            scales: positive factors; by default the powers of four from 1/64 to 64.
+
+        Returns:
+            For each factor, in ascending order, what was measured (no gradients).
+
+        Raises:
+            NeutralizeError: nothing can be scaled, or a factor is none.
+        """
+        if self._again is None:
+            raise NeutralizeError(
+                "verify: expected floating-point inputs or hidden states to scale, got none, or a model that is no "
+                "longer at hand; verify with some, or print the verification"
+            )
+        given = sorted({float(scale) for scale in (SCALES if scales is None else scales)})
+        if not given or not all(0 < scale < math.inf for scale in given):
+            raise NeutralizeError(f"verify: expected positive finite scales, got {given}; leave them out")
+        return dict(zip(given, self._again(given), strict=True))
 
     def plot(self, scales: Sequence[float] | None = None) -> Figure:
         """Draw measured errors and their bounds against the size of the input: the model runs again at every scale.
 
         Args:
-            scales: what the floating-point inputs are multiplied by; by default from a hundredth to a hundred.
+            scales: what is multiplied, see ``scaled``, by; by default from a hundredth to a hundred.
 
         Returns:
             A matplotlib figure, made without pyplot: ``verification.plot().savefig("errors.png")``. Where inputs are
             larger than the certificates assume, no bound is drawn.
 
         Raises:
-            NeutralizeError: matplotlib is not installed, or the model has no floating-point input to scale.
+            NeutralizeError: matplotlib is not installed, or there is nothing to scale.
         """
-        from neutralize.plots import SCALES, plot_verification
+        from neutralize.plots import PLOT_SCALES, plot_verification
 
-        if self._again is None:
-            raise NeutralizeError(
-                "plot: expected floating-point inputs to scale, got none; verify with some, or print the verification"
-            )
-        given = sorted({float(scale) for scale in (SCALES if scales is None else scales)})
-        if len(given) < 2 or given[0] <= 0 or not math.isfinite(given[-1]):
-            raise NeutralizeError(f"plot: expected two or more positive finite scales, got {given}; leave them out")
-        return plot_verification(given, self._again)
+        return plot_verification(self, PLOT_SCALES if scales is None else scales)
 
     def to_html(self, path: str | PathLike[str], *, title: str = "", command: str = "") -> None:
         """Write a page: the plan, its certificates, errors, their curves, weights before and after, provenance.
@@ -138,6 +163,33 @@ class Verification:
         from neutralize.report import verification_table
 
         return verification_table(self)
+
+
+class Entered:
+    """What entered modules in a comparison, for others to be given it times a factor.
+
+    Values are known by whether the model had the plan's weights, and by the module's name.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[bool, str], torch.Tensor] = {}
+        self._over: set[bool] = set()
+
+    def note(self, name: str, value: torch.Tensor, *, edited: bool) -> None:
+        """Note what enters a module in its first call."""
+        self._values.setdefault((edited, name), value.detach().clone())
+
+    def close(self, *, edited: bool) -> None:
+        """Note that a run is over."""
+        self._over.add(edited)
+
+    def of(self, name: str, *, edited: bool) -> torch.Tensor | None:
+        """Return what entered a module; ``None`` if it was not called."""
+        return self._values.get((edited, name))
+
+    def is_settled(self, name: str, *, edited: bool) -> bool:
+        """Whether it is known what ``of`` returns."""
+        return (edited, name) in self._values or edited in self._over
 
 
 # Views between a layer and its activation: followed as long as they keep every element.
@@ -454,6 +506,8 @@ def compared(
     applied: Callable[[], AbstractContextManager[object]],
     *,
     differentiate: bool = True,
+    scale: float | None = None,
+    entered: Entered | None = None,
 ) -> Verification:
     """Measure how far a plan is from its aim: ``verify``, however the plan comes into the model.
 
@@ -463,6 +517,8 @@ def compared(
         call: positional and keyword arguments of the model.
         applied: makes a context in which the model has the plan's weights.
         differentiate: measure gradients too.
+        scale: a factor of the model's floating-point inputs, or, where it has none, of what ``entered`` the layers.
+        entered: filled where there is no ``scale``.
 
     Raises:
         NeutralizeError: the plan does not fit the model.
@@ -475,36 +531,69 @@ def compared(
         raise NeutralizeError(
             f"verify: expected the layers of the plan in the model, got none named {missing[0]!r}; plan for it"
         )
+    has_inputs = any(tensor.is_floating_point() for tensor in tensors_in(call))
+    original = call
+    if scale is not None and has_inputs:
+        call = pytree.tree_map(
+            lambda part: part * scale if isinstance(part, torch.Tensor) and part.is_floating_point() else part, call
+        )
+    places = {} if has_inputs else {entry.layer: _scaled_place(entry, plan, modules) for entry in plan.layers}
+
+    replaced: set[str] = set()
+
+    def run(*, edited: bool) -> tuple[list[torch.Tensor], _Probe]:
+        with ExitStack() as stack:
+            for place in dict.fromkeys(filter(None, places.values())):
+                if entered is None:
+                    break
+                hook = _entering(place, entered, scale, replaced, edited=edited)
+                stack.callback(modules[place].register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
+            found = _run(model, modules, plan, call, watch=edited, differentiate=differentiate)
+        if entered is not None and scale is None:
+            entered.close(edited=edited)
+        return found
+
     with _reference(modules, plan), without_parts(model, plan), untouched(model):
-        wanted, wanted_probe = _run(model, modules, plan, call, watch=False, differentiate=differentiate)
+        wanted, wanted_probe = run(edited=False)
     with applied(), untouched(model):
-        got, probe = _run(model, modules, plan, call, watch=True, differentiate=differentiate)
+        got, probe = run(edited=True)
     per_layer, within = {}, {}
     unmeasured: set[str] = set()
     for entry in plan.layers:
         measured = _layer_error(entry, plan, probe, wanted_probe)
+        if scale is not None and not has_inputs and places[entry.layer] not in (replaced | {""}):
+            measured = None  # what enters it is as it was
         per_layer[entry.layer], within[entry.layer] = measured or (math.nan, True)
         if measured is None:
             unmeasured.add(entry.layer)
     renormed = {entry.layer for entry in plan.layers if entry.sides in ("around", "within") or entry.layer in owners}
     bounds = {entry.layer: entry.certificate.bound for entry in plan.layers if entry.certificate.bound is not None}
-    whole = plan.certificate
     output_error = _absolute_error(got, wanted)
-    assumptions_hold = all(within.values()) and (whole.inputs_within is None or _peak(call) <= whole.inputs_within)
-    is_within = whole.bound is None or not assumptions_hold or output_error <= whole.bound
+    # Where layers are scaled, the outputs are those of networks that nothing is claimed for.
+    whole = plan.certificate if scale is None or has_inputs else None
+    output_bound = None if whole is None else whole.bound
+    within_inputs = whole is None or whole.inputs_within is None or _peak(call) <= whole.inputs_within
+    assumptions_hold = all(within.values()) and within_inputs
+    is_within = output_bound is None or not assumptions_hold or output_error <= output_bound
 
-    def again(scale: float) -> Verification:
-        scaled = pytree.tree_map(
-            lambda part: part * scale if isinstance(part, torch.Tensor) and part.is_floating_point() else part, call
-        )
-        return compared(model, plan, scaled, applied, differentiate=differentiate)
+    def again(scales: Sequence[float]) -> list[Verification]:
+        states = None if has_inputs else Entered()
+        if states is not None:
+            compared(model, plan, original, applied, differentiate=False, entered=states)
+        return [
+            compared(model, plan, original, applied, differentiate=False, scale=each, entered=states) for each in scales
+        ]
 
-    repeat = again if any(tensor.is_floating_point() for tensor in tensors_in(call)) else None
+    seen = [probe.entering.get(place) for place in places.values() if place]
+    has_states = any(tensor is None or tensor.is_floating_point() for tensor in seen)
+    scaled = "inputs" if has_inputs else "layers" if has_states else ""
+    repeat = again if scaled else None
 
     def details() -> Details:
         from neutralize.pages.verified import details
 
-        return details(model, plan, applied, repeat)
+        others = [each for each in SCALES if each != 1.0] if repeat else []
+        return details(model, plan, applied, dict(zip(others, again(others), strict=True)))
 
     return Verification(
         relative_error=_relative_error(got, wanted),
@@ -521,10 +610,51 @@ def compared(
         assumptions_hold=assumptions_hold,
         bounds=bounds,
         output_error=output_error,
-        output_bound=whole.bound,
+        output_bound=output_bound,
+        scaled=scaled,
         _again=repeat,
         _details=details,
     )
+
+
+# ---- what enters layers, scaled --------------------------------------------------------------------------------------
+
+
+def _scaled_place(entry: LayerPlan, plan: Plan, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module whose input is scaled for a layer; ``""`` if a layer before it sees to that, ``None`` if none is."""
+    if entry.sides == "within":  # it cannot be seen
+        return None
+    if entry.sides == "around":  # what enters the layer has the one size that the norm before it gives it
+        copies = [edit for edit in (plan.edits[place] for place in entry.edits) if isinstance(edit, Copy)]
+        owner = copies[0].source.rpartition(".")[0] if copies else None
+        return owner if owner in modules else None
+    if next(_encodings(entry.layer, plan), None) is not None:  # a scale of its own, which its weights undo
+        return ""
+    return module_name(entry.layer, {}) if place_of(entry.layer, modules[entry.layer]) is not None else entry.layer
+
+
+def _entering(
+    place: str, entered: Entered, scale: float | None, replaced: set[str], *, edited: bool
+) -> Callable[..., Any]:
+    """A hook that notes what enters a module in its first call, or replaces it by what was noted times the scale."""
+    begun = False
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        nonlocal begun
+        tensor = first_tensor((args, kwargs))
+        if begun or tensor is None or not tensor.is_floating_point():
+            return None
+        begun = True
+        if scale is None:
+            entered.note(place, tensor, edited=edited)
+            return None
+        value = entered.of(place, edited=edited)
+        if value is None or value.shape != tensor.shape:  # data decide how often it is called, and on what
+            return None
+        replaced.add(place)
+        return replace_first_tensor((args, kwargs), value * scale)
+
+    return hook
 
 
 # ---- running and probing ---------------------------------------------------------------------------------------------

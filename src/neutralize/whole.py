@@ -25,8 +25,10 @@ def write_whole(path: str | os.PathLike[str], text: str | None, expected: str, e
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     reason = ""
-    if endings and target.suffix not in endings:
-        reason = "it ends otherwise"
+    if target.is_dir():
+        reason = "it is a folder"
+    elif endings and target.suffix.lower() not in endings:
+        reason = f"its name does not end in {endings[0]}"
     elif target.exists() and not target.is_file():
         reason = "something else is there"
     else:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from neutralize.checkpoint.in_step import EnteredInStep, Turns
 from neutralize.checkpoint.journal import Edition
 from neutralize.checkpoint.layout import Layout, Stored
 from neutralize.checkpoint.model import meta_model
@@ -28,7 +29,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.plan import Edit, Plan, dtype_name
 from neutralize.progress import Advance, silent
 from neutralize.unread import Unread
-from neutralize.verify import Verification, compared
+from neutralize.verify import SCALES, Verification, compared
 
 _DECODED = 1 << 20
 """How many elements are decoded at a time; some formats take 32 bytes of memory for each meanwhile."""
@@ -115,10 +116,9 @@ def verify(
         applied: the files already hold the plan. Otherwise its edits are made in memory, on what is read.
         before: with ``applied``, the edit that brought it there: its undo tells what the network was before. Without it
             only what shows by itself can be measured: layers that hand on their input, or nothing.
-        detailed: also measure what a page shows: errors at other scales of the inputs, where these are floating-point
-            numbers, and the weights before and after.
-        advance: told how many bytes of weights were read; in all it is about twice the size of the model, and with
-            ``detailed`` and floating-point inputs ten times as much.
+        detailed: also measure what a page shows: errors at other scales (see ``neutralize.Verification.at_scales``),
+            in step with the measurement itself, and the weights before and after.
+        advance: told how many bytes of weights were read; in all it is about twice the size of the model.
 
     Returns:
         What was measured against the network without the layers.
@@ -130,19 +130,38 @@ def verify(
     if applied and before is None:
         _check_seen(plan)
     model, names = meta_model(layout, factory, buffers=True)
-    given = _inputs_for(model) if inputs is None else inputs
+    given = _inputs_for(model, lambda: meta_model(layout, factory)[0]) if inputs is None else inputs
     if given is None:
         raise NeutralizeError(
             "checkpoint: expected inputs for the model, got none; pass its arguments, token ids for example"
         )
-    args, kwargs = as_call(given)
+    call = as_call(given)
     edits = [] if applied else retarget(plan.edits, names, layout)
+    # One model for each scale: hooks belong to a model.
+    others = [scale for scale in SCALES if scale != 1.0] if detailed else []
+    models = [model, *(meta_model(layout, factory, buffers=True)[0] for _ in others)]
+    turns = Turns(len(models))
+    entered = EnteredInStep(turns)
+
+    def comparison(model: nn.Module, scale: float | None) -> Callable[[], Verification]:
+        return lambda: compared(
+            model, plan, call, lambda: weights.edited(model), differentiate=False, scale=scale, entered=entered
+        )
+
+    beside = None
     with Files(layout.root) as files, Files(layout.root) if before is None else _Before(layout.root, before) as old:
-        weights = _Weights(layout, names, old, files, edits, advance)
-        with weights.placed_in(model):
+        weights = _Weights(layout, names, old, files, edits, advance, turns)
+        with ExitStack() as stack:
+            for each in models:
+                stack.enter_context(weights.placed_in(each))
             try:
-                found = compared(model, plan, (args, kwargs), lambda: weights.edited(model), differentiate=False)
-                beside = found._details() if detailed and found._details is not None else None
+                found, *at = turns.run(list(map(comparison, models, [None, *others])))
+                weights.alone()
+                if detailed:
+                    measured = dict(zip(others, at, strict=True)) if found.scaled else {}
+                    from neutralize.pages.verified import details
+
+                    beside = details(model, plan, lambda: weights.edited(model), measured)
             except NeutralizeError:
                 raise
             except Exception as error:  # the user's model, on the user's inputs
@@ -152,20 +171,58 @@ def verify(
                     "others, or verify the loaded model"
                 ) from error
     # The weights can be read no more: what would run the model again is what it has found, or gone.
-    found = replace(found, _again=None, _details=None if beside is None else lambda: beside)
+    measured = {} if beside is None or not beside.at else {**beside.at, 1.0: found}
+    found = replace(
+        found, _again=_measured_at(measured) if measured else None, _details=None if beside is None else lambda: beside
+    )
     is_exact = found.exact or plan.certificate.kind != "exact"
     return StreamedVerification(found, found.bound_holds and is_exact, weights.peak_bytes, weights.read_bytes)
 
 
-def _inputs_for(model: nn.Module) -> Inputs | None:
-    """What the model brings itself, or random numbers of the shape that its first layer tells."""
+def _measured_at(at: Mapping[float, Verification]) -> Callable[[Sequence[float]], list[Verification]]:
+    """What has been measured at some scales, as what measures it."""
+
+    def again(scales: Sequence[float]) -> list[Verification]:
+        if not set(scales) <= set(at):
+            raise NeutralizeError(
+                f"verify: expected some of the scales that were measured on the files, {sorted(at)}, got "
+                f"{list(scales)}; verify the loaded model at others"
+            )
+        return [at[scale] for scale in scales]
+
+    return again
+
+
+def _inputs_for(model: nn.Module, on_meta: Callable[[], nn.Module]) -> Inputs | None:
+    """What the model brings itself, or random numbers of the shape that its first layer tells.
+
+    Args:
+        model: the model.
+        on_meta: makes it on the meta device, to see which of several shapes it takes.
+    """
     own = own_inputs(model)
-    guess = next(guessed_inputs(model), None) if own is None else None
-    if not isinstance(guess, torch.Tensor):
+    main = getattr(model, "main_input_name", None)  # of transformers, whose models of images may bring token ids
+    if isinstance(own, dict) and (not isinstance(main, str) or main in own):
         return own
+    guesses = [guess for guess in guessed_inputs(model) if isinstance(guess, torch.Tensor)]
+    if not guesses:
+        return own
+    guess = guesses[0]
+    if len(guesses) > 1:
+        trial = on_meta()
+        guess = next((each for each in guesses if _runs(trial, each)), guess)
     if not guess.is_floating_point():
         return guess.clone()
     return torch.randn(guess.shape, generator=torch.Generator().manual_seed(0)).to(guess.dtype)
+
+
+def _runs(on_meta: nn.Module, inputs: torch.Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            on_meta(inputs.to("meta"))
+    except Exception:  # whatever a model says of inputs that are not for it
+        return False
+    return True
 
 
 def _check_seen(plan: Plan) -> None:
@@ -182,14 +239,25 @@ def _check_seen(plan: Plan) -> None:
 
 
 class _Weights:
-    """Reads parameters from a checkpoint, keeps the last few, and counts."""
+    """Reads parameters from a checkpoint for models that run in step, keeps the last few, and counts."""
 
     def __init__(
-        self, layout: Layout, names: Names, before: Files, after: Files, edits: Sequence[Edit], advance: Advance
+        self,
+        layout: Layout,
+        names: Names,
+        before: Files,
+        after: Files,
+        edits: Sequence[Edit],
+        advance: Advance,
+        turns: Turns | None = None,
     ) -> None:
         self._layout, self._names, self._before, self._after, self._advance = layout, names, before, after, advance
         self._groups = _connected(edits)
+        self._turns = turns
         self._edited = False
+        self._all_edited: Callable[[], bool] = lambda: (
+            self._edited or (turns is not None and turns.all_wait_for(self._all_edited))
+        )
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._budget = 0
         self.peak_bytes = 0
@@ -218,15 +286,24 @@ class _Weights:
 
     @contextmanager
     def edited(self, model: nn.Module) -> Iterator[None]:
-        """Read what the files are after the plan, and what the edits make of it."""
-        self._kept.clear()
+        """Read what the files are after the plan, and what the edits make of it; for all models from then on."""
+        if self._turns is not None:
+            self._turns.wait(self._all_edited)
+        if not self._edited:
+            self._kept.clear()
         self._edited = True
         try:
             self._read_buffers(model)
             yield
         finally:
-            self._edited = False
-            self._kept.clear()
+            if self._turns is None:
+                self._edited = False
+                self._kept.clear()
+
+    def alone(self) -> None:
+        """Read for one model again, what the files are before the plan."""
+        self._turns, self._edited = None, False
+        self._kept.clear()
 
     def _read_buffers(self, model: nn.Module) -> None:
         for prefix, module in model.named_modules():
@@ -240,6 +317,8 @@ class _Weights:
         shape, dtype = like.shape, like.dtype
 
         def read() -> torch.Tensor:
+            if name not in self._kept and self._turns is not None:
+                self._turns.wait(lambda: name in self._kept, helps_itself=True)
             if name not in self._kept:
                 self._make_room(like.nbytes)
                 self._kept[name] = self._read(name, shape, dtype)

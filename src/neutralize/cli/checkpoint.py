@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from json import loads
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from neutralize.checkpoint import Checkpoint, Status
     from neutralize.checkpoint.journal import Edition
     from neutralize.plan import Plan
+    from neutralize.verify import Verification
 
 
 def plan(
@@ -245,10 +247,11 @@ def verify(
                 {
                     "ok": found.ok,
                     "exact": measured.exact,
-                    "relative_error": measured.relative_error,
-                    "per_layer": {name: error if error == error else None for name, error in found.per_layer.items()},
+                    "relative_error": _number(measured.relative_error),
+                    "per_layer": {name: _number(error) for name, error in found.per_layer.items()},
                     "read_bytes": found.read_bytes,
                     "peak_bytes": found.peak_bytes,
+                    **({} if report is None else {"scaled": measured.scaled, "scales": _curve(measured)}),
                 }
             )
         else:
@@ -258,6 +261,27 @@ def verify(
             found.to_html(report, title=checkpoint.resolve().name, command=command_line())
         if not found.ok:
             raise typer.Exit(1)
+
+
+def _number(error: float) -> float | None:
+    """An error, or ``None`` for what cannot be seen or is not finite: JSON has no NaN."""
+    return error if math.isfinite(error) else None
+
+
+def _curve(measured: Verification) -> list[dict[str, Any]]:
+    """The errors at every scale that was measured for the page."""
+    if not measured.scaled:
+        return []
+    return [
+        {
+            "scale": scale,
+            **({"relative_error": _number(one.relative_error)} if measured.scaled == "inputs" else {}),
+            "per_layer": {name: _number(error) for name, error in one.per_layer.items()},
+            "assumptions_hold": one.assumptions_hold,
+            "bound_holds": one.bound_holds,
+        }
+        for scale, one in measured.at_scales().items()
+    ]
 
 
 # ---- what the commands share -----------------------------------------------------------------------------------------

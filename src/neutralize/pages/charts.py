@@ -18,6 +18,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "bar")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 30, 44
 _LEAST_SPAN = 5.0  # what a logarithmic axis spans is at least the square of this
 _LABEL = 18  # height of a label, with some room
+_NOTHING = (1e-9, 0.1)  # the ends of a logarithmic axis where all is 0
 _ZERO = 26  # height of the band below a logarithmic axis that holds what is 0
 
 
@@ -272,7 +273,7 @@ def _positive(values: Iterable[float], bottom: float, top: float) -> Scale:
     found = [value for value in values if math.isfinite(value)]
     above = [value for value in found if value > 0]
     has_zero = len(above) < len(found) or not above
-    low, high = (min(above), max(above)) if above else (0.1, 10.0)
+    low, high = (min(above), max(above)) if above else _NOTHING
     margin = max(1.6, _LEAST_SPAN * math.sqrt(low / high))
     zero = float(bottom - 8) if has_zero else None
     return Scale(low / margin, high * margin, bottom - (_ZERO if has_zero else 0), top, "log", zero=zero)

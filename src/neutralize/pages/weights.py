@@ -18,6 +18,7 @@ from neutralize.plan import Plan, dtype_name, matrix_extent
 
 _CELLS = 64
 _FLATTEST = 8
+_FAINTEST = 16.0  # what is smaller than the other by more than this has colours of its own
 _MOST = 12
 """How many tensors of a plan are drawn."""
 
@@ -76,9 +77,10 @@ class Change:
     after: Heat
 
     @property
-    def peak(self) -> float:
-        """The largest magnitude of both, which the colours end at."""
-        return max(self.before.largest, self.after.largest)
+    def peaks(self) -> tuple[float, float]:
+        """The magnitudes that the colours end at, before and after: one for both, unless one would be all white."""
+        both = self.before.largest, self.after.largest
+        return both if 0 < _FAINTEST * min(both) < max(both) else (max(both), max(both))
 
 
 def changes(model: nn.Module, plan: Plan, applied: Callable[[], AbstractContextManager[object]]) -> tuple[Change, ...]:
