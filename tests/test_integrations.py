@@ -222,6 +222,29 @@ def test_the_harness_measures_the_network_without_the_layers(harness, tmp_path):
 def test_the_harness_is_told_what_is_wrong(harness):
     assert "expected either layers or plan, got none" in refusal(lambda: harness.Model(str(harness.folder)))
     assert "near matches" in refusal(lambda: harness.Model(str(harness.folder), layers="model.layer.1", device="cpu"))
+    for arguments, told in {
+        (
+            "layers=model.layers[1]",
+            "factor=0.5",
+        ): "expected parameters of strategy 'auto', got factor; give strategy=damp",
+        ("plan=none.json",): "expected a file with a plan, got 'none.json', which cannot be read",
+        ("plan=none.json", "strategy=zero"): "expected a plan alone, which has its strategy in it, got 'zero' with it",
+    }.items():
+        given = dict(argument.split("=", 1) for argument in arguments)
+        assert told in refusal(lambda given=given: harness.Model("no model is loaded", **given))
+
+
+def test_the_harness_command_line_says_it_in_one_line(harness, monkeypatch, capsys):
+    from neutralize.integrations import lm_eval
+
+    given = ["run", "--model", "neutralize", "--model_args", f"pretrained={harness.folder}", "--tasks", "arc_easy"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *given])
+    with pytest.raises(SystemExit) as ended:
+        lm_eval.main()
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("lm_eval: expected either layers or plan, got none; give")
+    )
 
 
 # ---- models of vision, and where compiled and exported ones go -------------------------------------------------------
