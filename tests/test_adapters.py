@@ -16,6 +16,8 @@ KINDS = {
     "lora": peft.LoraConfig(**LORA),
     "lora with biases": peft.LoraConfig(**LORA, lora_bias=True),
     "ia3": peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "adalora": peft.AdaLoraConfig(target_modules=LORA["target_modules"], total_step=10),
+    "trained norms": peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]),
     "loha": peft.LoHaConfig(r=4, target_modules=["down_proj"]),
     "saved modules": peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
 }
@@ -33,7 +35,7 @@ def adapted(config=KINDS["lora"], *others: str) -> nn.Module:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("lora_", "ia3_", "hada_", "modules_to_save")):
+            if any(part in name for part in ("lora_", "ia3_", "hada_", "modules_to_save", "ln_tuning")):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
 
@@ -66,6 +68,26 @@ def test_a_block_is_off_with_its_adapters(kind, edit):
     assert torch.equal(run(model), reference)
     undo.restore()
     assert torch.equal(run(model), before)
+
+
+@pytest.mark.parametrize("kind", ["dora", "prefix"])
+def test_magnitudes_and_prefixes_are_in_the_dataflow(kind):
+    """DoRA divides by a norm that must not be 0; a prefix brings values that no norm before them takes away."""
+    configs = {
+        "dora": peft.LoraConfig(**LORA, use_dora=True),
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    }
+    model = adapted(configs[kind])
+    block = next(name for name, _ in model.named_modules() if name.endswith("model.layers.1"))
+    handle = model.get_submodule(block).register_forward_hook(lambda module, args, output: args[0])
+    reference = run(model)
+    handle.remove()
+    undo = nz.neutralize(model, block, example_inputs=IDS)
+    assert torch.equal(run(model), reference)
+    undo.restore()
+    if kind == "dora":
+        told = refusal(lambda: nz.plan(model, block, edit="outgoing", example_inputs=IDS))
+        assert "lora_magnitude_vector.default.weight' may make it infinite or NaN" in told
 
 
 def test_merged_for_good_it_is_still_off():
@@ -136,6 +158,43 @@ def test_a_plan_for_the_model_without_adapters_does_not_fit():
     assert "expected a parameter 'model.layers.1.mlp.down_proj.weight', got model.layers.1.mlp.down_proj.base_" in told
     assert "in a layer that an adapter was added to; plan on the model with its adapters" in told
     assert "got a model with adapter 'default' active" in refusal(lambda: nz.verify(model, cheapest, **IDS))
+
+
+def test_an_adapter_that_comes_after_the_plan_is_told_of():
+    model = llama()
+    before = run(model)
+    undo = nz.neutralize(model, "model.layers[1]", edit="outgoing")
+    undo.check()
+    elsewhere = peft.LoraConfig(r=4, target_modules=["lm_head"])
+    undo_all = [undo, nz.neutralize(model, "model.layers[0].mlp", "zero", example_inputs=IDS)]
+    grown = peft.get_peft_model(model, elsewhere, adapter_name="elsewhere")
+    for each in undo_all:
+        each.check()  # the layers are as they were
+    grown.add_adapter("late", KINDS["lora"])
+    grown.set_adapter("late")
+    told = "expected no adapter in what is off, as at its application, got adapter 'late' active"
+    for each in undo_all:
+        assert f"check: {told}; restore, and plan on the model as it is then" in refusal(each.check)
+    with pytest.warns(UserWarning, match="every bit is back, but the layers were not off"):
+        undo_all[1].restore()
+    with pytest.warns(UserWarning, match=told):
+        undo.restore()
+    with grown.disable_adapter():
+        assert torch.equal(run(grown), before)
+
+
+def test_an_adapter_that_is_switched_while_layers_are_off_is_told_of(recwarn):
+    model = adapted(KINDS["lora"], "other")
+    undo = nz.plan(model, BLOCK, edit="outgoing", example_inputs=IDS).apply(model)
+    model.set_adapter("other")
+    assert "got adapter 'other' active" in refusal(undo.check)
+    model.set_adapter("default")
+    undo.check()
+    model.merge_adapter()
+    assert "got adapter 'default' merged" in refusal(undo.check)
+    model.unmerge_adapter()
+    undo.restore()
+    assert not [warning for warning in recwarn if "layers were not off" in str(warning.message)]
 
 
 def test_what_an_adapter_is_merged_into_is_not_written():

@@ -7,6 +7,7 @@ import torch
 import transformers
 from bits import refusal, weights
 from networks import perturbed
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -35,6 +36,34 @@ def made(kind):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**MODELS[kind])
     return perturbed(AutoModelForCausalLM.from_config(config))
+
+
+KEPT_IN_STEP = {
+    "Qwen3Moe": (
+        SMALL | {"mlp_only_layers": [0, 2], "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+        [1],
+        {"num_hidden_layers": 3, "mlp_only_layers": [0, 1]},
+    ),
+    "DeepseekV2": (
+        {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+        | {"num_hidden_layers": 3, "num_key_value_heads": 4, "first_k_dense_replace": 2, "n_routed_experts": 2}
+        | {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8}
+        | {"q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        [0],
+        {"num_hidden_layers": 2, "first_k_dense_replace": 1},
+    ),
+    "Lfm2": (
+        {name: value for name, value in SMALL.items() if name != "head_dim"} | {"full_attn_idxs": [1, 3]},
+        [0, 2],
+        {"num_hidden_layers": 2, "full_attn_idxs": [0, 1], "layer_types": ["full_attention"] * 2},
+    ),
+    "SmolLM3": (
+        SMALL | {"no_rope_layers": [1, 0, 0, 1], "pad_token_id": 0},
+        [1],
+        {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "no_rope_layer_interval": 4},
+    ),
+}
+"""Entries of the config that name places of blocks, or count some of them."""
 
 
 def without(model, blocks, gone, ids):
@@ -90,13 +119,57 @@ def test_what_cannot_leave_is_refused(tmp_path):
     assert "expected a folder that can be written" in refusal(lambda: dropped.save(tmp_path / "file" / "folder"))
 
 
-def test_blocks_whose_place_counts_are_kept():
-    """RoPE on all blocks but every fourth, by their number: without one the others would change."""
+@pytest.mark.parametrize("kind", KEPT_IN_STEP)
+def test_what_the_config_says_of_single_blocks_keeps_step(kind, tmp_path):
+    entries, gone, wanted = KEPT_IN_STEP[kind]
     torch.manual_seed(0)
-    config = transformers.SmolLM3Config(**SMALL | {"no_rope_layer_interval": 2, "pad_token_id": 0})
-    model = perturbed(AutoModelForCausalLM.from_config(config))
-    dropped = nz.drop(model, "model.layers[1]")  # its per-block list says it, and is cut with it
-    assert len(dropped.config["no_rope_layers"][1]) == 3
+    model = perturbed(AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**entries)))
+    ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(3))
+    expected = without(model, model.model.layers, gone, ids)
+    dropped = nz.drop(model, [f"model.layers[{place}]" for place in gone])
+    with torch.no_grad():
+        assert torch.equal(dropped.model(input_ids=ids).logits, expected)
+    again = transformers.AutoConfig.from_pretrained(dropped.save(tmp_path / "smaller"))
+    assert {name: getattr(again, name) for name in wanted} == wanted
+
+
+def test_a_block_that_would_be_another_at_its_new_place_stays():
+    """A window that is longer than any input that is tried shows all the same."""
+
+    class Windowed(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            for place, block in enumerate(self.model.layers):
+                block.self_attn.window = 4096 if place % 2 else None
+
+    model = Windowed(transformers.LlamaConfig(**SMALL)).eval()
+    told = refusal(lambda: nz.drop(model, "model.layers[1]"))
+    assert "got 4096 instead of None for 'window' of 'model.layers.2.self_attn', which depends on its place" in told
+    assert nz.drop(model, "model.layers[1:3]").model.model.layers[1].self_attn.window == 4096
+
+
+def test_encoder_and_decoder_are_counted_apart():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = perturbed(transformers.T5ForConditionalGeneration(config))
+    dropped = nz.drop(model, "decoder.block[1]")
+    assert dropped.config == {"num_decoder_layers": (2, 1)}
+    assert "got T5Config, of which no count" in refusal(lambda: nz.drop(model, "decoder.block[0]"))  # its biases
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_proven_too(dtype, tmp_path):
+    made("Llama").to(dtype).save_pretrained(tmp_path / "whole")  # frequencies stay float32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    dropped = nz.drop(model, "model.layers[1]")
+    assert {parameter.dtype for parameter in dropped.model.parameters()} == {dtype}
+    ids = torch.arange(30)[None]
+    expected = without(model, model.model.layers, [1], ids)
+    with torch.no_grad():
+        nn.init.zeros_(model.lm_head.weight)  # the smaller model has weights of its own
+        assert torch.equal(dropped.model(input_ids=ids).logits, expected)
 
 
 def test_post_norm_blocks_are_not_exact_and_stay():
@@ -110,9 +183,11 @@ def test_post_norm_blocks_are_not_exact_and_stay():
 
 def test_the_command_writes_the_smaller_model(tmp_path):
     model = made("Llama")
-    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     letters = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>").save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "LICENSE").write_text("do as you like")
+    (tmp_path / "whole" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     run = CliRunner().invoke
     arguments = ["export", str(tmp_path / "whole"), "--drop", "model.layers[1:3]", "--output", str(tmp_path / "out")]
     answer = run(app, [*arguments, "--json"])
@@ -123,6 +198,34 @@ def test_the_command_writes_the_smaller_model(tmp_path):
     blocks = model.model.layers
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, without(model, blocks, [1, 2], ids))
+    nz.neutralize(model, "model.layers[1:3]")
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
+    for name in ("LICENSE", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert loaded.generation_config.temperature == 0.5
     again = run(app, arguments)
     assert again.exit_code == 2
     assert "expected nothing at" in again.stderr
+
+
+def test_the_command_takes_any_model_with_all_its_weights(tmp_path):
+    """A classifier without a tokenizer keeps its head; a missing weight is not made up."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL | {"pad_token_id": 0, "num_labels": 3})
+    model = perturbed(transformers.LlamaForSequenceClassification(config))
+    model.save_pretrained(tmp_path / "whole")
+    run = CliRunner().invoke
+    answer = run(app, ["export", str(tmp_path / "whole"), "--drop", "model.layers[1]", "--output", str(tmp_path / "a")])
+    assert answer.exit_code == 0, answer.output
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").eval()
+    ids = torch.arange(9)[None] + 1
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, without(model, model.model.layers, [1], ids))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "score.weight"}
+    save_file(state, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    answer = run(app, ["export", str(tmp_path / "whole"), "--drop", "model.layers[1]", "--output", str(tmp_path / "b")])
+    assert answer.exit_code == 2
+    assert "expected all weights of a LlamaForSequenceClassification" in answer.stderr
+    assert "got none for 'score.weight'; fetch it again" in answer.stderr
+    assert not (tmp_path / "b").exists()

@@ -70,22 +70,22 @@ def test_a_saved_model_comes_back_with_the_edit(tied, shard, tmp_path):
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def trainer(model, folder, callbacks, steps):
+def trainer(model, folder, callbacks, steps, **settings):
     ids = [torch.arange(12) * k % 64 for k in range(1, 17)]
-    arguments = transformers.TrainingArguments(
-        str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        save_steps=3,
-        logging_steps=100,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    common = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "save_steps": 3,
+        "logging_steps": 100,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = transformers.TrainingArguments(str(folder), **common | settings)
     data = [{"input_ids": each, "labels": each} for each in ids]
-    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=callbacks)
 
 
 class Watch(transformers.TrainerCallback):
@@ -112,6 +112,29 @@ def test_a_layer_fades_out_while_a_trainer_trains_also_in_two_parts(tmp_path):
     assert train(again, 6, resume_from_checkpoint=str(tmp_path / "checkpoint-3")) == wanted[3:]
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_the_weights_of_the_best_step_are_as_damped_as_the_ramp_says(tmp_path):
+    model, callback = llama(), RampCallback("model.layers[1]", steps=4, sides="out")
+    settings = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "warmup_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run_ = trainer(model, tmp_path, [callback], 4, **settings, **best)
+    run_.train()
+    step = run_.state.best_global_step
+    assert 0 < step < 4
+    assert callback.ramp.factor == 1 - step / 4
+    model.eval()
+    assert not torch.equal(run(model), without(model, model.model.layers[1]))
+    while not callback.ramp.done:
+        callback.ramp.step()
+    assert torch.equal(run(model), without(model, model.model.layers[1]))
+
+
+def test_training_that_is_shorter_than_the_ramp_is_warned_of(tmp_path):
+    callback = RampCallback("model.layers[1]", steps=4, start=1)
+    with pytest.warns(UserWarning, match="expected training of 5 steps or more, got 1, after which the layers are not"):
+        trainer(llama(), tmp_path, [callback], 1).train()
+    assert not callback.ramp.done
 
 
 def test_the_callback_refuses_what_is_no_number_of_steps():
@@ -199,6 +222,29 @@ def test_the_harness_measures_the_network_without_the_layers(harness, tmp_path):
 def test_the_harness_is_told_what_is_wrong(harness):
     assert "expected either layers or plan, got none" in refusal(lambda: harness.Model(str(harness.folder)))
     assert "near matches" in refusal(lambda: harness.Model(str(harness.folder), layers="model.layer.1", device="cpu"))
+    for arguments, told in {
+        (
+            "layers=model.layers[1]",
+            "factor=0.5",
+        ): "expected parameters of strategy 'auto', got factor; give strategy=damp",
+        ("plan=none.json",): "expected a file with a plan, got 'none.json', which cannot be read",
+        ("plan=none.json", "strategy=zero"): "expected a plan alone, which has its strategy in it, got 'zero' with it",
+    }.items():
+        given = dict(argument.split("=", 1) for argument in arguments)
+        assert told in refusal(lambda given=given: harness.Model("no model is loaded", **given))
+
+
+def test_the_harness_command_line_says_it_in_one_line(harness, monkeypatch, capsys):
+    from neutralize.integrations import lm_eval
+
+    given = ["run", "--model", "neutralize", "--model_args", f"pretrained={harness.folder}", "--tasks", "arc_easy"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *given])
+    with pytest.raises(SystemExit) as ended:
+        lm_eval.main()
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("lm_eval: expected either layers or plan, got none; give")
+    )
 
 
 # ---- models of vision, and where compiled and exported ones go -------------------------------------------------------

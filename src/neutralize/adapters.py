@@ -7,6 +7,7 @@ layer with an adapter is known by what it offers (``active_adapters``, ``disable
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,12 +17,20 @@ from torch import nn
 from neutralize.plan import LayerPlan
 
 
-def premise(model: nn.Module) -> str:
-    """Say which adapters take part in the forward pass: ``"adapter 'a' active"``; empty if none has been added."""
+def premise(model: nn.Module, names: Iterable[str] | None = None) -> str:
+    """Say which adapters take part in the forward pass: ``"adapter 'a' active"``; empty if none has been added.
+
+    Args:
+        model: the whole model.
+        names: of modules, of parts of them, or of tensors: only adapters in them and around them count.
+    """
+    scope = None if names is None else [re.sub(r"\[(\d+)\]", r".\1", name) for name in names]
     active: dict[str, None] = {}
     merged: dict[str, None] = {}
     found = False
-    for _, module in _adapted(model):
+    for name, module in _adapted(model):
+        if scope is not None and not any(_is_in(name, other) or _is_in(other, name) for other in scope):
+            continue
         found = True
         merged.update(dict.fromkeys(_merged(module)))
         if not module.disable_adapters:
@@ -73,6 +82,10 @@ def moved(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
                     "it, which is taken out again later; call unmerge_adapter() first, or merge_and_unload()"
                 )
     return refused
+
+
+def _is_in(name: str, owner: str) -> bool:
+    return f"{name}.".startswith(f"{owner}.".lstrip("."))
 
 
 def _merged(module: nn.Module) -> list[str]:

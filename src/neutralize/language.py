@@ -58,32 +58,44 @@ def load_language_model(
     Raises:
         NeutralizeError: transformers is not installed, or cannot load this.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise NeutralizeError(
-            "language model: expected the package transformers, got none; run: pip install 'neutralize[hf]'"
-        )
     place = {"pretrained_model_name_or_path": str(source)}
     if gguf_file is not None:
         place["gguf_file"] = gguf_file
     local = Path(source).is_dir()
-    with quiet_transformers():
+    with loading(source, "a causal language model"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=local)
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(**place, local_files_only=local, dtype=dtype)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            summary = next(iter(str(error).strip().splitlines()), "")
-            raise NeutralizeError(
-                f"language model: expected a folder or a hub name of a causal language model, got {str(source)!r}, "
-                f"which does not load ({type(error).__name__}: {summary}); check the name"
-            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=local)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(**place, local_files_only=local, dtype=dtype)
     model = model.to(device).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     name = Path(gguf_file).stem if gguf_file else str(source)
     stored = dtype_name(next(model.parameters()).dtype)
     title = f"{name}: {type(model).__name__}, {stored}, {count / 1e6:.1f} M parameters"
     return LanguageModel(model, tokenizer, title)
+
+
+@contextlib.contextmanager
+def loading(source: str | PathLike[str], kind: str) -> Iterator[None]:
+    """Make one clear error of what transformers says of a name, or of its absence; keep its lines off the screen.
+
+    Args:
+        source: a folder, or a name that the hub knows.
+        kind: of what, in words.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise NeutralizeError(
+            "language model: expected the package transformers, got none; run: pip install 'neutralize[hf]'"
+        )
+    with quiet_transformers():
+        try:
+            yield
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+            summary = next(iter(str(error).strip().splitlines()), "")
+            raise NeutralizeError(
+                f"language model: expected a folder or a hub name of {kind}, got {str(source)!r}, "
+                f"which does not load ({type(error).__name__}: {summary}); check the name"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import weakref
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from neutralize import adapters
 from neutralize.audit import Deed, audited, recorded
 from neutralize.distributed.part import Block, Window
 from neutralize.distributed.wrapped import note_written, resharded
@@ -105,6 +107,7 @@ class Undo:
         self._model = weakref.ref(model)
         self._of = type(model).__name__
         self._strategy, self._layers = strategy, layers
+        self._adapters = adapters.premise(model, self._scope(saved))
         self._audited = audited()
         self.digest = digest
         for tensor in self._tensors():
@@ -126,23 +129,42 @@ class Undo:
         names = tuple(dict.fromkeys(entry.name for entry in self._saved))
         return Deed(action, self._of, self.digest, self._strategy, self._layers, names, self.held_bytes)
 
+    def check(self) -> None:
+        """Check that nothing was put between the model and what was written: the layers are off as they were planned.
+
+        An adapter that is added, loaded, switched on or merged after the application adds its part to a layer that is
+        off. So may what code of yours writes into the weights: that is not looked at.
+
+        Raises:
+            NeutralizeError: a tensor was replaced, or other adapters are in the layers than were at the application.
+        """
+        self._check("check")
+        if told := self._other_adapters():
+            raise NeutralizeError(f"check: {told}; restore, and plan on the model as it is then")
+
     def restore(self) -> None:
         """Put back every bit and every ``requires_grad`` flag; afterwards the copies are released.
+
+        If there are other adapters in the layers than at the application, it warns: what was measured in between was
+        not the model without them.
 
         Raises:
             NeutralizeError: a tensor was replaced, its dtype or shape changed, or the audit cannot be written; nothing
                 was put back.
         """
         if not self.restored:
+            told = self._other_adapters()
             with recorded(self.deed("restore"), self._audited):
                 self.put_back()
+            if told:
+                warnings.warn(f"restore: {told}; every bit is back, but the layers were not off", stacklevel=2)
 
     def put_back(self) -> None:
         """Do what ``restore`` does, unrecorded: for an application that fails."""
         model = self._model()
         if model is not None:
             resharded(model)
-        self._check()
+        self._check("restore")
         for entry in self._saved:  # in any order: all were taken before the first write
             overwrite_(entry.block(entry.tensor.detach()), entry.values)
             if entry.tensor.requires_grad != entry.requires_grad and entry.tensor.is_leaf:
@@ -170,7 +192,7 @@ class Undo:
         model = self._model()
         if model is None or self.restored:
             raise NeutralizeError("save: expected an application that is not undone yet, got one that is; apply again")
-        self._check()
+        self._check("save")
         names = {id(tensor): name for name, tensor in _named(model).items()}
         entries = [
             {
@@ -226,7 +248,19 @@ class Undo:
     def _tensors(self) -> list[torch.Tensor]:
         return list({id(entry.tensor): entry.tensor for entry in self._saved}.values())
 
-    def _check(self) -> None:
+    def _scope(self, saved: list[Saved]) -> tuple[str, ...]:
+        return (*self._layers, *dict.fromkeys(entry.name for entry in saved))
+
+    def _other_adapters(self) -> str:
+        """Say which adapters are in the layers now and were not at the application, or the reverse."""
+        model = self._model()
+        now = self._adapters if model is None else adapters.premise(model, self._scope(self._saved))
+        if now == self._adapters:
+            return ""
+        then, now = (said or "no adapter" for said in (self._adapters, now))
+        return f"expected {then} in what is off, as at its application, got {now}"
+
+    def _check(self, op: str) -> None:
         """Check that every copy still fits the tensor that it was taken from, and that the model still has it."""
         model = self._model()
         held = None
@@ -235,17 +269,17 @@ class Undo:
         for entry in self._saved:
             if entry.tensor.dtype != entry.values.dtype:
                 raise NeutralizeError(
-                    f"restore: expected dtype {entry.values.dtype} for {entry.name!r}, got {entry.tensor.dtype}; "
+                    f"{op}: expected dtype {entry.values.dtype} for {entry.name!r}, got {entry.tensor.dtype}; "
                     "convert the model back before restoring"
                 )
             if entry.tensor.shape != entry.shape:
                 raise NeutralizeError(
-                    f"restore: expected shape {list(entry.shape)} for {entry.name!r}, got {list(entry.tensor.shape)}; "
+                    f"{op}: expected shape {list(entry.shape)} for {entry.name!r}, got {list(entry.tensor.shape)}; "
                     "put the old weights back before restoring"
                 )
             if held is not None and id(entry.tensor) not in held:
                 raise NeutralizeError(
-                    f"restore: expected the tensor that was written for {entry.name!r}, got a model in which it was "
+                    f"{op}: expected the tensor that was written for {entry.name!r}, got a model in which it was "
                     "replaced; put the old parameter back before restoring"
                 )
 

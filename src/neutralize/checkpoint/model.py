@@ -90,7 +90,7 @@ def meta_model(
         model, names = _loaded(kind, config, dtype, layout, _state(kind, build, dtype, layout))
     model.eval()
     if buffers:
-        with _refused("computing its buffers"), _parameters_on_meta(), _bounded(layout):
+        with _refused("computing its buffers"), parameters_on_meta(), _bounded(layout):
             _take_buffers(model, build(), names)
     return model, names
 
@@ -226,7 +226,7 @@ def _transformer(layout: Layout) -> tuple[Any, Any, torch.dtype]:
     with _refused(f"reading {path}"), _quiet():
         config_class = CONFIG_MAPPING[model_type]
         config = config_class.from_dict(_without_code(content))
-    kind = _model_class(transformers, config, content.get("architectures"), path)
+    kind = model_class(transformers, config, content.get("architectures"), path)
     return kind, config, _load_dtype(config, layout)
 
 
@@ -281,7 +281,7 @@ def _without_code(value: Any) -> Any:
     return [_without_code(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _model_class(transformers: Any, config: Any, architectures: Any, path: Path) -> Any:
+def model_class(transformers: Any, config: Any, architectures: Any, path: Path) -> Any:
     """The class that a config names, if it is one of transformers' for this type of config, or the usual one."""
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
@@ -452,7 +452,7 @@ def _bounded(layout: Layout) -> Iterator[None]:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Put every parameter that a module gets on the meta device; buffers are computed where they are."""
     thread = threading.get_ident()
 

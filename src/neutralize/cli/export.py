@@ -12,7 +12,7 @@ from neutralize.cli.printing import print_json, waiting
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name of a causal language model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name of a model of transformers.")],
     drop: Annotated[
         list[str],
         typer.Option(
@@ -36,13 +36,14 @@ def export(
     """
     from neutralize.audit import Deed, recorded
     from neutralize.drop import drop as dropped
-    from neutralize.language import load_language_model
+    from neutralize.drop import free, load_whole
 
     with audited(audit), waiting("proving", quiet=quiet):
-        language = load_language_model(model, dtype=dtype)
-        smaller = dropped(language.model, drop)
+        free(output)  # nobody waits for a proof that cannot be written down
+        whole, folder = load_whole(model, dtype)
+        smaller = dropped(whole, drop)
         with recorded(Deed("export", str(output.absolute()), smaller.digest, layers=smaller.layers)):
-            path = smaller.save(output, tokenizer=language.tokenizer)
+            path = smaller.save(output, source=folder)
     if json:
         config = {name: list(values) for name, values in smaller.config.items()}
         print_json({"output": str(path), "layers": smaller.layers, "config": config, "parameters": smaller.parameters})

@@ -10,6 +10,7 @@ command line is called from here::
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -53,20 +54,29 @@ class NeutralizedLM(HFLM):  # type: ignore[misc]  # mypy does not follow lm_eval
             **kwargs: parameters of the strategy (``factor=0.5``), and those of ``hf``.
 
         Raises:
-            NeutralizeError: not one of ``layers`` and ``plan`` is given; or the plan cannot be made, or does not fit.
+            NeutralizeError: not one of ``layers`` and ``plan`` is given, or parameters of another strategy; or the plan
+                cannot be read or made, or does not fit.
         """
         if (layers is None) == (plan is None):
             raise NeutralizeError(
                 f"lm_eval: expected either layers or plan, got {'none' if layers is None else 'both'}; "
                 "give layers=model.layers[3], or plan=FILE"
             )
-        known = {field.name for field in dataclasses.fields(STRATEGIES[strategy])} if strategy in STRATEGIES else set()
-        options = {name: kwargs.pop(name) for name in sorted(known & kwargs.keys())}
+        options = {name: kwargs.pop(name) for name in sorted(_OPTIONS & kwargs.keys())}
+        if plan is not None and (options or strategy != "auto"):
+            raise NeutralizeError(
+                f"lm_eval: expected a plan alone, which has its strategy in it, got {', '.join(options) or strategy!r} "
+                "with it; give layers instead of plan, or leave that out"
+            )
+        if strategy in STRATEGIES and (others := options.keys() - _names(STRATEGIES[strategy])):
+            takers = [name for name, kind in STRATEGIES.items() if others <= _names(kind)]
+            raise NeutralizeError(
+                f"lm_eval: expected parameters of strategy {strategy!r}, got {', '.join(sorted(others))}; give "
+                f"strategy={' or '.join(takers) or 'another'}"
+            )
+        found = plan if plan is None or isinstance(plan, Plan) else _read(plan)  # before a large model is loaded
         super().__init__(pretrained, **kwargs)
-        if layers is not None:
-            self.plan = make_plan(self.model, layers, strategy, **options)
-        else:
-            self.plan = plan if isinstance(plan, Plan) else Plan.from_json(Path(str(plan)).read_text(encoding="utf-8"))
+        self.plan = found if found is not None else make_plan(self.model, layers or (), strategy, **options)
         self.undo = self.plan.apply(self.model)
 
     def get_model_info(self) -> dict[str, Any]:
@@ -74,5 +84,32 @@ class NeutralizedLM(HFLM):  # type: ignore[misc]  # mypy does not follow lm_eval
         return {**super().get_model_info(), "neutralize_plan": self.plan.digest}
 
 
+def _names(strategy: Any) -> set[str]:
+    """The parameters of a strategy."""
+    return {field.name for field in dataclasses.fields(strategy)}
+
+
+_OPTIONS = set[str]().union(*map(_names, STRATEGIES.values()))
+
+
+def _read(path: str | PathLike[str]) -> Plan:
+    try:
+        return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise NeutralizeError(
+            f"lm_eval: expected a file with a plan, got {str(path)!r}, which cannot be read ({error}); name what "
+            "`neutralize plan --json` was written to"
+        ) from error
+
+
+def main() -> None:
+    """Run the harness's command line; an error of this library is one line, and exit status 2."""
+    try:
+        cli_evaluate()
+    except NeutralizeError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 from torch import nn
@@ -18,7 +19,9 @@ class RampCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not foll
 
     The factor follows the optimizer's steps, whatever the number of batches in each. Training that is resumed from a
     checkpoint goes on with the factor that its weights have. With ``load_best_model_at_end`` the weights are in the end
-    those of the best step, as damped as they were then.
+    those of the best step, as damped as they were then: ``ramp.factor`` says how much that is, and
+    ``while not callback.ramp.done: callback.ramp.step()`` goes the rest of the way. Training that ends before the ramp
+    does is warned of when it begins.
 
     Attributes:
         ramp: the ramp, once training has begun: ``ramp.factor``, ``ramp.plan``, ``ramp.restore()``.
@@ -74,9 +77,26 @@ class RampCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not foll
         finally:
             for module, mode in modes:
                 module.training = mode
-        self.ramp.steps_done = min(max(state.global_step - self._start, 0), self._steps)
+        self.ramp.steps_done = self._done(state.global_step)
+        if 0 < state.max_steps < self._start + self._steps:
+            warnings.warn(
+                f"RampCallback: expected training of {self._start + self._steps} steps or more, got {state.max_steps}, "
+                "after which the layers are not off yet; train longer, or give fewer steps",
+                stacklevel=2,
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Go one step on; after the last one write the null again, as the optimizer moves it."""
         if self.ramp is not None and state.global_step > self._start:
             self.ramp.step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the weights of an earlier step were loaded, go back to the factor of that step."""
+        is_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if self.ramp is not None and is_loaded and state.best_global_step is not None:
+            self.ramp.steps_done = self._done(state.best_global_step)
+
+    def _done(self, step: int) -> int:
+        return min(max(step - self._start, 0), self._steps)
