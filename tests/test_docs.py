@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import logging
 import os
 import pkgutil
 import re
@@ -131,6 +132,8 @@ def test_the_code_of_a_page_runs(page, models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if page.parent.name == "howto":
         shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    logger = logging.getLogger("neutralize")
+    monkeypatch.setattr(logger, "level", logger.level)  # as it was, when the page has been run
     torch.manual_seed(0)
     namespace: dict = {}
     printed = ""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neutralize.audit import Deed, recorded
 from neutralize.bits import same_bits
 from neutralize.dataflow import placed_inputs
 from neutralize.errors import NeutralizeError
@@ -40,6 +41,7 @@ class Dropped:
         config: the entries of the config that were cut, with their old values and the new ones.
         parameters: how many parameters are gone.
         digest: of the plan that switches the blocks off, with which it was compared.
+        strategy: of that plan.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Dropped:
     config: dict[str, tuple[Any, Any]]
     parameters: int
     digest: str
+    strategy: str
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the model with ``save_pretrained``, under a temporary name until it is complete.
@@ -62,18 +65,25 @@ class Dropped:
         if target.exists():
             raise NeutralizeError(f"drop: expected nothing at {str(target)!r}, got something; name a new folder")
         partial = target.with_name(f".{target.name}.partial")
+        count = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+        deed = Deed("export", str(target), self.digest, self.strategy, self.layers, bytes=count)
+        is_written = False
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            self.model.save_pretrained(partial)  # type: ignore[operator]
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            partial.replace(target)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise NeutralizeError(
-                f"drop: expected a folder that can be written, got {error.strerror or error} for {str(target)!r}; name "
-                "another"
-            ) from error
+            with recorded(deed):
+                shutil.rmtree(partial, ignore_errors=True)
+                self.model.save_pretrained(partial)  # type: ignore[operator]
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(partial)
+                partial.replace(target)
+                is_written = True
+        except BaseException as error:
+            shutil.rmtree(target if is_written else partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise NeutralizeError(
+                    f"drop: expected a folder that can be written, got {error.strerror or error} for {str(target)!r}; "
+                    "name another"
+                ) from error
+            raise
         return target
 
 
@@ -117,7 +127,7 @@ def drop(model: nn.Module, layers: Layers, *, inputs: Any = None) -> Dropped:
     _compare(model, plan, smaller, inputs)
     count = sum(parameter.numel() for parameter in model.parameters())
     gone = count - sum(parameter.numel() for parameter in smaller.parameters())
-    return Dropped(smaller, chosen, changed, gone, plan.digest)
+    return Dropped(smaller, chosen, changed, gone, plan.digest, plan.strategy)
 
 
 def _by_list(model: nn.Module, chosen: tuple[str, ...]) -> dict[str, list[int]]:

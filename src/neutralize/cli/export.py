@@ -34,15 +34,13 @@ def export(
 
     Exit status: 0, or 2 if the request cannot be carried out; nothing is written then.
     """
-    from neutralize.audit import Deed, recorded
     from neutralize.drop import drop as dropped
     from neutralize.language import load_language_model
 
     with audited(audit), waiting("proving", quiet=quiet):
         language = load_language_model(model, dtype=dtype)
         smaller = dropped(language.model, drop)
-        with recorded(Deed("export", str(output.absolute()), smaller.digest, layers=smaller.layers)):
-            path = smaller.save(output, tokenizer=language.tokenizer)
+        path = smaller.save(output, tokenizer=language.tokenizer)
     if json:
         config = {name: list(values) for name, values in smaller.config.items()}
         print_json({"output": str(path), "layers": smaller.layers, "config": config, "parameters": smaller.parameters})

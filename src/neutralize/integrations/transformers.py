@@ -74,6 +74,7 @@ class RampCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not foll
         finally:
             for module, mode in modes:
                 module.training = mode
+        self.ramp.leads = self.ramp.leads and state.is_world_process_zero  # the others may have replicas
         self.ramp.steps_done = min(max(state.global_step - self._start, 0), self._steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
