@@ -33,6 +33,9 @@ sweep = nz.influence(model, "model.layers[:]", [{"input_ids": tokens, "labels": 
 print(sweep)
 assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
+# %% [markdown]
+# Blocks that add little to the loss can go; `1 - cos` of a block's input and output is a cheap guess at that.
+
 # %%
 picture = Path(tempfile.mkdtemp()) / "influence.png"
 sweep.plot(picture)
