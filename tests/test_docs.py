@@ -23,6 +23,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from browsers import BROWSER, OPTIONS, needs_browser
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -215,6 +216,14 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not loaded.images_without_text, page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+@needs_browser
+def test_the_search_works_from_a_disk(site, tmp_path):
+    options = [*OPTIONS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom"]
+    page = f"{(site / 'index.html').as_uri()}?q=identity"
+    shown = subprocess.run([BROWSER, *options, page], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"[1-9]\d* matching documents", shown)
 
 
 def test_formulas_are_drawn_by_the_browser(site):
