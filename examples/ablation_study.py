@@ -33,8 +33,15 @@ sweep = nz.influence(model, "model.layers[:]", [{"input_ids": tokens, "labels": 
 print(sweep)
 assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
+# %% [markdown]
+# Blocks that add little to the loss can go; `1 - cos` of a block's input and output is a cheap guess at that.
+
 # %%
 picture = Path(tempfile.mkdtemp()) / "influence.png"
 sweep.plot(picture)
 print(f"the picture is {picture}")
+if "get_ipython" in globals():  # in a notebook it is shown
+    from IPython.display import Image, display
+
+    display(Image(picture))
 assert picture.stat().st_size > 5000

@@ -1,17 +1,17 @@
-"""Switch a block off in a model that FSDP2 has sharded over two processes, and put it back.
+"""Switch a block off in a model that FSDP2 has sharded over the processes of torchrun, and put it back.
 
 Each process writes its own shard; none writes before all have the same plan.
 
-    python examples/fsdp2.py
+    torchrun --nproc-per-node 2 examples/fsdp2.py
 """
 
 from __future__ import annotations
 
-import socket
+import os
+import sys
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,10 +27,10 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=3)).eval()
 
 
-def work(rank: int, port: int) -> None:
+def main() -> None:
     """What each process does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")  # who the others are, torchrun has put into the environment
     whole, model = llama(), llama()
     for block in model.model.layers:
         fully_shard(block)
@@ -44,7 +44,7 @@ def work(rank: int, port: int) -> None:
         undo.restore()
         assert torch.equal(model(IDS).logits, intact)
         assert not torch.equal(off, intact)
-    if rank == 0:
+    if dist.get_rank() == 0:
         local = model.model.layers[1].mlp.down_proj.weight.to_local()
         print(f"each process wrote its {tuple(local.shape)} of a (32, 64) weight")
         print("off as in the whole model without the block, bit for bit; restored")
@@ -52,7 +52,6 @@ def work(rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        free = found.getsockname()[1]
-    mp.spawn(work, (free,), nprocs=2)
+    if "RANK" not in os.environ:
+        sys.exit("fsdp2.py: expected the processes of torchrun, got one; torchrun --nproc-per-node 2 fsdp2.py")
+    main()

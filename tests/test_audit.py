@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import digests
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -75,6 +77,7 @@ def test_a_line_says_who_when_what_where_and_how_it_ended(model, plan, tmp_path)
         "user": getpass.getuser(),
         "host": platform.node(),
         "pid": os.getpid(),
+        "command": Path(sys.argv[0]).name,
         "neutralize": metadata.version("neutralize"),
         "action": "apply",
         "target": "Sequential",
@@ -83,9 +86,67 @@ def test_a_line_says_who_when_what_where_and_how_it_ended(model, plan, tmp_path)
         "layers": ["1"],
         "tensors": list(plan.parameters),
         "bytes": plan.written_bytes,
+        "source": "",
+        "processes": 1,
         "outcome": "done",
     }
     assert restored == applied | {"action": "restore"}
+
+
+def test_an_undo_that_another_process_loads_knows_what_it_undoes(model, plan, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    plan.apply(model).save(tmp_path / "undo.pt")
+    with nz.audit(path):
+        nz.Undo.load(tmp_path / "undo.pt", model).restore()
+    (entry,) = lines(path)
+    assert (entry["layers"], entry["strategy"], entry["tensors"]) == (["1"], "zero", list(plan.parameters))
+    assert (entry["digest"], entry["bytes"]) == (plan.digest, plan.written_bytes)
+
+
+def test_the_steps_of_a_ramp_and_what_a_guard_holds_are_recorded(model, tmp_path):
+    path, x = tmp_path / "audit.jsonl", torch.zeros(1, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with nz.audit(path):
+        ramp = nz.ramp(model, LAYER, steps=2, example_inputs=x)
+        assert lines(path) == []  # nothing is written yet
+        for _ in range(3):
+            ramp.step()  # the third changes no factor
+        with nz.guard(model, ramp.plan, optimizer) as held:
+            optimizer.step()
+            optimizer.step()
+        held.close()  # a second time
+    ramp.restore()
+    entries = lines(path)
+    told = [(entry["action"], entry.get("factor"), entry.get("steps")) for entry in entries]
+    assert told == [
+        ("ramp", 0.5, None),
+        ("ramp", 0.0, None),
+        ("guard", None, None),
+        ("release", None, 2),
+        ("restore", None, None),
+    ]
+    about = {(entry["digest"], entry["bytes"], *entry["layers"], *entry["tensors"]) for entry in entries}
+    assert about == {(ramp.plan.digest, ramp.plan.written_bytes, "1", *ramp.plan.parameters)}
+
+
+def test_a_step_of_a_ramp_that_cannot_be_recorded_is_taken_back(model, tmp_path, full_disk):
+    before = copy.deepcopy(model)
+    with nz.audit(tmp_path / "audit.jsonl"):
+        ramp = nz.ramp(model, LAYER, steps=4, example_inputs=torch.zeros(1, 8))
+        with full_disk(), pytest.raises(nz.NeutralizeError, match="audit: expected a file that can be appended to"):
+            ramp.step()
+        assert (same(model, before), ramp.factor) == (True, 1.0)
+        ramp.step()
+    assert [entry["factor"] for entry in lines(tmp_path / "audit.jsonl")] == [0.75]
+
+
+def test_a_line_that_nobody_has_ended_is_ended_first(model, plan, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    path.write_text('{"earlier": "li')
+    with nz.audit(path):
+        plan.apply(model)
+    earlier, applied = path.read_text().splitlines()
+    assert (earlier, json.loads(applied)["action"]) == ('{"earlier": "li', "apply")
 
 
 def test_two_files_get_a_line_each_and_one_named_twice_gets_one(model, plan, tmp_path):
@@ -138,26 +199,45 @@ def test_nothing_is_written_where_the_file_has_gone(model, plan, tmp_path):
     assert same(model, before)
 
 
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that has no room for a line of the audit, or only for its beginning."""
+
+    @contextmanager
+    def full(*, short=False):
+        real = os.write
+
+        def write(file, data):
+            if data.startswith(b'{"format"'):
+                if not short:
+                    raise OSError(28, "No space left on device")
+                data = data[:10]
+            return real(file, data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", write)
+            yield
+
+    return full
+
+
 @pytest.mark.parametrize("short", [True, False])
-def test_what_cannot_be_recorded_is_put_back(model, plan, folder, tmp_path, monkeypatch, short):
+def test_what_cannot_be_recorded_is_put_back(model, plan, folder, tmp_path, full_disk, short):
     before, bytes_, path = copy.deepcopy(model), digests(folder), tmp_path / "audit.jsonl"
     path.write_text('{"earlier": "line"}\n')
-    real = os.write
-
-    def full(file, data):
-        if data.startswith(b'{"format"'):
-            if not short:
-                raise OSError(28, "No space left on device")
-            data = data[:10]
-        return real(file, data)
-
-    monkeypatch.setattr(os, "write", full)
-    with nz.audit(path), pytest.raises(nz.NeutralizeError, match="audit: expected a file that can be appended to"):
-        plan.apply(model)
+    with full_disk(short=short):
+        check_put_back(model, plan, folder, path)
     assert same(model, before)
-    assert run("apply", folder, "--set", "a.bias=0", "--in-place", "--audit", path, status=2).count("\n") == 1
     assert {name: digest for name, digest in digests(folder).items() if ".neutralize" not in name} == bytes_
     assert path.read_text() == '{"earlier": "line"}\n'  # no half line
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["audit.jsonl", "folder"]  # no copy
+
+
+def check_put_back(model, plan, folder, path):
+    with nz.audit(path), pytest.raises(nz.NeutralizeError, match="audit: expected a file that can be appended to"):
+        plan.apply(model)
+    for target in (["--in-place"], ["--output", folder.parent / "copy"]):
+        assert run("apply", folder, "--set", "a.bias=0", *target, "--audit", path, status=2).count("\n") == 1
 
 
 def test_an_application_that_fails_is_recorded_as_failed(model, plan, tmp_path, monkeypatch):
@@ -199,10 +279,25 @@ def test_the_commands_append_to_the_file(folder, tmp_path):
     assert [entry["action"] for entry in (applied, written, restored)] == ["apply", "write", "restore"]
     assert applied["tensors"] == ["a.bias", "norm.weight"]
     assert applied["bytes"] == restored["bytes"] == 48 * 4 + 64 * 8
+    assert applied["tensors"] == restored["tensors"]
     assert applied["digest"] == restored["digest"] != written["digest"]
     assert applied["target"] == restored["target"] == str(folder)
     assert written["target"] == str(tmp_path / "copy")
     assert digests(folder) == bytes_
+
+
+def test_what_is_undone_in_a_file_is_told_by_its_layers(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    path, factory = tmp_path / "audit.jsonl", "checkpoints:own_model"
+    own = nz.Checkpoint(tmp_path / "model.safetensors", factory=factory)
+    plan = nz.plan(own, LAYER, "zero")
+    with nz.audit(path):
+        plan.apply(own)
+        nz.Checkpoint(tmp_path / "model.safetensors").restore()  # as another process would: from the undo alone
+    applied, restored = lines(path)
+    assert (restored["layers"], restored["strategy"], restored["action"]) == (["1"], "zero", "restore")
+    about = {"action": "restore", "time": restored["time"]}
+    assert restored == applied | about
 
 
 @pytest.mark.parametrize("command", ["apply", "restore"])
@@ -233,8 +328,30 @@ def test_the_logger_is_silent_until_it_is_asked(model, plan, caplog, capfd):
     assert capfd.readouterr() == ("", "")
     assert any(isinstance(each, logging.NullHandler) for each in logging.getLogger("neutralize").handlers)
     with caplog.at_level("INFO", logger="neutralize"):
-        plan.apply(model).restore()
-    size = plan.written_bytes
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{action} Sequential: done, {size} bytes, plan {plan.digest[:12]}" for action in ("apply", "restore")
+        again = nz.plan(model, LAYER, "zero", example_inputs=torch.zeros(1, 8))
+        again.apply(model).restore()
+    size, digest = plan.written_bytes, plan.digest[:12]
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("neutralize")]
+    assert told == [
+        f"plan Sequential: 1 by zero, exact, {size} bytes, {again.planning_s:.2f} s, plan {digest}",
+        f"apply Sequential: done, {size} bytes, plan {digest}",
+        f"restore Sequential: done, {size} bytes, plan {digest}",
     ]
+
+
+def test_the_log_tells_more_at_debug_and_of_sweeps_and_measurements(model, plan, caplog):
+    x = torch.randn(2, 8)
+    with caplog.at_level("DEBUG", logger="neutralize"):
+        again = nz.plan(model, LAYER, "zero", example_inputs=x)
+        nz.verify(model, again, x)
+        nz.influence(model, [LAYER], [x], loss=lambda outputs, batch: outputs.square().mean())
+    records = [record for record in caplog.records if record.name.startswith("neutralize")]
+    told = {level: [r.getMessage() for r in records if r.levelname == level] for level in ("INFO", "DEBUG")}
+    assert any(line.startswith("trace Sequential: exported, ") for line in told["DEBUG"])
+    assert any(line.startswith("plan: 1 is off as exact") for line in told["DEBUG"])
+    assert [f"plan: {edit.describe()}" for edit in plan.edits] == [
+        line for line in told["DEBUG"] if line.startswith("plan: ") and " is off " not in line
+    ]
+    assert "verify Sequential: bit for bit, every bound holds" in told["INFO"]
+    assert sum(line.startswith("influence: loss ") for line in told["INFO"]) == 2
+    assert len(told["INFO"]) == 1 + 3 + 2 + 2  # plan; verify, which applies and restores; as the sweep does once

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import logging
 import os
 import pkgutil
 import re
@@ -22,6 +23,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from browsers import BROWSER, OPTIONS, needs_browser
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -131,6 +133,8 @@ def test_the_code_of_a_page_runs(page, models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if page.parent.name == "howto":
         shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    logger = logging.getLogger("neutralize")
+    monkeypatch.setattr(logger, "level", logger.level)  # as it was, when the page has been run
     torch.manual_seed(0)
     namespace: dict = {}
     printed = ""
@@ -212,6 +216,14 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not loaded.images_without_text, page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+@needs_browser
+def test_the_search_works_from_a_disk(site, tmp_path):
+    options = [*OPTIONS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--dump-dom"]
+    page = f"{(site / 'index.html').as_uri()}?q=identity"
+    shown = subprocess.run([BROWSER, *options, page], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"[1-9]\d* matching documents", shown)
 
 
 def test_formulas_are_drawn_by_the_browser(site):

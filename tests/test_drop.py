@@ -93,7 +93,12 @@ def test_the_smaller_model_is_the_network_without_the_blocks(kind, tmp_path):
     assert weights(model) == before
     ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(3))
     expected = without(model, blocks, gone, ids)
-    dropped.save(tmp_path / "smaller")
+    with nz.audit(tmp_path.parent / "audit.jsonl"):
+        dropped.save(tmp_path / "smaller")
+    told = json.loads((tmp_path.parent / "audit.jsonl").read_text().splitlines()[-1])
+    size = sum(tensor.numel() * tensor.element_size() for tensor in dropped.model.parameters())
+    assert (told["action"], told["target"], told["bytes"]) == ("export", str(tmp_path / "smaller"), size)
+    assert (told["digest"], told["layers"]) == (dropped.digest, list(dropped.layers))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, expected)

@@ -629,6 +629,17 @@ def test_the_picture_is_drawn_whatever_the_losses(ending, losses, stack, tmp_pat
     assert "expected a file name that ends in" in refusal(lambda: sweep.plot(tmp_path / "picture.txt"))
 
 
+@pytest.mark.parametrize(("losses", "scale"), [((0.9, 0.5, 0.3, 0.2), "linear"), ((9.0, 0.5, 0.3, 0.2), "log")])
+def test_bars_stand_on_zero_unless_they_span_more_than_a_decade(losses, scale):
+    pytest.importorskip("matplotlib")
+    from neutralize.influence.plot import drawn
+
+    entries = tuple(nz.Influence(f"layers.{n}", loss, loss, loss, loss, 4, 1.0, 0.0) for n, loss in enumerate(losses))
+    for axes in drawn(nz.Sweep(0.0, entries)).axes:
+        assert axes.get_yscale() == scale
+        assert (axes.get_ylim()[0] == 0.0) == (scale == "linear")
+
+
 def test_the_blocks_of_a_model_are_its_largest_list(reader):
     assert blocks(reader) == "layers[:]"
     assert "expected a ModuleList of blocks" in refusal(lambda: blocks(nn.Linear(2, 2)))

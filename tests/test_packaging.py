@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +37,12 @@ def wheel(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__"))
-    program = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    return built(folder, "wheel", "*.whl")
+
+
+def built(folder: Path, kind: str, pattern: str) -> Path:
+    """What setuptools builds of a copy of the checkout."""
+    program = f"from setuptools import build_meta; build_meta.build_{kind}('dist')"
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
@@ -46,7 +52,7 @@ def wheel(tmp_path_factory) -> Path:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    (path,) = (folder / "dist").glob("*.whl")
+    (path,) = (folder / "dist").glob(pattern)
     return path
 
 
@@ -62,6 +68,22 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
         record = json.loads(archive.read("neutralize/_build.json"))
     assert not record["native"]
     assert str(ROOT) not in json.dumps(record)
+
+
+def test_an_sdist_holds_all_that_its_tests_need(tmp_path):
+    """They read and run the documentation, the examples, the benchmarks, and what checks the build."""
+    rubbish = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "*.egg-info", "_build.json", "*latest.json")
+    for path in ROOT.iterdir():
+        if path.name in ("src", "csrc", "tests", "benchmarks", "docs", "examples", ".ci"):
+            shutil.copytree(path, tmp_path / path.name, ignore=rubbish)
+        elif path.is_file() and path.name != ".git":  # that of a worktree
+            shutil.copy(path, tmp_path)
+    there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    with tarfile.open(built(tmp_path, "sdist", "*.tar.gz")) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert {path for path in there - names if "/" in path} == set()
+    assert {"Makefile", "mkdocs.yml", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff"} <= names
+    assert {path for path in names - there if ".egg-info/" not in path} <= {"PKG-INFO", "setup.cfg"}
 
 
 def test_the_metadata_say_what_it_is(wheel):

@@ -7,7 +7,6 @@ import html
 import itertools
 import json
 import re
-import shutil
 import struct
 import subprocess
 import zlib
@@ -16,6 +15,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from browsers import BROWSER, OPTIONS, needs_browser
 from networks import PreNorm, perturbed
 from safetensors.torch import save_file
 from torch import nn
@@ -485,8 +485,6 @@ def test_influence_writes_a_page(monkeypatch, tmp_path, swept):
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-
 MEASURE = """
 <script>
 addEventListener("load", () => {
@@ -566,7 +564,7 @@ def rendered(source, folder, width, height, *, dark=False):
     copy, shot = folder / "page.html", folder / "page.png"
     copy.write_text(FRAME.format(width, height, html.escape(text.replace("</body>", f"{MEASURE}</body>"))))
     options = [
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+        *OPTIONS,
         f"--window-size={width},{height}",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         f"--user-data-dir={folder / 'profile'}",
@@ -585,7 +583,7 @@ def share_of(picture, colour):
     return float(((picture - wanted).abs().amax(-1) < 0.02).double().mean())
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium was found: apt-get install chromium (.ci/run does)")
+@needs_browser
 @pytest.mark.parametrize(
     ("name", "width", "height", "dark", "ground", "inks"),
     [

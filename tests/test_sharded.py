@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 import pickle
 import signal
@@ -327,6 +328,51 @@ def test_a_sharded_model_is_verified_and_guarded_while_it_trains(two):
         assert (exact, error) == (True, 0.0)
         assert held == [(True, True)] * 2
         assert "expected the plan to be applied" in text
+
+
+def recorded(folder, plan, failing):
+    """What is done to replicas and to shards of a model, in all processes; whose audit file each has open."""
+    own, rewrite = folder / f"{dist.get_rank()}.jsonl", ops.rewrite_
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the kernel failed")
+
+    with nz.audit(folder / "all.jsonl"), nz.audit(own):
+        for wrap in (as_fsdp, as_replicas):
+            model = wrap(stack())
+            undo = plan.apply(model)
+            with nz.guard(model, plan, torch.optim.SGD(model.parameters())):
+                undo.save(folder / f"{dist.get_rank()}.undo")
+            nz.Undo.load(folder / f"{dist.get_rank()}.undo", model).restore()
+            nz.ramp(model, "layers[1]", steps=2, example_inputs=X).step()
+        model = as_fsdp(stack())
+        before = whole_of(model)
+        if dist.get_rank() == failing:
+            ops.rewrite_ = broken
+        texts = [failure(lambda: plan.apply(model))]
+        ops.rewrite_ = rewrite
+        if dist.get_rank() == failing:
+            own.unlink()
+            own.mkdir()  # this process can record nothing any more
+        texts.append(failure(lambda: plan.apply(model)))
+    return texts, same_bits(whole_of(model), before)
+
+
+def test_what_processes_do_together_is_one_line_of_the_audit(two, tmp_path):
+    plan = whole_plan("outgoing")
+    for (broken, unrecorded), restored in two.run(recorded, tmp_path, plan, 1):
+        assert "the kernel failed" in broken
+        assert "audit: expected a file that can be appended to" in unrecorded
+        assert restored
+    *told, failed = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert (failed["action"], failed["outcome"], failed["processes"]) == ("apply", "failed", 2)
+    assert failed["error"] == "TeamError: the kernel failed [rank 1]"
+    assert [entry["action"] for entry in told] == ["apply", "guard", "release", "restore", "ramp"] * 2
+    assert {entry["processes"] for entry in told} == {2}
+    assert {entry["bytes"] for entry in told if entry["action"] != "ramp"} == {plan.written_bytes}
+    assert all(entry["layers"] == ["layers.1"] for entry in told)
+    assert len({entry["pid"] for entry in told}) == 1
+    assert (tmp_path / "0.jsonl").read_text().count("\n") == len(told) + 1
 
 
 def faded(model, layers):

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parameter import is_lazy
 
 from neutralize import adapters, ops, reference
-from neutralize.audit import recording
+from neutralize.audit import Deed, audited, recording
 from neutralize.distributed.folds import own_pairs, own_sums, total
 from neutralize.distributed.part import Block, Held, Part, Shard, Window, names_in, own_tensors, parts_of, whole_shape
 from neutralize.distributed.team import Team, TeamError, same_plan, team_of
@@ -78,6 +80,7 @@ class _Intent:
         lacking: the folds whose sums need elements that other processes hold.
         held: which elements it holds of what is folded or copied, by name.
         pieces: its elements of what is copied, where that is not all of them.
+        audits: the audit files that are open in it.
     """
 
     digest: str
@@ -86,6 +89,7 @@ class _Intent:
     lacking: frozenset[int]
     held: dict[str, Held]
     pieces: dict[str, torch.Tensor]
+    audits: tuple[Path, ...]
 
 
 def apply_plan(
@@ -97,6 +101,7 @@ def apply_plan(
     partial: bool = False,
     group: Any = None,
     timeout: float = TIMEOUT,
+    is_trial: bool = False,
 ) -> Undo:
     """Check the whole plan against ``model``, copy what will be overwritten, then write.
 
@@ -111,6 +116,7 @@ def apply_plan(
         group: the process group whose members hold the model together; by default that of the DTensors' meshes, of
             ``DistributedDataParallel``, or with ``shards`` or ``partial`` all processes.
         timeout: seconds to wait for the other processes.
+        is_trial: it is put back at once, and so not recorded in the audit.
 
     Returns:
         The undo.
@@ -141,12 +147,15 @@ def apply_plan(
                 f"apply: expected a plan that fits the model, got {len(problems)} problem(s):{listing}"
             )
         saved = [entry for edit, name in _first_writes(edits) for entry in _save(parts[name], edit, name)]
-        undo = Undo(
-            saved, plan.digest, module, strategy=plan.strategy, layers=tuple(each.layer for each in plan.layers)
-        )
-        own = _intent(plan, here, parts, aliases)
-        intents = _agreed(plan, [own] if team is None else team.exchange("apply", "its begin", own))
-        with recording() as record:
+        with nullcontext() if is_trial else recording() as record:
+            own = _intent(plan, here, parts, aliases, () if is_trial else audited())
+            intents = _agreed(plan, [own] if team is None else team.exchange("apply", "its begin", own))
+            held_bytes = sum(entry.values.numel() * entry.values.element_size() for entry in saved)
+            written_bytes = held_bytes if team is None else plan.written_bytes
+            deed = Deed.of(plan, "apply", module, written_bytes, processes=len(intents))
+            earlier = () if team is None else intents[: team.ranks.index(dist.get_rank())]
+            files = tuple(path for path in own.audits if not any(path in other.audits for other in earlier))
+            undo = Undo(saved, deed, module, files=files, leads=team is None or team.leads)
             try:
                 copies = {edit: _copied(edit, parts, intents) for edit in edits if isinstance(edit, Copy)}
                 lacking = frozenset().union(*(intent.lacking for intent in intents))
@@ -160,12 +169,16 @@ def apply_plan(
                         if entry.tensor.requires_grad and entry.tensor.is_leaf:
                             entry.tensor.requires_grad_(False)
                             entry.tensor.grad = None  # an optimizer steps whatever has a gradient, frozen or not
-                record(undo.deed("apply"), None)
                 if team is not None:
                     team.exchange("apply", "its end", None)  # all have written
+                if record is not None:
+                    record(deed, None, files)
+                if team is not None and any(intent.audits for intent in intents):
+                    team.exchange("apply", "its audit", None)
             except BaseException as error:
                 with suppress(NeutralizeError):  # what went wrong first is what is told
-                    record(undo.deed("apply"), error)
+                    if record is not None:
+                        record(deed, error, files)
                 undo.put_back()
                 raise
     torch.clear_autocast_cache()  # it holds casts of the old weights for as long as the caller's autocast lasts
@@ -173,7 +186,13 @@ def apply_plan(
     return undo
 
 
-def _intent(plan: Plan, here: frozenset[int], parts: dict[str, Part], aliases: dict[str, tuple[str, ...]]) -> _Intent:
+def _intent(
+    plan: Plan,
+    here: frozenset[int],
+    parts: dict[str, Part],
+    aliases: dict[str, tuple[str, ...]],
+    audits: tuple[Path, ...],
+) -> _Intent:
     folds = {number: edit for number in here if isinstance(edit := plan.edits[number], Fold)}
     copied = {edit.source for number in here if isinstance(edit := plan.edits[number], Copy)}
     return _Intent(
@@ -183,6 +202,7 @@ def _intent(plan: Plan, here: frozenset[int], parts: dict[str, Part], aliases: d
         frozenset(number for number, edit in folds.items() if own_pairs(edit, *_of(edit, parts)) is None),
         {name: parts[name].held for name in (*copied, *(edit.parameter for edit in folds.values()))},
         {name: parts[name].local.cpu().clone() for name in copied if not parts[name].is_whole},
+        audits,
     )
 
 

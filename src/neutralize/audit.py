@@ -13,13 +13,14 @@ import logging
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from neutralize.errors import NeutralizeError
 
@@ -40,13 +41,18 @@ class Deed:
     """Something that is done to weights.
 
     Attributes:
-        action: ``apply``, ``restore``, ``write`` (an edited copy) or ``export`` (a smaller model).
+        action: ``apply``, ``restore``, ``write`` (an edited copy), ``export`` (a smaller model), ``ramp`` (one step),
+            ``guard`` (what was applied is held from now on) or ``release`` (no longer).
         target: the class of a live model, or the path of a checkpoint.
         digest: of the plan.
         strategy: of the plan; ``""`` where only its digest is known, or where tensors are edited by name.
         layers: of the plan.
         tensors: the names of what is written.
-        bytes: how many are written.
+        bytes: how many are written, in all processes.
+        source: where a live model says that it comes from (``name_or_path`` of transformers), or ``""``.
+        processes: how many hold the model together, and do this together.
+        factor: what the layers' contribution is multiplied by after a step of a ramp.
+        steps: after how many steps of an optimizer a guard has put back what it holds.
     """
 
     action: str
@@ -56,26 +62,37 @@ class Deed:
     layers: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     bytes: int = 0
+    source: str = ""
+    processes: int = 1
+    factor: float | None = None
+    steps: int | None = None
 
     @staticmethod
-    def of(plan: Plan, action: str, target: str, count: int) -> Deed:
-        """What is done by a plan that writes ``count`` bytes."""
+    def of(plan: Plan, action: str, target: object, count: int, *, processes: int = 1) -> Deed:
+        """What is done by a plan that writes ``count`` bytes into a model, or into the checkpoint of a path."""
         layers = tuple(entry.layer for entry in plan.layers)
-        return Deed(action, target, plan.digest, plan.strategy, layers, plan.parameters, count)
+        name, source = (target, "") if isinstance(target, str) else (type(target).__name__, source_of(target))
+        return Deed(action, name, plan.digest, plan.strategy, layers, plan.parameters, count, source, processes)
 
 
-Record = Callable[[Deed, "BaseException | None"], None]
+class Record(Protocol):
+    """Appends a line to the files that were opened."""
+
+    def __call__(self, deed: Deed, error: BaseException | None = None, only: Collection[Path] | None = None) -> None:
+        """Append what was done, or failed with an error, to all of the files or only to some."""
 
 
 @contextmanager
 def audit(path: str | os.PathLike[str]) -> Iterator[None]:
     """Append a line of JSON to a file for every plan that is applied or undone in a ``with`` block, in any thread.
 
-    A line says who (``user``, ``host``, ``pid``), when (``time``, UTC), what (``action``, ``digest``, ``strategy``,
-    ``layers``, ``tensors``, ``bytes``), where (``target``: the class of a model, or a path), with which version, and
-    the ``outcome``: ``done``, or ``failed`` with the ``error``; what failed was put back. The undo of an application
-    made in the block goes into the same file, whenever it is carried out. Lines of several processes do not mix. The
-    steps of a ramp and what a guard puts back are not recorded.
+    A line says who (``user``, ``host``, ``pid``, ``command``), when (``time``, UTC), what (``action``, ``digest``,
+    ``strategy``, ``layers``, ``tensors``, ``bytes``), where (``target``: the class of a model, or a path; ``source``;
+    ``processes``), with which version, and the ``outcome``: ``done``, or ``failed`` with the ``error``; what failed was
+    put back. Each step of a ramp has a line, with its ``factor``; a guard has one when it begins and one when it lets
+    go, with its ``steps``. The undo of an application made in the block goes into the same file, whenever it is carried
+    out. Lines of several processes do not mix; what they do together is one line, of the first of them that has the
+    file open.
 
     Args:
         path: a regular file; made if it is not there.
@@ -115,21 +132,27 @@ def recording(also: Iterable[Path] = ()) -> Iterator[Record]:
         paths = dict.fromkeys((*_PATHS, *also))
         files = [(path, stack.enter_context(_opened(path))) for path in paths]
 
-        def record(deed: Deed, error: BaseException | None = None) -> None:
+        def record(deed: Deed, error: BaseException | None = None, only: Collection[Path] | None = None) -> None:
             outcome = "done" if error is None else "failed"
             LOGGER.info(
                 "%s %s: %s, %d bytes, plan %s", deed.action, deed.target, outcome, deed.bytes, deed.digest[:12] or "-"
             )
-            line = _line(deed, error) if files else b""
-            for path, file in files:
+            told = [(path, file) for path, file in files if only is None or path in only]
+            line = _line(deed, error) if told else b""
+            for path, file in told:
                 _append(path, file, line)
 
         yield record
 
 
 @contextmanager
-def recorded(deed: Deed, also: Iterable[Path] = ()) -> Iterator[None]:
+def recorded(deed: Deed, also: Iterable[Path] = (), only: Collection[Path] | None = None) -> Iterator[None]:
     """Record what is done in a ``with`` block, once it is done or has failed.
+
+    Args:
+        deed: what is done.
+        also: see ``recording``.
+        only: the files that get the line of what is done; that of a failure goes to all.
 
     Raises:
         NeutralizeError: see ``recording``.
@@ -141,7 +164,7 @@ def recorded(deed: Deed, also: Iterable[Path] = ()) -> Iterator[None]:
             with suppress(NeutralizeError):  # what went wrong first is what is told
                 record(deed, error)
             raise
-        record(deed, None)
+        record(deed, None, only)
 
 
 def _line(deed: Deed, error: BaseException | None) -> bytes:
@@ -152,8 +175,9 @@ def _line(deed: Deed, error: BaseException | None) -> bytes:
         "user": _user(),
         "host": platform.node(),
         "pid": os.getpid(),
+        "command": _command(),
         "neutralize": metadata.version("neutralize"),
-        **asdict(deed),
+        **{name: value for name, value in asdict(deed).items() if value is not None},
         "outcome": "done" if error is None else "failed",
         **about,
     }
@@ -165,6 +189,22 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # nobody has that number, as in many containers
         return str(os.getuid())
+
+
+def _command() -> str:
+    """The command of this package as it was typed; of another program its name alone: its words may be secret."""
+    program = Path(sys.argv[0] if sys.argv else "")
+    if "neutralize" in (program.name, program.parent.name):
+        from neutralize.cli.printing import command_line
+
+        return command_line()
+    return program.name
+
+
+def source_of(model: Any) -> str:
+    """Where a live model says that it comes from, or ``""``."""
+    found = getattr(model, "name_or_path", "")
+    return found if isinstance(found, str) else ""
 
 
 @contextmanager
@@ -187,6 +227,8 @@ def _append(path: Path, file: int, line: bytes) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             before = os.fstat(file).st_size
+            if not _is_whole(path, before):  # whoever wrote last was killed, or ends no line
+                line = b"\n" + line
             written = os.write(file, line)
             if written < len(line):
                 os.ftruncate(file, before)
@@ -196,6 +238,16 @@ def _append(path: Path, file: int, line: bytes) -> None:
             fcntl.flock(file, fcntl.LOCK_UN)
     except OSError as error:
         raise _refusal(path, error.strerror or str(error)) from error
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    """Whether the last line of a file is ended; of one that may only be appended to that is not known."""
+    try:
+        with path.open("rb") as content:
+            content.seek(max(size - 1, 0))
+            return content.read(1) in (b"\n", b"")
+    except OSError:
+        return True
 
 
 def _refusal(path: Path, got: str) -> NeutralizeError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ from neutralize.select import tensors_of
 from neutralize.undo import untouched
 
 Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
+
+_LOGGER = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("neutralize", "FRAGMENT")
 _LIBRARY.define("mark(Tensor x, str site) -> Tensor")
@@ -372,6 +375,8 @@ def trace(
                 f"plan: expected every selected layer to take and return a tensor on the example inputs, got none for "
                 f"{', '.join(map(repr, missing))}; give example_inputs that reach it, or select the layer that calls it"
             )
+        how = "recorded on the meta device" if flow.is_quick else "recorded" if flow.is_recorded else "exported"
+        _LOGGER.debug("trace %s: %s, %d ops", type(model).__name__, how, len(flow.position))
         return flow
     if example_inputs is not None:
         raise NeutralizeError(
@@ -425,6 +430,7 @@ def _trace(
         except Exception as error:
             if any(on_meta):
                 raise
+            _LOGGER.debug("trace %s: no export (%s); one run is recorded", type(model).__name__, type(error).__name__)
             try:
                 return _recorded(wrapped, args, kwargs)
             except Exception as second:

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from neutralize.adapters import premise
+from neutralize.audit import Deed, recorded
 from neutralize.bits import same_bits
 from neutralize.checkpoint.model import model_class, parameters_on_meta
 from neutralize.dataflow import placed_inputs
@@ -70,6 +71,7 @@ class Dropped:
         config: the entries of the config that were cut, with their old values and the new ones.
         parameters: how many parameters are gone.
         digest: of the plan that switches the blocks off, with which it was compared.
+        strategy: of that plan.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class Dropped:
     config: dict[str, tuple[Any, Any]]
     parameters: int
     digest: str
+    strategy: str
 
     def save(self, folder: str | Path, *, tokenizer: Any = None, source: str | Path | None = None) -> Path:
         """Write the model with ``save_pretrained``, under a temporary name until it is complete.
@@ -92,28 +95,34 @@ class Dropped:
         """
         target = free(folder)
         unfinished = target.with_name(f".{target.name}.partial")
+        count = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+        deed = Deed("export", str(target), self.digest, self.strategy, self.layers, bytes=count)
+        is_written = False
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with quiet_transformers():
-                self.model.save_pretrained(unfinished)  # type: ignore[operator]
-            for path in sorted(Path(source).iterdir()) if source is not None else ():
-                if path.is_file() and not _NOT_CARRIED.search(path.name) and not (unfinished / path.name).exists():
-                    shutil.copyfile(path, unfinished / path.name)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(unfinished)
-            unfinished.replace(target)
-        except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise NeutralizeError(
-                f"drop: expected a folder that can be written, got {error.strerror or error} for {str(target)!r}; name "
-                "another"
-            ) from error
-        except ValueError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            told = next(iter(str(error).splitlines()), "")
-            raise NeutralizeError(
-                f"drop: expected a model that save_pretrained takes, got {told}; put that right in the whole model"
-            ) from error
+            with recorded(deed):
+                shutil.rmtree(unfinished, ignore_errors=True)
+                with quiet_transformers():
+                    self.model.save_pretrained(unfinished)  # type: ignore[operator]
+                for path in sorted(Path(source).iterdir()) if source is not None else ():
+                    if path.is_file() and not _NOT_CARRIED.search(path.name) and not (unfinished / path.name).exists():
+                        shutil.copyfile(path, unfinished / path.name)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(unfinished)
+                unfinished.replace(target)
+                is_written = True
+        except BaseException as error:
+            shutil.rmtree(target if is_written else unfinished, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise NeutralizeError(
+                    f"drop: expected a folder that can be written, got {error.strerror or error} for {str(target)!r}; "
+                    "name another"
+                ) from error
+            if isinstance(error, ValueError) and not isinstance(error, NeutralizeError):
+                told = next(iter(str(error).splitlines()), "")
+                raise NeutralizeError(
+                    f"drop: expected a model that save_pretrained takes, got {told}; put that right in the whole model"
+                ) from error
+            raise
         return target
 
 
@@ -204,7 +213,7 @@ def drop(model: nn.Module, layers: Layers, *, inputs: Any = None) -> Dropped:
     smaller, changed = _rebuilt(model, config, lists, proofs)
     count = sum(parameter.numel() for parameter in model.parameters())
     gone = count - sum(parameter.numel() for parameter in smaller.parameters())
-    return Dropped(smaller, chosen, changed, gone, plan.digest)
+    return Dropped(smaller, chosen, changed, gone, plan.digest, plan.strategy)
 
 
 def _by_list(model: nn.Module, chosen: tuple[str, ...]) -> _Lists:

@@ -17,10 +17,12 @@ from torch.optim import Optimizer
 
 from neutralize import ops
 from neutralize.apply import aliases_of
+from neutralize.audit import Deed, audited, recorded
 from neutralize.distributed.part import Block, Placed, Window, part_of, plain
+from neutralize.distributed.team import team_of
 from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Assign, Copy, Edit, Fold, Plan, Rewrite
+from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite
 from neutralize.select import tensors_of, unwrap
 from neutralize.undo import overwrite_
 
@@ -56,17 +58,22 @@ class Guard:
     gradient, would be misled by that: it starts anew, and sees gradients of zero for these elements.
     """
 
-    def __init__(self, held: list[_Held], optimizers: tuple[Optimizer, ...]) -> None:
+    def __init__(self, held: list[_Held], optimizers: tuple[Optimizer, ...], deed: Deed, *, leads: bool = True) -> None:
         """Register with the optimizers.
 
         Args:
             held: the blocks.
             optimizers: whose steps are watched.
+            deed: what is done, for the audit.
+            leads: whether this process records it for the others.
         """
         self._held = held
         self._optimizers = optimizers
-        for optimizer in optimizers:
-            self._put_back(optimizer)
+        self._deed, self._leads, self._files = deed, leads, audited()
+        self._steps = 0
+        with recorded(deed, only=None if leads else ()):
+            for optimizer in optimizers:
+                self._put_back(optimizer)
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         for optimizer in optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
@@ -85,9 +92,15 @@ class Guard:
 
     def close(self) -> None:
         """Let go of the optimizers; the weights stay as they are. A second call does nothing."""
+        was_on = not self.closed
         for handle in self._handles:
             handle.remove()
         self._handles, self._held = [], []
+        if was_on:
+            with recorded(
+                replace(self._deed, action="release", steps=self._steps), self._files, None if self._leads else ()
+            ):
+                pass
 
     def __enter__(self) -> Guard:
         """Return the guard, which is on already."""
@@ -101,6 +114,7 @@ class Guard:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._put_back(optimizer)
+        self._steps += 1
 
     def _due(self, optimizer: Optimizer) -> list[_Held]:
         """The blocks of the tensors that an optimizer steps, and of buffers, which any forward pass may move."""
@@ -167,7 +181,10 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
     named = tensors_of(unwrap(model))
     aliases = aliases_of({name: plain(tensor) for name, tensor in named.items()})
     held = [_held(named, plan, place, name, aliases, rescaled=rescaled) for place, name in _written(plan)]
-    return Guard([entry for entries in held for entry in entries], optimizers)
+    team = team_of(model, named.values(), None, TIMEOUT)
+    count, leads = (1, True) if team is None else (len(team.ranks), team.leads)
+    deed = Deed.of(plan, "guard", unwrap(model), plan.written_bytes, processes=count)
+    return Guard([entry for entries in held for entry in entries], optimizers, deed, leads=leads)
 
 
 def _without_gradients(optimizer: torch.optim.LBFGS, held: list[_Held]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ from neutralize.undo import untouched
 
 if TYPE_CHECKING:
     from neutralize.checkpoint.handle import Checkpoint
+
+_LOGGER = logging.getLogger(__name__)
 
 BOUND_MARGIN = 1.25
 """What a measured input bound is multiplied by: inputs a quarter larger than the example's are still covered."""
@@ -395,7 +398,31 @@ def plan(
     started = time.perf_counter()
     with as_whole(module):
         made = drafted(Request(module, select(module, layers), example_inputs), resolve(strategy, options))
-    return replace(made, planning_s=time.perf_counter() - started)
+    made = replace(made, planning_s=time.perf_counter() - started)
+    _log(made, module)
+    return made
+
+
+def _log(made: Plan, model: nn.Module) -> None:
+    if not _LOGGER.isEnabledFor(logging.INFO):
+        return  # the digest is work
+    what = made.layers[0].layer or "the model"
+    if len(made.layers) > 1:
+        what += f" and {len(made.layers) - 1} more"
+    _LOGGER.info(
+        "plan %s: %s by %s, %s, %d bytes, %.2f s, plan %s",
+        type(model).__name__,
+        what,
+        made.strategy,
+        made.certificate.kind,
+        made.written_bytes,
+        made.planning_s,
+        made.digest[:12],
+    )
+    for entry in made.layers:
+        _LOGGER.debug("plan: %s is off as %s by %d edit(s)", entry.layer, entry.certificate, len(entry.edits))
+    for edit in made.edits:
+        _LOGGER.debug("plan: %s", edit.describe())
 
 
 def drafted(request: Request, chosen: Strategy) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal
@@ -11,12 +12,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from neutralize.apply import rewrite_parts_
+from neutralize.apply import apply_plan, rewrite_parts_
+from neutralize.audit import Deed, audited, recorded
 from neutralize.dataflow import Inputs
 from neutralize.distributed.part import Part, part_of
+from neutralize.distributed.team import team_of
 from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Plan, Rewrite
+from neutralize.plan import TIMEOUT, Plan, Rewrite
 from neutralize.planner import plan
 from neutralize.select import Layers, tensors_of, unwrap
 from neutralize.strategies.damp import Damp
@@ -34,22 +37,33 @@ class Ramp:
 
     ``restore`` puts these weights back to what they were before the ramp, bit for bit: what training did to them since
     is lost, and what it did to all others stays. In a ``with`` block this is done if the block ends with an exception.
+
+    Attributes:
+        plan: of the null, as if applied when the ramp is done.
+        steps_done: how many steps have been gone.
+        leads: whether this process writes the audit; of those that hold a model together one does.
     """
 
-    def __init__(self, model: nn.Module, null: Plan, powers: dict[str, float], steps: int, shape: Shape) -> None:
+    def __init__(self, model: object, null: Plan, powers: dict[str, float], steps: int, shape: Shape) -> None:
         """Start at a factor of 1; nothing is written yet.
 
         Args:
-            model: the model planned for.
+            model: the model planned for, as it was given.
             null: the plan of ``damp`` by zero.
             powers: for each parameter the power of the factor that it is multiplied by.
             steps: how many steps lead to it.
             shape: ``linear`` or ``cosine``.
         """
         # The plan is written once and taken back: every check of an application is made before the first step.
-        with null.applied(model):
-            pass
-        self._model, named = model, tensors_of(model)
+        apply_plan(null, unwrap(model), is_trial=True).put_back()
+        self._model = unwrap(model)
+        named = tensors_of(self._model)
+        team = team_of(model, named.values(), None, TIMEOUT)
+        self._deed = Deed.of(
+            null, "ramp", self._model, null.written_bytes, processes=1 if team is None else len(team.ranks)
+        )
+        self._files = audited()
+        self.leads = team is None or team.leads
         self._edits = [edit for edit in null.edits if isinstance(edit, Rewrite)]
         parts = [part_of(edit.parameter, named[edit.parameter]) for edit in self._edits]
         self._parts = [part for part in parts if isinstance(part, Part)]  # all are: they have been written
@@ -76,9 +90,17 @@ class Ramp:
         """
         if self._saved is None:
             raise NeutralizeError("ramp: expected a ramp that is on, got a step after restore; make a new one")
-        before = self.factor
-        self.steps_done = min(self.steps_done + 1, self._steps)
-        ratio = self.factor / before if before else 0.0
+        if self.done:
+            self._move(0.0)
+            return 0.0
+        before, factor = self.factor, _factor(self.steps_done + 1, self._steps, self._shape)
+        with self._recorded("ramp", factor=factor):
+            self._move(factor / before if before else 0.0)
+        self.steps_done += 1
+        return factor
+
+    def _move(self, ratio: float) -> None:
+        """Multiply the contribution by a ratio."""
         ratios = [ratio ** self._powers[edit.parameter] for edit in self._edits]
         # Toward the null v: w <- r w + (1 - r) v, where v is 0, or -1 for a factor of 1 + w.
         moved = [
@@ -87,16 +109,33 @@ class Ramp:
         resharded(self._model)
         rewrite_parts_(list(zip(moved, self._parts, strict=True)))
         note_written(self._model, (part.tensor for part in self._parts))
-        return self.factor
 
     def restore(self) -> None:
         """Put back the weights from before the ramp, bit for bit; a second call does nothing."""
         if self._saved is not None:
-            resharded(self._model)
-            for block, values in zip(self._blocks(), self._saved, strict=True):
-                overwrite_(block, values)
-            note_written(self._model, (part.tensor for part in self._parts))
+            with self._recorded("restore"):
+                self._put_back(self._saved)
         self._saved, self.steps_done = None, 0
+
+    def _put_back(self, saved: list[torch.Tensor]) -> None:
+        resharded(self._model)
+        for block, values in zip(self._blocks(), saved, strict=True):
+            overwrite_(block, values)
+        note_written(self._model, (part.tensor for part in self._parts))
+
+    @contextmanager
+    def _recorded(self, action: str, factor: float | None = None) -> Iterator[None]:
+        """Record what is written in a ``with`` block; a step that cannot be recorded is taken back."""
+        files = dict.fromkeys((*self._files, *audited()))
+        resharded(self._model)
+        before = [block.clone() for block in self._blocks()] if files and action == "ramp" else None
+        try:
+            with recorded(replace(self._deed, action=action, factor=factor), files, files if self.leads else ()):
+                yield
+        except BaseException:
+            if before is not None:
+                self._put_back(before)
+            raise
 
     def _blocks(self) -> Iterator[torch.Tensor]:
         """What this process holds of the blocks that fade."""
@@ -161,7 +200,7 @@ def ramp(
     for edit in part.edits:  # a weight that one layer writes and another reads may be scaled for both
         if isinstance(edit, Rewrite):
             powers[edit.parameter] = powers.get(edit.parameter, 0.0) + math.log(edit.scale, 0.25)
-    return Ramp(unwrap(model), null, powers, steps, shape)
+    return Ramp(model, null, powers, steps, shape)
 
 
 def _factor(done: int, steps: int, shape: Shape) -> float:

@@ -6,9 +6,9 @@ import os
 import pickle
 import warnings
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from neutralize import adapters
-from neutralize.audit import Deed, audited, recorded
+from neutralize.audit import Deed, recorded, source_of
 from neutralize.distributed.part import Block, Window
 from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
@@ -92,27 +92,30 @@ class Undo:
     """
 
     def __init__(
-        self, saved: list[Saved], digest: str, model: nn.Module, *, strategy: str = "", layers: tuple[str, ...] = ()
+        self, saved: list[Saved], deed: Deed, model: nn.Module, *, files: Iterable[Path] = (), leads: bool = True
     ) -> None:
         """Take the copies, in the order in which they were made.
 
         Args:
             saved: one entry per overwritten block.
-            digest: digest of the plan that was applied.
+            deed: the application, for the audit.
             model: the model that it was applied to.
-            strategy: of the plan, where that is known.
-            layers: of the plan, where they are known.
+            files: audit files that it was recorded in here, and its undo will be.
+            leads: whether this process records for the others what they undo with it, in other files too.
         """
         self._saved = saved
         self._model = weakref.ref(model)
-        self._of = type(model).__name__
-        self._strategy, self._layers = strategy, layers
+        self._deed = deed
+        self._files, self._leads = tuple(files), leads
         self._adapters = adapters.premise(model, self._scope(saved))
-        self._audited = audited()
-        self.digest = digest
         for tensor in self._tensors():
             alive = [earlier for earlier in _OPEN.get(tensor, []) if earlier() is not None]
             _OPEN[tensor] = [*alive, weakref.ref(self)]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the plan that was applied."""
+        return self._deed.digest
 
     @property
     def restored(self) -> bool:
@@ -123,11 +126,6 @@ class Undo:
     def held_bytes(self) -> int:
         """How many bytes of memory the copies take."""
         return sum(entry.values.numel() * entry.values.element_size() for entry in self._saved)
-
-    def deed(self, action: str) -> Deed:
-        """What is written by the application, or by its undo, for the audit."""
-        names = tuple(dict.fromkeys(entry.name for entry in self._saved))
-        return Deed(action, self._of, self.digest, self._strategy, self._layers, names, self.held_bytes)
 
     def check(self) -> None:
         """Check that nothing was put between the model and what was written: the layers are off as they were planned.
@@ -154,7 +152,8 @@ class Undo:
         """
         if not self.restored:
             told = self._other_adapters()
-            with recorded(self.deed("restore"), self._audited):
+            only = None if self._leads else self._files
+            with recorded(replace(self._deed, action="restore"), self._files, only):
                 self.put_back()
             if told:
                 warnings.warn(f"restore: {told}; every bit is back, but the layers were not off", stacklevel=2)
@@ -206,7 +205,16 @@ class Undo:
             for entry in self._saved
         ]
         values = [entry.values.cpu() for entry in self._saved]
-        content = {"format": _FORMAT, "digest": self.digest, "entries": entries, "values": values}
+        content = {
+            "format": _FORMAT,
+            "digest": self.digest,
+            "entries": entries,
+            "values": values,
+            "about": {
+                name: getattr(self._deed, name) for name in ("strategy", "layers", "tensors", "bytes", "processes")
+            },
+            "leads": self._leads,
+        }
         target = Path(path)
         partial = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
@@ -238,7 +246,10 @@ class Undo:
             if content["format"] != _FORMAT:
                 raise KeyError("another version")
             pairs = zip(content["entries"], content["values"], strict=True)
-            return Undo([_fitting(entry, values, named) for entry, values in pairs], content["digest"], model)
+            about = content.get("about", {})  # earlier files say nothing of the plan but its digest
+            deed = Deed("apply", type(model).__name__, content["digest"], source=source_of(model), **about)
+            saved = [_fitting(entry, values, named) for entry, values in pairs]
+            return Undo(saved, deed, model, leads=bool(content.get("leads", True)))
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, IndexError, pickle.UnpicklingError) as error:
             raise NeutralizeError(
                 f"load: expected a file of Undo.save for {str(path)!r}, got {str(error).splitlines()[0]}; name that "
@@ -249,7 +260,7 @@ class Undo:
         return list({id(entry.tensor): entry.tensor for entry in self._saved}.values())
 
     def _scope(self, saved: list[Saved]) -> tuple[str, ...]:
-        return (*self._layers, *dict.fromkeys(entry.name for entry in saved))
+        return (*self._deed.layers, *dict.fromkeys(entry.name for entry in saved))
 
     def _other_adapters(self) -> str:
         """Say which adapters are in the layers now and were not at the application, or the reverse."""

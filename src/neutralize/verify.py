@@ -6,6 +6,7 @@ activation (``activations.identify``), and nothing else: not the dataflow, not t
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
+
+_LOGGER = logging.getLogger(__name__)
 
 _HANDING_ON = ("input", "partial")
 SCALES = tuple(4.0**power for power in range(-3, 4))
@@ -496,7 +499,11 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         if brought is None:
             raise NeutralizeError("verify: expected inputs for the model, got none; pass its arguments after the plan")
         inputs, kwargs = placed_inputs(model, brought)
-    return compared(model, plan, (inputs, kwargs), lambda: plan.applied(model))
+    found = compared(model, plan, (inputs, kwargs), lambda: plan.applied(model))
+    said = "bit for bit" if found.exact else f"relative error {found.relative_error:.3g}"
+    bound = "every bound holds" if found.bound_holds else "a bound does NOT hold"
+    _LOGGER.info("verify %s: %s, %s", type(model).__name__, said, bound)
+    return found
 
 
 def compared(

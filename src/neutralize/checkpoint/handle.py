@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from neutralize.checkpoint.streamed import StreamedVerification
     from neutralize.dataflow import Inputs
     from neutralize.distributed.team import Team
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,8 @@ class Checkpoint:
         return undone
 
     def _undoing(self, edition: Edition) -> Deed:
-        return Deed("restore", self._target, edition.digest, bytes=edition.nbytes)
+        about = edition.digest, edition.strategy, edition.layers, edition.tensors
+        return Deed("restore", self._target, *about, edition.nbytes)
 
     @property
     def _target(self) -> str:
@@ -255,11 +259,12 @@ class Checkpoint:
         edition = None
         try:
             with recorded(deed):
-                edition = self.journal.edit(patches, self._marks(patches), deed.digest, *rest)
+                edition = self.journal.edit(patches, self._marks(patches), deed, *rest)
         except BaseException:
             if edition is not None:
                 self.journal.roll_back(edition)
             raise
+        _LOGGER.debug("edit %d of %s: %d bytes are kept in %s", edition.number, self.path, edition.nbytes, edition.path)
         return edition
 
     def apply(
@@ -324,7 +329,7 @@ class Checkpoint:
         advance: Advance = silent,
     ) -> Written:
         """Write an edited copy; see ``neutralize.checkpoint.output.write_to``."""
-        from neutralize.checkpoint.output import write_to
+        from neutralize.checkpoint.output import remove, write_to
 
         state = self.status.state
         if state in ("interrupted", "busy"):
@@ -334,8 +339,17 @@ class Checkpoint:
             )
         patches = self.patches(edits)
         deed = replace(self._deed("write", edits, digest, patches), target=os.path.abspath(output))
-        with recorded(deed):
-            return write_to(self.path, self.layout, patches, Path(output), link=link, verify=verify, advance=advance)
+        written = None
+        try:
+            with recorded(deed):
+                written = write_to(
+                    self.path, self.layout, patches, Path(output), link=link, verify=verify, advance=advance
+                )
+        except BaseException:
+            if written is not None:
+                remove(written.path)
+            raise
+        return written
 
     def restore(self, *, everything: bool = False, force: bool = False, advance: Advance = silent) -> list[Edition]:
         """Put back the bytes of what was cut off; if nothing was, those of the last edit.

@@ -28,6 +28,7 @@ from typing import Protocol
 
 import torch
 
+from neutralize.audit import Deed
 from neutralize.checkpoint.bounded import TEXT_LIMIT, parse_json
 from neutralize.checkpoint.patch import Patch
 from neutralize.checkpoint.region import Files, Reach, Region, memory
@@ -84,6 +85,9 @@ class Edition:
         kept: the old bytes.
         marks: one per touched file.
         written: SHA-256 of each region after the edit; empty: the edit was cut off.
+        strategy: of the plan; ``""`` where that is not known.
+        layers: of the plan.
+        tensors: the names of what it writes.
     """
 
     number: int
@@ -94,6 +98,9 @@ class Edition:
     kept: tuple[Kept, ...]
     marks: tuple[Mark, ...]
     written: tuple[str, ...] = ()
+    strategy: str = ""
+    layers: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
     @property
     def is_done(self) -> bool:
@@ -254,7 +261,7 @@ class Journal:
         self,
         patches: Sequence[Patch],
         marks: Mapping[str, tuple[int, bytes]],
-        digest: str,
+        deed: Deed,
         about: str,
         advance: Advance = silent,
         crew: Shared | None = None,
@@ -264,8 +271,8 @@ class Journal:
         Args:
             patches: what is written.
             marks: file to (offset, bytes) that are laid over its head meanwhile.
-            digest: of the plan.
-            about: what is done, in words.
+            deed: what is done, as the undo remembers it.
+            about: the same in words.
             advance: told the bytes kept and the bytes written as they are done.
             crew: the processes that carry them out together, this one the first of them.
 
@@ -283,7 +290,7 @@ class Journal:
         with Files(self.root, writable=True) as files:
             for file in dict.fromkeys((*touched, *marks)):
                 _check_writable(files, file)
-            edition = self._keep(files, regions, marks, digest, about, advance)
+            edition = self._keep(files, regions, marks, deed, about, advance)
             try:
                 self._lay(files, edition)
                 if crew is None:
@@ -376,7 +383,7 @@ class Journal:
         files: Files,
         regions: list[Region],
         marks: Mapping[str, tuple[int, bytes]],
-        digest: str,
+        deed: Deed,
         about: str,
         advance: Advance,
     ) -> Edition:
@@ -409,7 +416,8 @@ class Journal:
                     for file, (offset, mark) in marks.items()
                 )
                 when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                edition = Edition(number, path, digest, about, when, tuple(kept), held)
+                names = deed.strategy, deed.layers, deed.tensors
+                edition = Edition(number, path, deed.digest, about, when, tuple(kept), held, (), *names)
                 footer = _footer(edition)
                 out.write(footer)
                 out.write(hashlib.sha256(footer).digest() + len(footer).to_bytes(8, "little"))
@@ -569,6 +577,9 @@ def _footer(edition: Edition) -> bytes:
         "digest": edition.digest,
         "about": edition.about,
         "when": edition.when,
+        "strategy": edition.strategy,
+        "layers": edition.layers,
+        "tensors": edition.tensors,
         "kept": [
             [entry.region.file, entry.region.offset, entry.region.rows, entry.region.width, entry.region.stride,
              entry.digest, entry.place]
@@ -620,7 +631,10 @@ def _read_edition(path: Path) -> Edition:
             written = tuple(parse_json(done.read_bytes(), f"{str(done)!r}")["written"])
             if len(written) != len(kept):
                 raise damaged
-        return Edition(_number(path), path, content["digest"], content["about"], content["when"], kept, marks, written)
+        strategy = _text(content.get("strategy", ""))  # undos of earlier versions have none of these three
+        layers, tensors = (tuple(map(_text, content.get(name, ()))) for name in ("layers", "tensors"))
+        digest, about, when = content["digest"], content["about"], content["when"]
+        return Edition(_number(path), path, digest, about, when, kept, marks, written, strategy, layers, tensors)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, NeutralizeError):
             raise
@@ -645,6 +659,12 @@ def _plain(file: str) -> str:
     if not isinstance(file, str) or not file or file in (".", "..") or "/" in file or "\0" in file:
         raise ValueError(file)
     return file
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(value)
+    return value
 
 
 def _size(value: object) -> int:

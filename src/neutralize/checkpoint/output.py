@@ -226,6 +226,11 @@ def discard(output: Path) -> list[str]:
         return [str(folder)]
 
 
+def remove(output: Path) -> None:
+    """Remove a copy that was written, a folder or a file."""
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+
+
 @contextmanager
 def _temporary(output: Path) -> Iterator[Path]:
     """A folder beside the output that is gone in the end; one that a killed run left is removed first."""

@@ -29,7 +29,7 @@ class Together:
     def __init__(self, team: Team) -> None:
         """Take the team."""
         self._team = team
-        self.leads = dist.get_rank() == team.ranks[0]
+        self.leads = team.leads
 
     @property
     def patience_s(self) -> float:

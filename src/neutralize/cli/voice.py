@@ -149,7 +149,7 @@ def _unlogged() -> Iterator[None]:
 def _logged() -> Iterator[None]:
     """Show what the library logs on standard error."""
     logger, handler = logging.getLogger("neutralize"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)

@@ -64,6 +64,11 @@ class Team:
         self.ranks = tuple(sorted(ranks))
         self.timeout = timeout
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the first member."""
+        return bool(dist.get_rank() == self.ranks[0])
+
     def exchange(self, op: str, stage: str, message: Message, problem: str | None = None) -> list[Message]:
         """Hand a message to all members and return theirs, in the order of their ranks.
 

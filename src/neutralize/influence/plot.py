@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from neutralize.errors import NeutralizeError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from neutralize.influence.sweep import Sweep
+
+_DECADE = 10.0
+"""Bars stand on 0, so that their lengths can be compared, unless the largest is this many times the smallest."""
 
 _LOSS, _GONE, _KL, _COSINE, _GREY = "#4477aa", "#ccbb44", "#aa3377", "#228833", "#555555"
 
@@ -26,6 +31,18 @@ def plot(sweep: Sweep, path: str | os.PathLike[str], *, title: str = "") -> None
     Raises:
         NeutralizeError: matplotlib is not installed, or the file cannot be written.
     """
+    figure = drawn(sweep, title)
+    try:
+        figure.savefig(os.fspath(path), dpi=120)
+    except (OSError, ValueError) as error:
+        raise NeutralizeError(
+            f"plot: expected a file name that ends in png, svg or pdf in a folder that is there, got {str(path)!r} "
+            f"({error}); give one"
+        ) from error
+
+
+def drawn(sweep: Sweep, title: str = "") -> Figure:
+    """Draw what ``plot`` saves."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -48,13 +65,7 @@ def plot(sweep: Sweep, path: str | os.PathLike[str], *, title: str = "") -> None
         axes.set_axisbelow(True)
     if title:
         figure.suptitle(title, fontsize=11)
-    try:
-        figure.savefig(os.fspath(path), dpi=120)
-    except (OSError, ValueError) as error:
-        raise NeutralizeError(
-            f"plot: expected a file name that ends in png, svg or pdf in a folder that is there, got {str(path)!r} "
-            f"({error}); give one"
-        ) from error
+    return figure
 
 
 def _draw_losses(axes: Any, sweep: Sweep) -> None:
@@ -79,8 +90,9 @@ def _draw_losses(axes: Any, sweep: Sweep) -> None:
         axes.bar([0], [math.nan], color=_GONE, label=label)
     sizes = [abs(value) for value in (*deltas, *divergences) if value and math.isfinite(value)]
     if sizes and min((value for value in deltas if not math.isnan(value)), default=0.0) >= 0:
-        axes.set_yscale("log")
-        axes.set_ylim(min(sizes) / 1.6, max(sizes) * 1.6)
+        if max(sizes) / min(sizes) > _DECADE:
+            axes.set_yscale("log")
+            axes.set_ylim(min(sizes) / 1.6, max(sizes) * 1.6)
     elif sizes:  # some layers do harm when they are on
         axes.set_yscale("symlog", linthresh=max(min(sizes), max(sizes) / 1e4))
         axes.axhline(0.0, color=_GREY, linewidth=0.8)
@@ -106,7 +118,8 @@ def _draw_losses(axes: Any, sweep: Sweep) -> None:
 def _draw_cosines(axes: Any, sweep: Sweep) -> None:
     values = [math.nan if entry.block_influence is None else entry.block_influence for entry in sweep]
     axes.bar(range(len(sweep)), values, color=_COSINE, width=0.72)
-    if min((value for value in values if not math.isnan(value)), default=0.0) > 0:
+    known = [value for value in values if not math.isnan(value)]
+    if min(known, default=0.0) > 0 and max(known) / min(known) > _DECADE:
         axes.set_yscale("log")
     _plain_numbers(axes)
     axes.set_ylabel("1 - cos(in, out)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import signal
@@ -27,6 +28,8 @@ from neutralize.plan import Plan
 from neutralize.planner import Request, Strategy, drafted
 from neutralize.progress import silent
 from neutralize.select import Layers, select, unwrap
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -519,6 +522,8 @@ class _Run:
         self._used[found.off] = found
         if is_new:
             self._done = len(self._used)
+            off = ", ".join(found.off) or "nothing"
+            _LOGGER.info("influence: loss %.6g with %s off%s", found.loss, off, " (from the log)" if resumed else "")
             self._report(Progress(self._done, self.total, found.off, found, resumed))
 
     def _measured(self, off: tuple[str, ...]) -> Measurement:

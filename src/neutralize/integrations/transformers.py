@@ -77,6 +77,7 @@ class RampCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not foll
         finally:
             for module, mode in modes:
                 module.training = mode
+        self.ramp.leads = self.ramp.leads and state.is_world_process_zero  # the others may have replicas
         self.ramp.steps_done = self._done(state.global_step)
         if 0 < state.max_steps < self._start + self._steps:
             warnings.warn(
