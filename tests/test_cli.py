@@ -206,9 +206,8 @@ def test_debug_shows_the_traceback_and_the_same_line_and_status(arguments):
 def test_an_output_that_cannot_be_written_is_one_line_and_one_that_nobody_reads_is_none():
     environment = {**os.environ, "PYTHONPATH": str(Path(neutralize.__file__).parents[1])}
     command = [sys.executable, "-m", "neutralize", "--version"]
-    full = subprocess.run(
-        f"{shlex.join(command)} >/dev/full", shell=True, capture_output=True, text=True, env=environment
-    )
+    options = {"shell": True, "capture_output": True, "text": True, "env": environment, "check": False}
+    full = subprocess.run(f"{shlex.join(command)} >/dev/full", **options)
     said = "neutralize: expected files and an output that can be used, got No space left on device; check them\n"
     assert (full.returncode, full.stderr) == (2, said)
     unread, unwritten = os.pipe()

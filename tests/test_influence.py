@@ -707,7 +707,7 @@ def test_the_command_logs_and_resumes(loaded, tmp_path):
         (["missing"], "expected a model, got none"),
         (["--resume"], "expected --log beside --resume"),
         (["--text", "/nowhere/to/be/found"], "expected a file of UTF-8 text"),
-        (["--plot", "/nowhere/to/be/found.png"], "expected a png, svg or pdf file in a folder that is there"),
+        (["--plot", "/nowhere/to/be/found.png"], "expected a png, svg or pdf file in a folder that can be written"),
         (["--layers", "layer.9"], "near matches"),
         (["--job", "/nowhere/to/be/found"], "expected a TOML file"),
         (["--job", "x", "--layers", "y"], "alone, got --layers; write that into the job file"),
@@ -735,7 +735,8 @@ def test_ctrl_c_ends_the_command_with_130_and_every_bit_back(loaded, tmp_path, m
     monkeypatch.setattr(Reader, "forward", interrupted)
     result = run(*SHORT, "--log", log)
     assert result.exit_code == 130
-    assert "--resume goes on from here" in result.stderr
+    said = "neutralize: interrupted; every bit of the model was put back; --resume goes on from here"
+    assert result.stderr.splitlines()[-1] == said
     assert weights(loaded) == before
     monkeypatch.undo()
 
@@ -823,7 +824,7 @@ def test_paths_of_a_job_are_beside_its_file(tmp_path):
 def test_a_job_whose_model_fails_goes_on_with_the_others(loaded, tmp_path, monkeypatch):
     def forward(self, input_ids, **given):
         if input_ids.shape[1] == 10:  # the last window of 25
-            raise IndexError("out of range")
+            raise IndexError("out of\x1b[2J range")
         return Reader_forward(self, input_ids, **given)
 
     Reader_forward = Reader.forward
@@ -833,16 +834,20 @@ def test_a_job_whose_model_fails_goes_on_with_the_others(loaded, tmp_path, monke
         "log = 'log'\ncharacters = 60\n[[sweep]]\nmodel = 'wide'\nwindow = 25\n"
         "[[sweep]]\nmodel = 'other'\nwindow = 15\n"
     )
-    result = run("--job", path, "--json", "--quiet")
+    result = run("--job", path, "--json", "--quiet", "--debug")
     assert result.exit_code == 1
     wide, other = map(json.loads, result.stdout.splitlines())
-    assert "windows of 25 tokens, got 'wide', which fails (IndexError: out of range)" in wide["error"]
+    assert "windows of 25 tokens, got 'wide', which fails (IndexError: out of\x1b[2J range)" in wide["error"]
+    line, *logged = result.stderr.splitlines()
+    assert line.startswith("wide: influence: ")
+    assert "(IndexError: out of\\x1b[2J range)" in line
+    assert any("in forward" in each for each in logged)
     assert len(other["entries"]) == DEPTH
 
 
 def test_a_task_refuses_what_torch_does_not_know():
     assert "expected a floating-point dtype" in refusal(Task(dtype="int8").load)
-    assert "expected a device of torch" in refusal(Task(device="nowhere").load)
+    assert "expected a device of this machine" in refusal(Task(device="nowhere").load)
 
 
 # ---- a model of transformers -----------------------------------------------------------------------------------------

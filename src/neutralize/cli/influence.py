@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neutralize.cli.options import Audit, Json, Quiet, StrategyName, audited, check_strategy, complete_layers
-from neutralize.cli.printing import command_line, print_json, print_table
+from neutralize.cli.printing import command_line, one_line, print_json, print_table
 
 if TYPE_CHECKING:
     from neutralize.influence import Progress, Sweep
     from neutralize.influence.job import Task
     from neutralize.influence.sweep import Report
+
+logger = logging.getLogger("neutralize")
 
 _MODEL = "A folder or a hub name of a causal language model; by default SmolLM2-135M, as in the demo."
 
@@ -110,12 +113,13 @@ def influence(
     except NeutralizeError as error:
         if speaks:
             raise
+        logger.debug("what the first process tells too", exc_info=error)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
+        if not speaks:
+            raise typer.Exit(130) from None
         hint = "; --resume goes on from here" if log is not None or job is not None else ""
-        if speaks:
-            print(f"interrupted: every bit of the model was put back{hint}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(f"every bit of the model was put back{hint}") from None
 
 
 def _run_task(
@@ -133,7 +137,7 @@ def _run_task(
     from neutralize.influence.sweep import open_log
     from neutralize.pages.page import check_target
 
-    if plot is not None:
+    if plot is not None and speaks:
         _check_plot(plot)
     if report is not None and speaks:
         check_target(report)
@@ -167,7 +171,8 @@ def _run_job(job: Any, *, resume: bool, json: bool, quiet: bool, speaks: bool) -
             if not speaks:
                 continue
             if isinstance(found, NeutralizeError):
-                print(f"{task.model}: {found}", file=sys.stderr)
+                print(one_line(f"{task.model}: {found}"), file=sys.stderr)
+                logger.debug("%s", task.model, exc_info=found)  # with --debug
                 if json:
                     print_json({"model": task.model, "error": str(found)})
             elif json:
@@ -199,13 +204,11 @@ def _check_plot(path: Path) -> None:
     import importlib.util
 
     from neutralize.errors import NeutralizeError
+    from neutralize.whole import write_whole
 
     if importlib.util.find_spec("matplotlib") is None:
         raise NeutralizeError("plot: expected the package matplotlib, got none; run: pip install 'neutralize[plot]'")
-    if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
-        raise NeutralizeError(
-            f"plot: expected a png, svg or pdf file in a folder that is there, got {str(path)!r}; give one"
-        )
+    write_whole(path, None, "plot: expected a png, svg or pdf file", (".png", ".svg", ".pdf"))
 
 
 def _print_sweep(title: str, sweep: Sweep) -> None:

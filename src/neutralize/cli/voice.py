@@ -68,8 +68,9 @@ class Group(TyperGroup):
         """Run the command that was named."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("neutralize: interrupted; of a checkpoint, neutralize status says what was done", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            about = str(stop) or "of a checkpoint, neutralize status says what was done"
+            print(f"neutralize: interrupted; {about}", file=sys.stderr)
             raise typer.Exit(130) from None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
