@@ -543,6 +543,7 @@ addEventListener("load", () => {
         .map(() => svg.textContent);
     }),
     pictures: [...document.images].map(image => image.naturalWidth),
+    loaded: performance.getEntriesByType("resource").map(entry => entry.name),
     owned: "owned" in window, scripts: document.scripts.length,
   });
   parent.document.body.append(seen);
@@ -605,6 +606,7 @@ def test_a_browser_shows_the_page(name, width, height, dark, ground, inks, writt
     assert seen["overlapping"] == []
     assert seen["broken"] == []  # a power of ten stays with its number
     assert all(size > 0 for size in seen["pictures"])
+    assert seen["loaded"] == []  # no network
     assert not seen["owned"]  # no name was run as a script
     assert seen["scripts"] == 1
     assert len(seen["texts"]) > 100
