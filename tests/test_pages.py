@@ -175,6 +175,15 @@ def test_a_sweep_shows_its_table_search_plans_and_provenance(swept, written):
     assert "plans" not in swept.to_dict()
 
 
+def test_a_sweep_of_one_layer_compares_it_with_no_other(swept, tmp_path):
+    one = replace(swept, entries=swept.entries[:1], steps=(), plans=swept.plans[:1])
+    one.to_html(tmp_path / "one.html")
+    text = Reading((tmp_path / "one.html").read_text()).text
+    assert f"Without {one[0].layer} the loss changes by" in text
+    assert "the least (" not in text
+    assert "From " not in text
+
+
 def test_the_same_is_the_same_page_but_for_its_date(verified, swept, written, tmp_path, monkeypatch):
     for name, found in (("verification", verified), ("sweep", swept)):
         monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
@@ -541,6 +550,7 @@ addEventListener("load", () => {
         .map(() => svg.textContent);
     }),
     pictures: [...document.images].map(image => image.naturalWidth),
+    loaded: performance.getEntriesByType("resource").map(entry => entry.name),
     owned: "owned" in window, scripts: document.scripts.length,
   });
   parent.document.body.append(seen);
@@ -603,6 +613,7 @@ def test_a_browser_shows_the_page(name, width, height, dark, ground, inks, writt
     assert seen["overlapping"] == []
     assert seen["broken"] == []  # a power of ten stays with its number
     assert all(size > 0 for size in seen["pictures"])
+    assert seen["loaded"] == []  # no network
     assert not seen["owned"]  # no name was run as a script
     assert seen["scripts"] == 1
     assert len(seen["texts"]) > 100

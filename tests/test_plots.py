@@ -114,6 +114,14 @@ def test_an_exact_plan_has_no_error_at_any_scale():
         assert "larger than assumed" not in labels(axes)
 
 
+def test_of_a_model_of_token_ids_the_layers_alone_are_drawn():
+    model = perturbed(nn.Sequential(nn.Embedding(5, 8), PreNorm(), PreNorm(), nn.Linear(8, 3)))
+    ids = torch.tensor([[1, 2]])
+    (axes,) = nz.verify(model, nz.plan(model, ["1", "2"], example_inputs=ids), ids).plot([0.5, 2.0]).axes
+    assert line(axes, "'2' measured: 0 everywhere")[1].tolist() == [0.0, 0.0]
+    assert axes.get_xlabel() == "scale of what enters each layer"
+
+
 def test_pictures_are_drawn_without_pyplot_and_saved(tmp_path):
     import subprocess
 

@@ -94,7 +94,7 @@ def _charts(sweep: Sweep) -> list[Chart]:
         turned = Bars("1 − cos(input, output)", cosines, names, 3)
         seen = [(value, name) for value, name in zip(cosines, names, strict=True) if math.isfinite(value)]
         (low, least), (high, most) = min(seen), max(seen)
-        told = f"From {figure(low)} for {least} to {figure(high)} for {most}."
+        told = f"From {figure(low)} for {least} to {figure(high)} for {most}." if len(seen) > 1 else f"{figure(low)}."
         charts.append(
             bars("cosine", "How far each layer turns its input", told, across, "1 − cos, log scale", labels, turned)
         )
@@ -102,4 +102,6 @@ def _charts(sweep: Sweep) -> list[Chart]:
 
 
 def _extremes(best: Influence, worst: Influence) -> str:
+    if best is worst:
+        return f"{figure(best.delta_loss)} for {best.layer}"
     return f"from {figure(best.delta_loss)} for {best.layer} to {figure(worst.delta_loss)} for {worst.layer}"
