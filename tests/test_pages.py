@@ -157,7 +157,8 @@ def test_a_verification_shows_plan_certificates_errors_curves_weights_and_proven
     for told in (torch.__version__, "2023-11-14 22:13:20 UTC", "neutralize …", "do not hold", "Sequential on cpu"):
         assert told in text
     drawn = reading.all("img")
-    assert [attrs["alt"].split(" before, ")[0] for attrs in drawn[::2]] == list(plan.parameters)
+    by_layer = [name for layer in plan.layers for edit in layer.edits for name in plan.edits[edit].parameters]
+    assert [attrs["alt"].split(" before, ")[0] for attrs in drawn[::2]] == list(dict.fromkeys(by_layer))
 
 
 def test_a_sweep_shows_its_table_search_plans_and_provenance(swept, written):

@@ -91,7 +91,9 @@ def changes(model: nn.Module, plan: Plan, applied: Callable[[], AbstractContextM
         plan: what is written.
         applied: makes a context in which the model has the plan's weights.
     """
-    before = dict(_heats(model, plan.parameters[:_MOST]))
+    by_layer = [name for layer in plan.layers for edit in layer.edits for name in plan.edits[edit].parameters]
+    names = list(dict.fromkeys([*by_layer, *plan.parameters]))
+    before = dict(_heats(model, names[:_MOST]))
     if not before:
         return ()
     with applied():
