@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from neutralize.cli.options import Json, Quiet
-from neutralize.cli.printing import is_terminal, print_json, print_table
+from neutralize.cli.printing import is_terminal, print_json, print_table, print_text
 
 
 def doctor(json: Json = False, quiet: Quiet = False) -> None:
@@ -76,5 +76,5 @@ def bench(
     if json:
         print_json({"machine": machine(), "results": [asdict(result) for result in results]})
         return
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print_text(", ".join(f"{name} {value}" for name, value in machine().items()))
     print_table(results_rich(results))
