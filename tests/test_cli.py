@@ -134,6 +134,7 @@ def test_who_asks_for_help_or_a_completion_does_not_wait_for_pytorch(tmp_path, l
         (["restore"], "neutralize restore: Missing argument"),
         (["plan", "x", "--layers"], "neutralize plan: Option '--layers' requires an argument; see neutralize plan"),
         (["bench", "--most", "many"], "neutralize bench: Invalid value for '--most'"),
+        (["bench", "--most", "999999999"], "for --most, a quarter of this machine's memory, got 999999999; give less"),
         (["bench", "--only", "nothing"], "bench: expected a part of a case's name for --only, got 'nothing'"),
         (["status", "/nowhere\n/at all"], "checkpoint: expected a folder or a file, got nothing at '/nowhere\\n/at"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from json import loads
 from typing import Annotated
 
@@ -67,6 +68,12 @@ def bench(
     if not chosen:
         raise NeutralizeError(
             f"bench: expected a part of a case's name for --only, got {only!r}; the cases are {', '.join(cases(most))}"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    if 4 * most > memory:
+        raise NeutralizeError(
+            f"bench: expected at most {memory // 4} for --most, a quarter of this machine's memory, got {most}; give "
+            "less"
         )
     results = []
     with counted("timing", len(chosen), "cases", quiet=quiet) as advance:
