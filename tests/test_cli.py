@@ -101,6 +101,7 @@ def test_every_example_parses(name, example):
         ("plan {folder} --la|", 0, "--layers"),
         ("plan {folder} --strategy pa|", 0, "passthrough"),
         ("plan {folder} --layers co|", 0, "conv"),
+        ("influence smollm2 --layers co|", 0, ""),
         ("plan {folder}/model-00001-of-00002.safetensors --layers fp|", 0, "fp8"),
     ],
 )
@@ -133,6 +134,7 @@ def test_who_asks_for_help_or_a_completion_does_not_wait_for_pytorch(tmp_path, l
         (["restore"], "neutralize restore: Missing argument"),
         (["plan", "x", "--layers"], "neutralize plan: Option '--layers' requires an argument; see neutralize plan"),
         (["bench", "--most", "many"], "neutralize bench: Invalid value for '--most'"),
+        (["bench", "--most", "999999999"], "for --most, a quarter of this machine's memory, got 999999999; give less"),
         (["bench", "--only", "nothing"], "bench: expected a part of a case's name for --only, got 'nothing'"),
         (["status", "/nowhere\n/at all"], "checkpoint: expected a folder or a file, got nothing at '/nowhere\\n/at"),
     ],
@@ -285,7 +287,7 @@ layers = ("--model", "plain_model:own_model", "--layers", "1")
 for environment in ({}, {"NO_COLOR": "1"}, {"TERM": "dumb"}):
     os.environ.update(environment)
     for words in (["doctor"], ["plan", folder, *layers], ["inspect", folder, *layers], ["verify", folder, *layers],
-                  ["plan", folder, *layers[:2], "--layers", "9"]):
+                  ["inspect", folder], ["plan", folder, *layers[:2], "--layers", "9"]):
         print(f"$ {environment} {words[0]}", flush=True)
         try:
             cli.app(words)
@@ -306,7 +308,7 @@ def test_a_terminal_of_80_columns(plain):
     assert status == 0, seen
     parts = re.split(r"\$ (\{.*?\}) (\w+)\r\n", seen)[1:]
     shown = list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
-    assert len(shown) == 15
+    assert len(shown) == 18
     for environment, command, text in shown:
         assert text.rstrip().endswith("status 2" if "unknown" in text else "status 0"), text
         plain_text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\x1b[2K", "\n"))

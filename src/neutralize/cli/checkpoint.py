@@ -25,7 +25,16 @@ from neutralize.cli.options import (
     check_strategy,
     opened,
 )
-from neutralize.cli.printing import command_line, moved_bytes, print_json, print_table, printable, text_table, waiting
+from neutralize.cli.printing import (
+    command_line,
+    moved_bytes,
+    print_json,
+    print_table,
+    print_text,
+    printable,
+    text_table,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from neutralize.checkpoint import Checkpoint, Status
@@ -131,7 +140,7 @@ def apply(
             edition = undo.edition
             summary |= {"bytes": edition.nbytes, "files": sorted(edition.files), "state": "edited"}
             summary |= {"edit": edition.number, "undo": str(edition.path)}
-        print_json(summary) if json else print(_applied(summary))
+        print_json(summary) if json else print_text(_applied(summary))
 
 
 def restore(
@@ -256,7 +265,7 @@ def verify(
             )
         else:
             print_table(verification_rich(found.measured))
-            print(found.summary)
+            print_text(found.summary)
         if report is not None:
             found.to_html(report, title=checkpoint.resolve().name, command=command_line())
         if not found.ok:

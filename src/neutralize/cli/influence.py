@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neutralize.cli.options import Audit, Json, Quiet, StrategyName, audited, check_strategy, complete_layers
-from neutralize.cli.printing import command_line, one_line, print_json, print_table
+from neutralize.cli.printing import command_line, one_line, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from neutralize.influence import Progress, Sweep
@@ -137,7 +137,7 @@ def _run_task(
     from neutralize.influence.sweep import open_log
     from neutralize.pages.page import check_target
 
-    if plot is not None and speaks:
+    if plot is not None:
         _check_plot(plot)
     if report is not None and speaks:
         check_target(report)
@@ -215,11 +215,11 @@ def _print_sweep(title: str, sweep: Sweep) -> None:
     """Print what was measured: tables, and the time it took."""
     from neutralize.influence.report import steps_rich, sweep_rich, timing
 
-    print(title)
+    print_text(title)
     print_table(sweep_rich(sweep))
     if sweep.steps or sweep.budget is not None:
         print_table(steps_rich(sweep))
-    print(timing(sweep), flush=True)
+    print_text(timing(sweep))
 
 
 @contextmanager

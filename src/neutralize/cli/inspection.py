@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neutralize.cli.options import CheckpointPath, Factory, Json, Layers, Quiet, opened
-from neutralize.cli.printing import one_line, print_json, print_table, text_table, waiting
+from neutralize.cli.printing import one_line, print_json, print_table, print_text, text_table, waiting
 
 if TYPE_CHECKING:
     from neutralize.anatomy import Anatomy, Entry
@@ -77,7 +77,7 @@ def _print_tree(subject: Checkpoint, found: Anatomy, *, reasons: bool) -> None:
     ]
     print_table(text_table(title, ("layer", "what", "widths", "activation, residual", "bytes"), rows))
     if found.not_traced:
-        print(f"\nno strategy was tried: {one_line(found.not_traced)}")
+        print_text(f"\nno strategy was tried: {one_line(found.not_traced)}")
     tried = [(depth, entry) for depth, entry in shown if entry.abilities]
     if not tried:
         return
@@ -93,7 +93,7 @@ def _print_tree(subject: Checkpoint, found: Anatomy, *, reasons: bool) -> None:
         for entry in found.entries:
             for each in entry.abilities:
                 if each.why_not:
-                    print(f"{entry.name}, {each.strategy}: {one_line(each.why_not)}")
+                    print_text(f"{entry.name}, {each.strategy}: {one_line(each.why_not)}")
 
 
 def _skip(entry: Entry) -> str:
@@ -144,4 +144,4 @@ def _print_tensors(subject: Checkpoint, match: str, *, json: bool, no_model: str
     ]
     print_table(text_table(title, ("tensor", "shape", "encoding", "bytes", "file"), cells))
     if no_model:
-        print(f"\nonly tensors: {no_model}")
+        print_text(f"\nonly tensors: {no_model}")

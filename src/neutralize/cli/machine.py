@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from json import loads
 from typing import Annotated
 
 import typer
 
 from neutralize.cli.options import Json, Quiet
-from neutralize.cli.printing import is_terminal, print_json, print_table
+from neutralize.cli.printing import is_terminal, print_json, print_table, print_text
 
 
 def doctor(json: Json = False, quiet: Quiet = False) -> None:
@@ -68,6 +69,12 @@ def bench(
         raise NeutralizeError(
             f"bench: expected a part of a case's name for --only, got {only!r}; the cases are {', '.join(cases(most))}"
         )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    if 4 * most > memory:
+        raise NeutralizeError(
+            f"bench: expected at most {memory // 4} for --most, a quarter of this machine's memory, got {most}; give "
+            "less"
+        )
     results = []
     with counted("timing", len(chosen), "cases", quiet=quiet) as advance:
         for name, make in chosen.items():  # made when its turn comes, so that one large tensor lives at a time
@@ -76,5 +83,5 @@ def bench(
     if json:
         print_json({"machine": machine(), "results": [asdict(result) for result in results]})
         return
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print_text(", ".join(f"{name} {value}" for name, value in machine().items()))
     print_table(results_rich(results))

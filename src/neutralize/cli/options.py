@@ -40,7 +40,8 @@ def complete_layers(ctx: typer.Context, incomplete: str) -> list[str]:
     given = [ctx.params.get("checkpoint"), ctx.params.get("model"), *ctx.args]  # the last: not yet parsed to the end
     path = next((each for each in given if each), None)
     try:
-        names = {} if path is None else dict.fromkeys(_layers_of(Path(path)))
+        # A name of the hub is not looked up.
+        names = {} if path is None or not Path(path).exists() else dict.fromkeys(_layers_of(Path(path)))
     except Exception:  # a shell that waits for an answer cannot be told why there is none
         return []
     depth = incomplete.count(".")

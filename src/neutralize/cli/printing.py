@@ -48,6 +48,17 @@ def is_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
+def print_text(text: str) -> None:
+    """Print a sentence: on a terminal broken between words, elsewhere as one line."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if is_terminal():
+        Console(highlight=False).print(Text(text))
+    else:
+        print(text, flush=True)
+
+
 def print_table(table: Table) -> None:
     """Print a table: as wide as the terminal and with its rules, or as plain text."""
     from rich import box
