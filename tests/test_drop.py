@@ -2,9 +2,11 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from bits import refusal, weights
 from networks import perturbed
 from safetensors.torch import save_file
@@ -112,6 +114,14 @@ def test_what_cannot_leave_is_refused(tmp_path):
     assert "expected a block of 'model.layers' to stay" in refusal(lambda: nz.drop(model, "model.layers[:]"))
     assert "expected a model of transformers" in refusal(lambda: nz.drop(nn.Sequential(nn.Linear(2, 2)), "0"))
     assert "call model.eval()" in refusal(lambda: nz.drop(made("Llama").train(), "model.layers[1]"))
+    offloaded = cpu_offload(made("Llama"), execution_device=torch.device("cpu"))
+    assert "weights are in memory, got 'model.embed_tokens.weight' on the meta device" in refusal(
+        lambda: nz.drop(offloaded, "model.layers[1]")
+    )
+    grown = peft.get_peft_model(made("Llama"), peft.LoraConfig(r=2, target_modules=["o_proj"])).get_base_model()
+    assert "got one with adapter 'default' active; call merge_and_unload() first" in refusal(
+        lambda: nz.drop(grown.eval(), "model.layers[1]")
+    )
     dropped = nz.drop(model, "model.layers[1]")
     (tmp_path / "there").mkdir()
     assert "expected nothing at" in refusal(lambda: dropped.save(tmp_path / "there"))

@@ -103,17 +103,17 @@ class Dropped:
                 tokenizer.save_pretrained(unfinished)
             unfinished.replace(target)
         except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
             raise NeutralizeError(
                 f"drop: expected a folder that can be written, got {error.strerror or error} for {str(target)!r}; name "
                 "another"
             ) from error
         except ValueError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
             told = next(iter(str(error).splitlines()), "")
             raise NeutralizeError(
                 f"drop: expected a model that save_pretrained takes, got {told}; put that right in the whole model"
             ) from error
+        finally:  # whatever ended it; a complete one has its name by now
+            shutil.rmtree(unfinished, ignore_errors=True)
         return target
 
 
@@ -182,6 +182,11 @@ def drop(model: nn.Module, layers: Layers, *, inputs: Any = None) -> Dropped:
         )
     if model.training:
         raise NeutralizeError("drop: expected a model in evaluation mode, got one in training; call model.eval()")
+    if away := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), ""):
+        raise NeutralizeError(
+            f"drop: expected a model whose weights are in memory, got {away!r} on the meta device: offloaded, or never "
+            "loaded; load it without offloading"
+        )
     chosen = tuple(select(model, layers))
     if active := premise(model):
         raise NeutralizeError(
