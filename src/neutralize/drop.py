@@ -43,6 +43,7 @@ _WAYS = 64
 """How many ways to cut a config are tried."""
 _LONGEST = 64
 """Tokens in the longest input that both models run on."""
+_GENERATION = "generation_config.json"
 _NEW = 3
 """Tokens that both models write, with their caches."""
 _LIKELY = re.compile(r"^(?!.*(interval|period|step|freq|every|pattern)).*(layer|block|depth)")
@@ -94,10 +95,13 @@ class Dropped:
         unfinished = target.with_name(f".{target.name}.partial")
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
-            with quiet_transformers():
+            carried = [] if source is None else [path for path in sorted(Path(source).iterdir()) if path.is_file()]
+            with quiet_transformers(), _unchecked(self.model, any(path.name == _GENERATION for path in carried)):
                 self.model.save_pretrained(unfinished)  # type: ignore[operator]
-            for path in sorted(Path(source).iterdir()) if source is not None else ():
-                if path.is_file() and not _NOT_CARRIED.search(path.name) and not (unfinished / path.name).exists():
+            for path in carried:
+                if not _NOT_CARRIED.search(path.name) and (
+                    path.name == _GENERATION or not (unfinished / path.name).exists()
+                ):
                     shutil.copyfile(path, unfinished / path.name)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
@@ -108,13 +112,25 @@ class Dropped:
                 "another"
             ) from error
         except ValueError as error:
-            told = next(iter(str(error).splitlines()), "")
+            told = " ".join(str(error).split())[:300]
             raise NeutralizeError(
                 f"drop: expected a model that save_pretrained takes, got {told}; put that right in the whole model"
             ) from error
         finally:  # whatever ended it; a complete one has its name by now
             shutil.rmtree(unfinished, ignore_errors=True)
         return target
+
+
+@contextlib.contextmanager
+def _unchecked(model: Any, is_copied: bool) -> Iterator[None]:
+    """Keep settings for generation that are copied as they are from being checked: many that load are not valid."""
+    held = getattr(model, "generation_config", None)
+    if is_copied and held is not None:
+        model.generation_config = type(held)()
+    try:
+        yield
+    finally:
+        model.generation_config = held
 
 
 def free(folder: str | Path) -> Path:
