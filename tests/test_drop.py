@@ -2,9 +2,11 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from bits import refusal, weights
 from networks import perturbed
 from safetensors.torch import save_file
@@ -117,9 +119,23 @@ def test_what_cannot_leave_is_refused(tmp_path):
     assert "expected a block of 'model.layers' to stay" in refusal(lambda: nz.drop(model, "model.layers[:]"))
     assert "expected a model of transformers" in refusal(lambda: nz.drop(nn.Sequential(nn.Linear(2, 2)), "0"))
     assert "call model.eval()" in refusal(lambda: nz.drop(made("Llama").train(), "model.layers[1]"))
+    offloaded = cpu_offload(made("Llama"), execution_device=torch.device("cpu"))
+    assert "weights are in memory, got 'model.embed_tokens.weight' on the meta device" in refusal(
+        lambda: nz.drop(offloaded, "model.layers[1]")
+    )
+    grown = peft.get_peft_model(made("Llama"), peft.LoraConfig(r=2, target_modules=["o_proj"])).get_base_model()
+    assert "got one with adapter 'default' active; call merge_and_unload() first" in refusal(
+        lambda: nz.drop(grown.eval(), "model.layers[1]")
+    )
     dropped = nz.drop(model, "model.layers[1]")
     (tmp_path / "there").mkdir()
     assert "expected nothing at" in refusal(lambda: dropped.save(tmp_path / "there"))
+    dropped.model.generation_config.temperature = 0.5
+    assert "expected a model that save_pretrained takes, got GenerationConfig is invalid: - `temperature`" in refusal(
+        lambda: dropped.save(tmp_path / "invalid")
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"there"}
+    dropped.model.generation_config.temperature = 1.0
     (tmp_path / "file").touch()
     assert "expected a folder that can be written" in refusal(lambda: dropped.save(tmp_path / "file" / "folder"))
 
@@ -192,7 +208,7 @@ def test_the_command_writes_the_smaller_model(tmp_path):
     letters = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>").save_pretrained(tmp_path / "whole")
     (tmp_path / "whole" / "LICENSE").write_text("do as you like")
-    (tmp_path / "whole" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    (tmp_path / "whole" / "generation_config.json").write_text('{"temperature": 0.5}')  # which loads, but is not saved
     run = CliRunner().invoke
     arguments = ["export", str(tmp_path / "whole"), "--drop", "model.layers[1:3]", "--output", str(tmp_path / "out")]
     answer = run(app, [*arguments, "--json"])

@@ -44,6 +44,7 @@ _WAYS = 64
 """How many ways to cut a config are tried."""
 _LONGEST = 64
 """Tokens in the longest input that both models run on."""
+_GENERATION = "generation_config.json"
 _NEW = 3
 """Tokens that both models write, with their caches."""
 _LIKELY = re.compile(r"^(?!.*(interval|period|step|freq|every|pattern)).*(layer|block|depth)")
@@ -101,13 +102,7 @@ class Dropped:
         try:
             with recorded(deed):
                 shutil.rmtree(unfinished, ignore_errors=True)
-                with quiet_transformers():
-                    self.model.save_pretrained(unfinished)  # type: ignore[operator]
-                for path in sorted(Path(source).iterdir()) if source is not None else ():
-                    if path.is_file() and not _NOT_CARRIED.search(path.name) and not (unfinished / path.name).exists():
-                        shutil.copyfile(path, unfinished / path.name)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(unfinished)
+                self._fill(unfinished, tokenizer, [] if source is None else sorted(Path(source).iterdir()))
                 unfinished.replace(target)
                 is_written = True
         except BaseException as error:
@@ -118,12 +113,35 @@ class Dropped:
                     "name another"
                 ) from error
             if isinstance(error, ValueError) and not isinstance(error, NeutralizeError):
-                told = next(iter(str(error).splitlines()), "")
+                told = " ".join(str(error).split())[:300]
                 raise NeutralizeError(
                     f"drop: expected a model that save_pretrained takes, got {told}; put that right in the whole model"
                 ) from error
             raise
         return target
+
+    def _fill(self, folder: Path, tokenizer: Any, beside: list[Path]) -> None:
+        """Save into a folder, with the files that lay beside the whole model."""
+        carried = [path for path in beside if path.is_file()]
+        with quiet_transformers(), _unchecked(self.model, any(path.name == _GENERATION for path in carried)):
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+        for path in carried:
+            if not _NOT_CARRIED.search(path.name) and (path.name == _GENERATION or not (folder / path.name).exists()):
+                shutil.copyfile(path, folder / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _unchecked(model: Any, is_copied: bool) -> Iterator[None]:
+    """Keep settings for generation that are copied as they are from being checked: many that load are not valid."""
+    held = getattr(model, "generation_config", None)
+    if is_copied and held is not None:
+        model.generation_config = type(held)()
+    try:
+        yield
+    finally:
+        model.generation_config = held
 
 
 def free(folder: str | Path) -> Path:
@@ -191,6 +209,11 @@ def drop(model: nn.Module, layers: Layers, *, inputs: Any = None) -> Dropped:
         )
     if model.training:
         raise NeutralizeError("drop: expected a model in evaluation mode, got one in training; call model.eval()")
+    if away := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), ""):
+        raise NeutralizeError(
+            f"drop: expected a model whose weights are in memory, got {away!r} on the meta device: offloaded, or never "
+            "loaded; load it without offloading"
+        )
     chosen = tuple(select(model, layers))
     if active := premise(model):
         raise NeutralizeError(
