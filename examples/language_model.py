@@ -11,8 +11,7 @@ import neutralize as nz
 from neutralize.demo.subject import gpl, weights_file
 from neutralize.language import cut, load_language_model, mean_loss
 
-file = weights_file()
-language = load_language_model(file.parent, gguf_file=file.name)
+language = load_language_model(weights_file())
 model, tokens = language.model, language.tokens(gpl()[:600])
 windows = cut(tokens, 256)
 print(language.title)

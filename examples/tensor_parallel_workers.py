@@ -241,8 +241,7 @@ def main() -> None:
         from neutralize.demo.subject import gpl, weights_file
         from neutralize.language import load_language_model
 
-        file = weights_file()
-        language = load_language_model(file.parent, gguf_file=file.name)
+        language = load_language_model(weights_file())
         whole, ids = language.model, language.tokens(gpl()[:2000])
     with torch.no_grad():
         scores = whole(input_ids=ids[None]).logits[0]

@@ -125,7 +125,7 @@ def test_a_job_of_sharded_and_replicated_models_reports_each_failure_once(two, l
     assert (code, other_code, other_out, other_err) == (1, 1, "", "")
     sharded, layer, model, whole = map(json.loads, out.splitlines())
     assert "near matches" in layer["error"]
-    assert "expected a folder or a hub name of a causal language model" in model["error"]
+    assert "expected a folder, a GGUF file or a hub name of a causal language model" in model["error"]
     assert err.count("near matches") == err.count("does not load") == 1
     expected = alone(llama, *SHORT, "--k", 2)
     assert numbers(whole)[:2] == numbers(expected)[:2]
@@ -142,7 +142,7 @@ def test_a_job_of_sharded_and_replicated_models_reports_each_failure_once(two, l
 
 def test_what_is_wrong_is_said_once_and_ends_every_process_with_2(two, llama, tmp_path):
     for arguments, said in [
-        ([tmp_path], "expected a folder or a hub name"),
+        ([tmp_path], "expected a folder, a GGUF file or a hub name"),
         ([llama, "--layers", "model.layer.9"], "near matches"),
         ([llama, "--text", tmp_path / "none"], "expected a file of UTF-8 text"),
         ([llama, "--log", tmp_path], "expected a file that can be written for log"),

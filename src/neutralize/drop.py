@@ -167,7 +167,7 @@ def load_whole(source: str, dtype: str) -> tuple[nn.Module, Path]:
         NeutralizeError: it does not load, or some of its weights are not there.
     """
     is_local = Path(source).is_dir()
-    with loading(source, "a model of transformers"):
+    with loading(source, "a folder or a hub name of a model of transformers"):
         import transformers
         from huggingface_hub import snapshot_download
 

@@ -43,45 +43,43 @@ class LanguageModel:
 def load_language_model(
     source: str | PathLike[str],
     *,
-    gguf_file: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer with transformers.
 
     Args:
-        source: a folder, or a name that the Hugging Face hub or its local cache knows.
-        gguf_file: the name of a GGUF file in that folder, to read the weights from.
+        source: a folder, a GGUF file, or a name that the Hugging Face hub or its local cache knows.
         dtype: of the weights; ``"auto"`` is that of the files, other names are those of torch.
         device: where the model goes.
 
     Raises:
         NeutralizeError: transformers is not installed, or cannot load this.
     """
-    place = {"pretrained_model_name_or_path": str(source)}
-    if gguf_file is not None:
-        place["gguf_file"] = gguf_file
-    local = Path(source).is_dir()
-    with loading(source, "a causal language model"):
+    place, path = {"pretrained_model_name_or_path": str(source)}, Path(source)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    local = path.is_dir() or "gguf_file" in place
+    with loading(source, "a folder, a GGUF file or a hub name of a causal language model"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=local)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(**place, local_files_only=local, dtype=dtype)
     model = model.to(device).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
-    name = Path(gguf_file).stem if gguf_file else str(source)
+    name = path.stem if "gguf_file" in place else str(source)
     stored = dtype_name(next(model.parameters()).dtype)
     title = f"{name}: {type(model).__name__}, {stored}, {count / 1e6:.1f} M parameters"
     return LanguageModel(model, tokenizer, title)
 
 
 @contextlib.contextmanager
-def loading(source: str | PathLike[str], kind: str) -> Iterator[None]:
+def loading(source: str | PathLike[str], expected: str) -> Iterator[None]:
     """Make one clear error of what transformers says of a name, or of its absence; keep its lines off the screen.
 
     Args:
-        source: a folder, or a name that the hub knows.
-        kind: of what, in words.
+        source: what was given.
+        expected: what could have been, in words.
     """
     if importlib.util.find_spec("transformers") is None:
         raise NeutralizeError(
@@ -93,7 +91,7 @@ def loading(source: str | PathLike[str], kind: str) -> Iterator[None]:
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
             summary = next(iter(str(error).strip().splitlines()), "")
             raise NeutralizeError(
-                f"language model: expected a folder or a hub name of {kind}, got {str(source)!r}, "
+                f"language model: expected {expected}, got {str(source)!r}, "
                 f"which does not load ({type(error).__name__}: {summary}); check the name"
             ) from error
 

@@ -236,7 +236,7 @@ class Journal:
             except OSError as error:
                 raise NeutralizeError(
                     f"checkpoint: expected a folder that can be written for {str(self.root)!r}, got "
-                    f"{error.strerror}; use --output"
+                    f"{error.strerror}; make it writable, or name an --output to apply"
                 ) from error
             try:
                 if not take(descriptor, self.root) or self._is_taken("team", fcntl.LOCK_EX):

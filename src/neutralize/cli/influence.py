@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("neutralize")
 
-_MODEL = "A folder or a hub name of a causal language model; by default SmolLM2-135M, as in the demo."
+_MODEL = "A folder, a GGUF file or a hub name of a causal language model; by default SmolLM2-135M, as in the demo."
 
 
 def influence(

@@ -68,8 +68,7 @@ def load(characters: int) -> Subject:
     Raises:
         NeutralizeError: a package is missing; the message says how to install it.
     """
-    gguf = weights_file()
-    language = load_language_model(gguf.parent, gguf_file=gguf.name)
+    language = load_language_model(weights_file())
     return Subject(language.model, language.tokens(gpl()[:characters]), language.title)
 
 

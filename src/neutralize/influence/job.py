@@ -47,7 +47,7 @@ class Task:
     """One sweep over the layers of a causal language model, as the command line or a job file asks for it.
 
     Attributes:
-        model: a folder or hub name, or ``smollm2`` for the model of the demo.
+        model: a folder, a GGUF file or a hub name, or ``smollm2`` for the model of the demo.
         layers: the candidates; none are the blocks of the model.
         text: a file; ``None`` is the text of the GPL-3.
         characters: how much of the text is read; ``None`` is all of it.
@@ -109,10 +109,8 @@ class Task:
             raise NeutralizeError(
                 f"influence: expected a device of this machine for device, got {self.device!r}; write auto, cpu or cuda"
             ) from error
-        if self.model == SMOLLM2:
-            file = weights_file()
-            return load_language_model(file.parent, gguf_file=file.name, dtype=dtype, device=place)
-        return load_language_model(self.model, dtype=dtype, device=place)
+        source = weights_file() if self.model == SMOLLM2 else self.model
+        return load_language_model(source, dtype=dtype, device=place)
 
     def read(self) -> str:
         """Return the text.
