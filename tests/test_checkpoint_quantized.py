@@ -264,7 +264,12 @@ def bitsandbytes_4bit(kind, *, nested=False, storage=torch.uint8, blocksize=64):
     def decode(state):
         stats = {name: tensor for name, tensor in state.items() if name != "weight"}
         loaded = bnb.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")
-        return bnb.functional.dequantize_4bit(loaded.data, loaded.quant_state)
+        shape, loaded.quant_state.shape = (
+            loaded.quant_state.shape,
+            torch.Size((loaded.data.nbytes * 2 // blocksize, blocksize)),
+        )
+        # A block a row: with AVX-512, 0.50.2 takes the scales of other blocks where one goes over several rows.
+        return bnb.functional.dequantize_4bit(loaded.data, loaded.quant_state).reshape(shape)
 
     return tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True}, decode
 
