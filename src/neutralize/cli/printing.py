@@ -102,7 +102,8 @@ def text_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]
 
     table = Table(title=Text(printable(title)))
     for heading in headings:
-        table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
+        said = heading.replace(", ", ",\n") if is_terminal() else heading  # no column is as wide as its heading alone
+        table.add_column(said, overflow="fold", justify="right" if heading == "bytes" else "left")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
