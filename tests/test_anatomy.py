@@ -19,13 +19,24 @@ from neutralize import cli
 from neutralize.anatomy import Anatomy, Entry, anatomy
 
 
+class OffsetNorm(nn.Module):
+    """A norm whose gain is 1 + w, in ops."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight.float())).to(x.dtype)
+
+
 class Block(nn.Module):
     """A block of two branches, with its norms where a test wants them."""
 
-    def __init__(self, norms: str, width: int = 8) -> None:
+    def __init__(self, norms: str, width: int = 8, norm: type[nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
         self.norms = norms
-        self.before, self.behind = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.before, self.behind = norm(width), norm(width)
         self.up, self.act, self.down = nn.Linear(width, 12), nn.Tanh(), nn.Linear(12, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,9 +53,10 @@ def found(entries: tuple[Entry, ...], name: str) -> Entry:
     return next(each for entry in entries for _, each in entry.walk() if each.name == name)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OffsetNorm])
 @pytest.mark.parametrize("norms", ["pre-norm", "post-norm", "sandwich norm", "normed branch", "plain", "none"])
-def test_the_residual_kind_is_read_off_the_dataflow(norms):
-    model = nn.Sequential(nn.LayerNorm(8), nn.ModuleDict(), *(Block(norms) for _ in range(2)))
+def test_the_residual_kind_is_read_off_the_dataflow(norms, norm):
+    model = nn.Sequential(nn.LayerNorm(8), nn.ModuleDict(), *(Block(norms, norm=norm) for _ in range(2)))
     del model[1]
     tree = anatomy(model, example_inputs=torch.zeros(2, 8))
     block = found(tree.entries, "1")
