@@ -139,7 +139,10 @@ def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> N
     applied = json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", *digest, "--in-place", "--json"))
     assert applied["state"] == "edited"
     assert applied["bytes"] == 2 * 32 * 2
-    run("apply", llama, "--layers", "model.layers[3]", "--strategy", "damp", "--option", "factor=0.25", "--in-place")
+    (tmp_path / "my llama").symlink_to(llama)
+    damped = ("--layers", "model.layers[3]", "--strategy", "damp", "--option", "factor=0.25")
+    told = run("apply", tmp_path / "my llama", *damped, "--in-place")
+    assert f"`neutralize restore '{tmp_path}/my llama'` puts every byte back" in told
     assert len(json.loads(run("status", llama, "--json"))["edits"]) == 2
     live = loaded(llama)
     run("restore", llama)

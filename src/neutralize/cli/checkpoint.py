@@ -251,6 +251,7 @@ def verify(
                     "per_layer": {name: _number(error) for name, error in found.per_layer.items()},
                     "read_bytes": found.read_bytes,
                     "peak_bytes": found.peak_bytes,
+                    **({"not_held": measured.not_held} if applied else {}),
                     **({} if report is None else {"scaled": measured.scaled, "scales": _curve(measured)}),
                 }
             )
@@ -374,6 +375,8 @@ def _parsed(options: list[str] | None) -> dict[str, Any]:
 
 
 def _applied(summary: dict[str, Any]) -> str:
+    from shlex import quote
+
     from neutralize.report import format_bytes
 
     what = f"{format_bytes(summary['bytes'])} in {len(summary['files'])} file(s)"
@@ -382,7 +385,7 @@ def _applied(summary: dict[str, Any]) -> str:
     if summary["state"] == "written":
         checked = f", {summary['verified_tensors']} untouched tensors compared" if summary["verified_tensors"] else ""
         return f"written: {summary['output']}, with {what} changed{checked}"
-    return f"edited in place: {what}; `neutralize restore {summary['checkpoint']}` puts every byte back"
+    return f"edited in place: {what}; `neutralize restore {quote(summary['checkpoint'])}` puts every byte back"
 
 
 def _edition(entry: Any) -> dict[str, Any]:
