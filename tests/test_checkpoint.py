@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import neutralize as nz
 from neutralize import cli
+from neutralize.report import format_bytes
 
 
 def run(*arguments: object, status: int = 0) -> str:
@@ -117,7 +118,9 @@ def test_neutralized_off_exactly_against_the_excised_network(llama: Path) -> Non
 
 def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> None:
     before = digests(llama)
-    assert "layers[0:4]" in run("inspect", llama)
+    tree = run("inspect", llama)
+    assert "layers[0:4]" in tree
+    assert f"{format_bytes(sum(file.stat().st_size for file in llama.glob('*.safetensors')))} on disk" in tree
     tensors = json.loads(run("inspect", llama, "--match", "*layers.1.*norm*", "--json"))["tensors"]
     assert [entry["shape"] for entry in tensors] == [[32], [32]]
     assert "exact" in run("plan", llama, "--layers", "model.layers[1]", "--save", tmp_path / "plan.json")
