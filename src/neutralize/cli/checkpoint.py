@@ -205,7 +205,7 @@ def _remark(entry: Edition, found: Status) -> str:
     if entry.number in found.undone:
         return " - NOT THERE: the old bytes are back, as if the file had been replaced; restore forgets the edit"
     if entry.number in found.changed:
-        return " - CHANGED: something else has written there since; restore refuses, but for --force"
+        return " - CHANGED: something else has written there since, or the file is gone; restore says what to do"
     return ""
 
 
