@@ -129,6 +129,9 @@ def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> N
         plan.digest
         == json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", "--dry-run", "--json"))["digest"]
     )
+    assert "as certified for the model that was planned for" in run(
+        "apply", llama, "--plan", tmp_path / "plan.json", "--dry-run"
+    )
     printed = run("plan", llama, "--layers", "model.layers[1]", "--json")
     assert nz.Plan.from_json(printed) == plan
     assert json.loads(printed)["planning_s"] > 0

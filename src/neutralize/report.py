@@ -151,7 +151,7 @@ def verdict(verification: Verification) -> str:
 def blame(verification: Verification) -> str:
     """What a verification that fails speaks of: files that do not hold the plan, or a bug."""
     if not verification.not_held:
-        return "please report this as a bug"
+        return "please report this as a bug, unless the plan is that of another model"
     first, *more = verification.not_held
     others = f" and {len(more)} more" if more else ""
     return f"the files do not hold this plan, which leaves other values in {first!r}{others}; see neutralize status"

@@ -114,6 +114,8 @@ def apply(
         if not json:
             if isinstance(content, Plan):
                 _print_plan(content, json=False)
+                if plan_file is not None:
+                    print("as certified for the model that was planned for; neutralize verify --plan measures this one")
             else:
                 rows = [(edit.parameter, edit.describe()) for edit in content]
                 print_table(text_table("edits", ("tensor", "edit"), rows))
