@@ -22,6 +22,7 @@ from neutralize.cli.options import (
     StrategyName,
     StrategyOptions,
     audited,
+    check_alone,
     check_strategy,
     opened,
 )
@@ -97,6 +98,8 @@ def apply(
             layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run, copy_options=copy_options
         )
         _check_strategy(layers, strategy, option)
+        if not dry_run:
+            check_alone("apply")
         if output is not None:
             check_free(output)
         subject = opened(checkpoint, model)
@@ -150,6 +153,7 @@ def restore(
     """
     from neutralize.checkpoint.output import discard
 
+    check_alone("restore")
     with moved_bytes(quiet=quiet) as advance, audited(audit):
         removed = [] if checkpoint.exists() else discard(checkpoint)
         state, left = "absent", 0
