@@ -17,6 +17,7 @@ import neutralize as nz
 from neutralize import anatomy as module
 from neutralize import cli
 from neutralize.anatomy import Anatomy, Entry, anatomy
+from neutralize.report import format_bytes
 
 
 class OffsetNorm(nn.Module):
@@ -153,7 +154,8 @@ def inspect(*arguments: object, status: int = 0):
 
 def test_the_command_prints_the_tree_and_what_could_be_done(folder):
     lines = inspect(folder, "--model", "checkpoints:own_model").stdout.splitlines()
-    assert lines[0] == f"{folder}: Sequential, 0.0 M parameters, 720 B; safetensors"
+    size = (folder / "model.safetensors").stat().st_size
+    assert lines[0] == f"{folder}: Sequential, 0.0 M parameters, 720 B; safetensors, {format_bytes(size)} on disk"
     rows = [line.split() for line in lines]
     assert ["[0:2]", "2", "x", "Linear", "8", "->", "8", "576", "B"] in rows
     assert ["2", "Linear", "8", "->", "4", "144", "B"] in rows
