@@ -207,7 +207,7 @@ def test_names_that_would_steer_a_terminal_are_written_out(tmp_path: Path) -> No
 
 def test_a_plan_that_cannot_be_saved_is_refused(llama: Path, tmp_path: Path) -> None:
     output = run("plan", llama, "--layers", "model.layers[1]", "--save", tmp_path / "no" / "plan.json", status=2)
-    assert output.startswith("neutralize: expected paths that can be used, got No such file or directory for ")
+    assert output.startswith("plan: expected a file for --save in a folder that can be written, got ")
 
 
 @pytest.mark.parametrize(
