@@ -845,6 +845,12 @@ def test_a_job_whose_model_fails_goes_on_with_the_others(loaded, tmp_path, monke
     assert len(other["entries"]) == DEPTH
 
 
+def test_no_minus_stands_before_a_zero():
+    from neutralize.influence.report import _figure
+
+    assert [_figure(value) for value in (-1e-8, 0.0, -0.25, None)] == ["0.0000", "0.0000", "-0.2500", ""]
+
+
 def test_a_task_refuses_what_torch_does_not_know():
     assert "expected a floating-point dtype" in refusal(Task(dtype="int8").load)
     assert "expected a device of this machine" in refusal(Task(device="nowhere").load)
