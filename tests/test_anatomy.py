@@ -17,15 +17,27 @@ import neutralize as nz
 from neutralize import anatomy as module
 from neutralize import cli
 from neutralize.anatomy import Anatomy, Entry, anatomy
+from neutralize.report import format_bytes
+
+
+class OffsetNorm(nn.Module):
+    """A norm whose gain is 1 + w, in ops."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight.float())).to(x.dtype)
 
 
 class Block(nn.Module):
     """A block of two branches, with its norms where a test wants them."""
 
-    def __init__(self, norms: str, width: int = 8) -> None:
+    def __init__(self, norms: str, width: int = 8, norm: type[nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
         self.norms = norms
-        self.before, self.behind = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.before, self.behind = norm(width), norm(width)
         self.up, self.act, self.down = nn.Linear(width, 12), nn.Tanh(), nn.Linear(12, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,9 +54,10 @@ def found(entries: tuple[Entry, ...], name: str) -> Entry:
     return next(each for entry in entries for _, each in entry.walk() if each.name == name)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OffsetNorm])
 @pytest.mark.parametrize("norms", ["pre-norm", "post-norm", "sandwich norm", "normed branch", "plain", "none"])
-def test_the_residual_kind_is_read_off_the_dataflow(norms):
-    model = nn.Sequential(nn.LayerNorm(8), nn.ModuleDict(), *(Block(norms) for _ in range(2)))
+def test_the_residual_kind_is_read_off_the_dataflow(norms, norm):
+    model = nn.Sequential(nn.LayerNorm(8), nn.ModuleDict(), *(Block(norms, norm=norm) for _ in range(2)))
     del model[1]
     tree = anatomy(model, example_inputs=torch.zeros(2, 8))
     block = found(tree.entries, "1")
@@ -141,7 +154,8 @@ def inspect(*arguments: object, status: int = 0):
 
 def test_the_command_prints_the_tree_and_what_could_be_done(folder):
     lines = inspect(folder, "--model", "checkpoints:own_model").stdout.splitlines()
-    assert lines[0] == f"{folder}: Sequential, 0.0 M parameters, 720 B; safetensors"
+    size = (folder / "model.safetensors").stat().st_size
+    assert lines[0] == f"{folder}: Sequential, 0.0 M parameters, 720 B; safetensors, {format_bytes(size)} on disk"
     rows = [line.split() for line in lines]
     assert ["[0:2]", "2", "x", "Linear", "8", "->", "8", "576", "B"] in rows
     assert ["2", "Linear", "8", "->", "4", "144", "B"] in rows
@@ -159,7 +173,9 @@ def test_for_chosen_layers_the_command_says_why_not(folder):
 def test_json_holds_the_same(folder):
     printed = json.loads(inspect(folder, "--model", "checkpoints:own_model", "--json").stdout)
     expected = anatomy(nz.Checkpoint(folder, factory="checkpoints:own_model").model).to_dict()
-    assert printed == {"kind": "safetensors", "files": ["model.safetensors"], **json.loads(json.dumps(expected))}
+    files = {"kind": "safetensors", "files": ["model.safetensors"]}
+    files["stored_bytes"] = (folder / "model.safetensors").stat().st_size
+    assert printed == {**files, **json.loads(json.dumps(expected))}
 
 
 def test_without_a_model_the_tensors_are_listed_and_it_is_said_why(folder):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import neutralize as nz
 from neutralize import cli
+from neutralize.report import format_bytes
 
 
 def run(*arguments: object, status: int = 0) -> str:
@@ -117,7 +118,9 @@ def test_neutralized_off_exactly_against_the_excised_network(llama: Path) -> Non
 
 def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> None:
     before = digests(llama)
-    assert "layers[0:4]" in run("inspect", llama)
+    tree = run("inspect", llama)
+    assert "layers[0:4]" in tree
+    assert f"{format_bytes(sum(file.stat().st_size for file in llama.glob('*.safetensors')))} on disk" in tree
     tensors = json.loads(run("inspect", llama, "--match", "*layers.1.*norm*", "--json"))["tensors"]
     assert [entry["shape"] for entry in tensors] == [[32], [32]]
     assert "exact" in run("plan", llama, "--layers", "model.layers[1]", "--save", tmp_path / "plan.json")
@@ -125,6 +128,9 @@ def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> N
     assert (
         plan.digest
         == json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", "--dry-run", "--json"))["digest"]
+    )
+    assert "as certified for the model that was planned for" in run(
+        "apply", llama, "--plan", tmp_path / "plan.json", "--dry-run"
     )
     printed = run("plan", llama, "--layers", "model.layers[1]", "--json")
     assert nz.Plan.from_json(printed) == plan
@@ -139,7 +145,10 @@ def test_the_command_line_from_plan_to_restore(llama: Path, tmp_path: Path) -> N
     applied = json.loads(run("apply", llama, "--plan", tmp_path / "plan.json", *digest, "--in-place", "--json"))
     assert applied["state"] == "edited"
     assert applied["bytes"] == 2 * 32 * 2
-    run("apply", llama, "--layers", "model.layers[3]", "--strategy", "damp", "--option", "factor=0.25", "--in-place")
+    (tmp_path / "my llama").symlink_to(llama)
+    damped = ("--layers", "model.layers[3]", "--strategy", "damp", "--option", "factor=0.25")
+    told = run("apply", tmp_path / "my llama", *damped, "--in-place")
+    assert f"`neutralize restore '{tmp_path}/my llama'` puts every byte back" in told
     assert len(json.loads(run("status", llama, "--json"))["edits"]) == 2
     live = loaded(llama)
     run("restore", llama)

@@ -154,7 +154,15 @@ def test_files_that_hold_the_plan_pass_and_files_that_do_not_fail(tmp_path):
     layout = located(saved(llama, tmp_path))
     model, names = meta_model(layout)
     plan = nz.plan(model, "model.layers[1]")
-    assert not verify(layout, plan, IDS, applied=True).ok
+    never = verify(layout, plan, IDS, applied=True)
+    assert not never.ok
+    assert never.measured.not_held == tuple(edit.parameter for edit in plan.edits)
+    blamed = f"the files do not hold this plan, which leaves other values in {plan.edits[0].parameter!r} and 1 more"
+    assert blamed in never.summary
+    assert "bug" not in never.summary
+    never.to_html(tmp_path / "never.html")
+    page = (tmp_path / "never.html").read_text()
+    assert "✗ A bound is exceeded: the files do not hold this plan" in page
     assert verify(layout, plan, IDS).measured.exact
     edited(layout, plan.edits, names)
     after = verify(layout, plan, IDS, applied=True)
@@ -172,7 +180,9 @@ def test_a_wrong_byte_is_seen(tmp_path):
     with (tmp_path / stored.regions[0].file).open("r+b") as file:
         file.seek(stored.regions[0].offset + 7)
         file.write(b"\x40")
-    assert not verify(layout, plan, IDS, applied=True).ok
+    found = verify(layout, plan, IDS, applied=True)
+    assert not found.ok
+    assert found.measured.not_held == ("model.layers.1.mlp.down_proj.weight",)
 
 
 class Chain(nn.Module):
@@ -248,6 +258,11 @@ def test_folds_in_place_are_measured_against_their_undo(tmp_path):
     wanted = checkpoint.verify(plan)
     plan.apply(checkpoint)
     assert str(checkpoint.verify(plan, applied=True).measured) == str(wanted.measured)
+    bias = checkpoint.layout.tensors["layers.2.bias"].regions[0]
+    with (tmp_path / "chain" / bias.file).open("r+b") as file:
+        file.seek(bias.offset)
+        file.write(b"\0\0\0\x43")
+    assert checkpoint.verify(plan, applied=True).measured.not_held == ("layers.2.bias",)
 
 
 def test_the_first_layer_tells_inputs_where_a_model_brings_none(tmp_path):

@@ -159,6 +159,19 @@ def test_what_needs_no_model_is_checked_before_one_is_looked_for(line, said):
     assert said in refused(*line.split())
 
 
+@pytest.mark.parametrize(
+    "line", ["apply no --layers 1 --in-place", "restore no", "export no --drop 1 --output no/where"]
+)
+def test_several_processes_of_torchrun_do_not_each_write(line, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "expected one process, got 2 of torchrun, each of which would write; run it without" in refused(
+        *line.split()
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "got nothing at 'no'" in refused("restore", "no")
+
+
 def test_a_plan_is_a_file_that_appears_whole(plain, tmp_path):
     (tmp_path / "other").write_text("hello")
     applied = ("apply", plain, *OWN, "--dry-run", "--plan")

@@ -249,4 +249,8 @@ def test_the_command_takes_any_model_with_all_its_weights(tmp_path):
     assert answer.exit_code == 2
     assert "expected all weights of a LlamaForSequenceClassification" in answer.stderr
     assert "got none for 'score.weight'; fetch it again" in answer.stderr
+    weights = str(tmp_path / "whole" / "model.safetensors")
+    answer = run(app, ["export", weights, "--drop", "model.layers[1]", "--output", str(tmp_path / "b")])
+    assert answer.exit_code == 2
+    assert f"got {weights!r}, a file; name a folder" in answer.stderr
     assert not (tmp_path / "b").exists()

@@ -838,11 +838,17 @@ def test_a_job_whose_model_fails_goes_on_with_the_others(loaded, tmp_path, monke
     assert result.exit_code == 1
     wide, other = map(json.loads, result.stdout.splitlines())
     assert "windows of 25 tokens, got 'wide', which fails (IndexError: out of\x1b[2J range)" in wide["error"]
-    said = result.stderr.splitlines()  # among them what --debug logs
-    (line,) = (each for each in said if each.startswith("wide: influence: "))
+    logged = result.stderr.splitlines()
+    (line,) = (each for each in logged if each.startswith("wide: influence: "))
     assert "(IndexError: out of\\x1b[2J range)" in line
-    assert any("in forward" in each for each in said)
+    assert any("in forward" in each for each in logged)
     assert len(other["entries"]) == DEPTH
+
+
+def test_no_minus_stands_before_a_zero():
+    from neutralize.influence.report import _figure
+
+    assert [_figure(value) for value in (-1e-8, 0.0, -0.25, None)] == ["0.0000", "0.0000", "-0.2500", ""]
 
 
 def test_a_task_refuses_what_torch_does_not_know():

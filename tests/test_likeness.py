@@ -81,6 +81,22 @@ def test_a_sweep_analyses_repeated_blocks_once(analysed):
     assert len(analysed) == 1
 
 
+class WithConstants(Branch):
+    """A block that makes constants for itself, as the masks of some attention do."""
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(self.norm(x)))) * torch.tensor(2) * torch.full((), 0.5)
+
+
+def test_constants_that_each_block_makes_for_itself_do_not_tell_blocks_apart(analysed):
+    model = stack(*(WithConstants() for _ in range(3)))
+    plan = nz.plan(model, ["1", "2", "3"], example_inputs=X)
+    assert len(analysed) == 1
+    intact = model[-1](model[0](X))
+    with plan.applied(model):
+        assert torch.equal(model(X), intact)
+
+
 @pytest.mark.parametrize(
     "other",
     [

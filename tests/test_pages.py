@@ -269,7 +269,7 @@ def test_the_page_of_a_model_of_token_ids_says_what_was_scaled_and_draws_zeros(t
 def test_a_verification_without_its_model_has_a_page_too(verified, tmp_path):
     replace(verified, _details=None, bound_holds=False, exact=False).to_html(tmp_path / "a.html")
     text = Reading((tmp_path / "a.html").read_text()).text
-    assert "A bound is exceeded: please report this as a bug" in text
+    assert "A bound is exceeded: please report this as a bug, unless the plan is that of another model." in text
     assert "Not drawn" in text
     assert "Not measured" in text
 

@@ -175,9 +175,24 @@ def test_an_index_may_not_lead_out_of_its_folder(tmp_path: Path, file: str, matc
     (folder / "link.safetensors").symlink_to("../outside.safetensors")
     (folder / "circle.safetensors").symlink_to("circle.safetensors")
     (folder / "folder.safetensors").mkdir()
+    (folder / "model.safetensors").unlink()
     index(folder, {"a.weight": file})
     with pytest.raises(NeutralizeError, match=match):
         locate(folder)
+
+
+def test_one_file_is_taken_before_an_index_of_shards_that_are_gone(tmp_path: Path) -> None:
+    """As loaders do: a sharded model that is saved again in one file keeps its index."""
+    save(tmp_path, shards=2)
+    save(tmp_path)
+    message = (
+        "got 'model.safetensors' beside the shards of 'model.safetensors.index.json', of which loaders take either"
+    )
+    with pytest.raises(NeutralizeError, match=message):
+        locate(tmp_path)
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    assert locate(tmp_path).files == ("model.safetensors",)
 
 
 def test_the_snapshot_of_a_hub_cache_is_read_through_its_links(tmp_path: Path) -> None:

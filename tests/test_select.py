@@ -249,6 +249,10 @@ def test_a_text_in_place_of_a_model_is_a_path():
         assert refusal(lambda call=call: call("Stack", "embed")) == (
             "checkpoint: expected a folder or a file, got nothing at 'Stack'; check the path"
         )
+    assert refusal(lambda: nz.verify("Stack", nz.plan(STACK, "embed", "zero"))) == (
+        "neutralize: expected a torch.nn.Module for model, got str; pass the model itself; neutralize.Checkpoint "
+        "works on files"
+    )
 
 
 def test_says_so_where_the_model_has_no_layers():

@@ -332,7 +332,8 @@ def _residual(search: Search) -> str:
         if core is not None:
             before = before or core.data in stream
         elif node in stream and len(node.all_input_nodes) == 2:
-            on_branch = on_branch or any(_is_normed(each) for each in node.all_input_nodes if each not in stream)
+            branches = [each for each in node.all_input_nodes if each not in stream]
+            on_branch = on_branch or any(_is_normed(each, search) for each in branches)
     if search.call.exit not in stream:
         return "post-norm" if before else "none"
     if before and on_branch:
@@ -340,10 +341,10 @@ def _residual(search: Search) -> str:
     return "pre-norm" if before else "normed branch" if on_branch else "plain"
 
 
-def _is_normed(node: fx.Node) -> bool:
-    """Whether a value comes out of a norm, its gain and bias included."""
+def _is_normed(node: fx.Node, search: Search) -> bool:
+    """Whether a value comes out of a norm, its gain (also one of ``1 + w``) and bias included."""
     while core_of(node) is None:
-        operands = [each for each in node.all_input_nodes if each.op != "placeholder"]
+        operands = [each for each in node.all_input_nodes if not search.is_parametric(each)]
         if len(operands) != 1 or not (is_transparent(node) or len(node.all_input_nodes) == 2):
             return False
         node = operands[0]

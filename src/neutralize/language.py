@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -84,6 +85,11 @@ def loading(source: str | PathLike[str], expected: str) -> Iterator[None]:
     if importlib.util.find_spec("transformers") is None:
         raise NeutralizeError(
             "language model: expected the package transformers, got none; run: pip install 'neutralize[hf]'"
+        )
+    if os.path.isfile(source):  # unlike Path.is_file, no error for a name that no file can have
+        raise NeutralizeError(
+            f"language model: expected a folder or a hub name of {kind}, got {str(source)!r}, a file; name a folder, "
+            "or load it and call the function of Python"
         )
     with quiet_transformers():
         try:

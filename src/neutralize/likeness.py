@@ -46,6 +46,7 @@ def likeness(
     places = {call.entry: 0}
     names: dict[str, int] = {}
     given: dict[fx.Node, int] = {}
+    made: dict[fx.Node, int] = {}
 
     def of(value: Any) -> Hashable:
         if isinstance(value, fx.Node):
@@ -55,6 +56,10 @@ def likeness(
                 return "value", places[value]
             if value.op == "placeholder":  # the model's own inputs and constants, of which nothing but this is known
                 return "given", given.setdefault(value, len(given)), _kind(value)
+            if all(each.op == "placeholder" and each not in flow.names for each in value.all_input_nodes):
+                # A constant that each block's code makes for itself: exports hand it in, and note it before the block.
+                own = made.setdefault(value, len(made))
+                return "made", own, value.target, of(value.args), of(value.kwargs), _kind(value)
             return "outside", value
         if isinstance(value, list | tuple):
             return tuple(map(of, value))

@@ -142,10 +142,19 @@ def verdict(verification: Verification) -> str:
     said += f", largest error {verification.output_error:.3g}"
     if verification.output_bound is not None:
         said += f" (bound {verification.output_bound:.3g})"
-    held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"
+    held = "bounds hold" if verification.bound_holds else f"A BOUND IS EXCEEDED: {blame(verification)}"
     if not verification.assumptions_hold:
         held += "; some inputs were larger than a certificate assumes"
     return f"end to end: {said}; {held}"
+
+
+def blame(verification: Verification) -> str:
+    """What a verification that fails speaks of: files that do not hold the plan, or a bug."""
+    if not verification.not_held:
+        return "please report this as a bug, unless the plan is that of another model"
+    first, *more = verification.not_held
+    others = f" and {len(more)} more" if more else ""
+    return f"the files do not hold this plan, which leaves other values in {first!r}{others}; see neutralize status"
 
 
 def format_bytes(count: float) -> str:

@@ -116,7 +116,7 @@ class Search:
         """Keep the clauses that the preference wants: an affine op's own parameters, or what enters it."""
         if self.preference == "cheapest" or len(clauses) < 2:
             return clauses
-        own = [clause for clause in clauses if all(self._is_parametric(operand) for operand in clause)]
+        own = [clause for clause in clauses if all(self.is_parametric(operand) for operand in clause)]
         entering = [clause for clause in clauses if clause not in own]
         if not own or not entering:
             return clauses
@@ -124,7 +124,7 @@ class Search:
         solvable = [clause for clause in first if clause and all(self.zero(operand) for operand in clause)]
         return solvable or second
 
-    def _is_parametric(self, node: fx.Node) -> bool:
+    def is_parametric(self, node: fx.Node) -> bool:
         """Whether the node is computed from one parameter alone."""
         while node not in self.flow.names:
             operands = node.all_input_nodes
@@ -287,7 +287,7 @@ def scaling(search: Search, factor: float) -> tuple[list[Assignment], int]:
     branches: list[list[Assignment]] = []
     for node in search.call.nodes:
         offset = offset_of(node)
-        if offset is not None and search._is_parametric(offset[0]) and of(offset[0]):
+        if offset is not None and search.is_parametric(offset[0]) and of(offset[0]):
             # c + w: w <- f w + (f - 1) c
             scaled[node] = [dict.fromkeys(of(offset[0])[0], (factor - 1.0) * offset[1])]
             continue

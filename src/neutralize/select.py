@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -32,8 +33,11 @@ def unwrap(model: object) -> nn.Module:
         NeutralizeError: it is no module.
     """
     if not isinstance(model, nn.Module):
+        is_path = isinstance(model, str | os.PathLike)
+        others = "; neutralize.Checkpoint works on files" if is_path else ""
         raise NeutralizeError(
-            f"neutralize: expected a torch.nn.Module for model, got {type(model).__name__}; pass the model itself"
+            "neutralize: expected a torch.nn.Module for model, got "
+            f"{type(model).__name__}; pass the model itself{others}"
         )
     original = getattr(model, _COMPILED, None)
     if original is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -75,6 +75,7 @@ class Verification:
         output_bound: the bound on it that the plan's certificate states, if it states one.
         scaled: what ``at_scales`` multiplies: ``inputs``, the floating-point inputs of the model; or ``layers``, where
             it has none: what enters each layer; or ``""``, where that cannot be scaled either.
+        not_held: of files that were said to hold the plan and fail, the stored tensors that are not as it leaves them.
     """
 
     relative_error: float
@@ -87,6 +88,7 @@ class Verification:
     output_error: float = 0.0
     output_bound: float | None = None
     scaled: str = ""
+    not_held: tuple[str, ...] = ()
     _again: Callable[[Sequence[float]], list[Verification]] | None = field(default=None, repr=False, compare=False)
     _details: Callable[[], Details] | None = field(default=None, repr=False, compare=False)
 

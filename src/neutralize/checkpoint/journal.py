@@ -315,6 +315,8 @@ class Journal:
         """
         with explained("restore"), Files(self.root, writable=True) as files:
             for file in dict.fromkeys((*edition.files, *(mark.file for mark in edition.marks))):
+                if not os.path.lexists(self.root / file):
+                    raise _gone(file, edition)
                 _check_writable(files, file)
             self._restore(files, edition, advance)
 
@@ -358,6 +360,8 @@ class Journal:
             NeutralizeError: something else was written since.
         """
         for entry, digest in self._digests(edition, silent):
+            if digest == "gone":
+                raise _gone(entry.region.file, edition)
             if digest not in ("edited", "undone"):
                 raise NeutralizeError(
                     f"restore: expected {entry.region.file!r} as edit {edition.number} left it, got other bytes at "
@@ -534,6 +538,13 @@ def take(descriptor: int, place: Path, kind: int = fcntl.LOCK_EX) -> bool:
             "flock, or copy the checkpoint to another disk"
         ) from error
     return True
+
+
+def _gone(file: str, edition: Edition) -> NeutralizeError:
+    return NeutralizeError(
+        f"restore: expected {file!r} with the bytes that edit {edition.number} wrote, got no such file or a shorter "
+        f"one; put it back, or remove {str(edition.path)!r} to forget the edit"
+    )
 
 
 def _check_writable(files: Files, file: str) -> None:

@@ -84,7 +84,7 @@ def _folder(folder: Path) -> Layout:
         return read_distributed(folder)
     for suffix in (".safetensors", ".bin"):
         index = _one_of(folder, [name for name in names if name.endswith(f"{suffix}.index.json")], ".index.json")
-        if index is not None:
+        if index is not None and not _is_left_behind(folder, index, names):
             return _sharded(folder, index, suffix)
         single = _one_of(folder, [name for name in names if name.endswith(suffix)], "")
         if single is not None:
@@ -100,6 +100,22 @@ def _folder(folder: Path) -> Layout:
         f"checkpoint: expected safetensors, torch or GGUF files in {str(folder)!r}, got a folder without any; check "
         "the path"
     )
+
+
+def _is_left_behind(folder: Path, index: str, names: list[str]) -> bool:
+    """Whether an index is of shards that one file has taken the place of: saving a model in one leaves it.
+
+    Raises:
+        NeutralizeError: both are there: transformers loads the one file, others the shards.
+    """
+    single = index.removesuffix(".index.json")
+    shards = set(read_weight_map(folder / index).values()) - {single} if single in names else set()
+    if shards & set(names):
+        raise NeutralizeError(
+            f"checkpoint: expected one checkpoint in {str(folder)!r}, got {single!r} beside the shards of {index!r}, "
+            "of which loaders take either; remove what is not meant"
+        )
+    return bool(shards)
 
 
 def _split(folder: Path, names: list[str]) -> Layout:

@@ -26,7 +26,7 @@ from neutralize.checkpoint.naming import Names, Source, placed, retarget
 from neutralize.checkpoint.region import Files, Region
 from neutralize.dataflow import Inputs, as_call, guessed_inputs, own_inputs
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, Plan, dtype_name
+from neutralize.plan import Assign, Edit, Plan, Rewrite, dtype_name
 from neutralize.progress import Advance, silent
 from neutralize.unread import Unread
 from neutralize.verify import SCALES, Verification, compared
@@ -156,6 +156,11 @@ def verify(
                 stack.enter_context(weights.placed_in(each))
             try:
                 found, *at = turns.run(list(map(comparison, models, [None, *others])))
+                is_exact = found.exact or plan.certificate.kind != "exact"
+                is_ok = found.bound_holds and is_exact
+                if applied and not is_ok:
+                    written = _connected(retarget(plan.edits, names, layout))
+                    found = replace(found, not_held=_not_held(layout, written, old if before else None, files))
                 weights.alone()
                 if detailed:
                     measured = dict(zip(others, at, strict=True)) if found.scaled else {}
@@ -175,8 +180,38 @@ def verify(
     found = replace(
         found, _again=_measured_at(measured) if measured else None, _details=None if beside is None else lambda: beside
     )
-    is_exact = found.exact or plan.certificate.kind != "exact"
-    return StreamedVerification(found, found.bound_holds and is_exact, weights.peak_bytes, weights.read_bytes)
+    return StreamedVerification(found, is_ok, weights.peak_bytes, weights.read_bytes)
+
+
+def _not_held(layout: Layout, groups: Mapping[str, list[Edit]], before: Files | None, files: Files) -> tuple[str, ...]:
+    """The tensors that edits leave otherwise than they are in the files.
+
+    Args:
+        layout: the checkpoint.
+        groups: for each tensor that is written, its edits.
+        before: the files as they were before. Without them only edits that read no old value can be compared.
+        files: the files as they are.
+    """
+    found = []
+    for name, group in groups.items():
+        if before is None and not all(_reads_nothing(edit) for edit in group):
+            continue
+        regions = layout.tensors[name].regions
+        tensors = dict.fromkeys(each for edit in group for each in edit.parameters)
+        with _Held(
+            layout.root, [region for each in tensors for region in layout.tensors[each].regions], before
+        ) as held:
+            for patch in layout.patches(group, held):
+                for _ in patch.run(held):
+                    pass
+            if any(not torch.equal(held.read(region), files.read(region)) for region in regions):
+                found.append(name)
+    return tuple(found)
+
+
+def _reads_nothing(edit: Edit) -> bool:
+    """Whether an edit leaves the same values whatever was there."""
+    return isinstance(edit, Assign) or (isinstance(edit, Rewrite) and edit.scale == 0)
 
 
 def _measured_at(at: Mapping[float, Verification]) -> Callable[[Sequence[float]], list[Verification]]:
@@ -414,12 +449,15 @@ def _box(stored: Stored, source: Source, dtype: torch.dtype, files: Files) -> to
 class _Held(Files):
     """Files of which some regions are held in memory: what is written goes there, and is read from there."""
 
-    def __init__(self, root: Path, regions: Sequence[Region]) -> None:
+    def __init__(self, root: Path, regions: Sequence[Region], origin: Files | None = None) -> None:
         super().__init__(root)
         self._regions: list[tuple[Region, torch.Tensor]] = []
         for region in regions:
             content = torch.empty(region.end - region.offset, dtype=torch.uint8)
-            super()._read_into(region.file, region.offset, content)
+            if origin is None:
+                super()._read_into(region.file, region.offset, content)
+            else:
+                origin._read_into(region.file, region.offset, content)
             self._regions.append((region, content))
 
     def _held(self, file: str, offset: int, size: int) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ from neutralize.cli.options import (
     StrategyName,
     StrategyOptions,
     audited,
+    check_alone,
     check_strategy,
     opened,
 )
@@ -106,6 +107,8 @@ def apply(
             layers, set_, plan_file, in_place=in_place, output=output, dry_run=dry_run, copy_options=copy_options
         )
         _check_strategy(layers, strategy, option)
+        if not dry_run:
+            check_alone("apply")
         if output is not None:
             check_free(output)
         subject = opened(checkpoint, model)
@@ -123,6 +126,8 @@ def apply(
         if not json:
             if isinstance(content, Plan):
                 _print_plan(content, json=False)
+                if plan_file is not None:
+                    print("as certified for the model that was planned for; neutralize verify --plan measures this one")
             else:
                 rows = [(edit.parameter, edit.describe()) for edit in content]
                 print_table(text_table("edits", ("tensor", "edit"), rows))
@@ -157,6 +162,7 @@ def restore(
     """
     from neutralize.checkpoint.output import discard
 
+    check_alone("restore")
     with moved_bytes(quiet=quiet) as advance, audited(audit):
         removed = [] if checkpoint.exists() else discard(checkpoint)
         state, left = "absent", 0
@@ -214,7 +220,7 @@ def _remark(entry: Edition, found: Status) -> str:
     if entry.number in found.undone:
         return " - NOT THERE: the old bytes are back, as if the file had been replaced; restore forgets the edit"
     if entry.number in found.changed:
-        return " - CHANGED: something else has written there since; restore refuses, but for --force"
+        return " - CHANGED: something else has written there since, or the file is gone; restore says what to do"
     return ""
 
 
@@ -260,6 +266,7 @@ def verify(
                     "per_layer": {name: _number(error) for name, error in found.per_layer.items()},
                     "read_bytes": found.read_bytes,
                     "peak_bytes": found.peak_bytes,
+                    **({"not_held": measured.not_held} if applied else {}),
                     **({} if report is None else {"scaled": measured.scaled, "scales": _curve(measured)}),
                 }
             )
@@ -383,6 +390,8 @@ def _parsed(options: list[str] | None) -> dict[str, Any]:
 
 
 def _applied(summary: dict[str, Any]) -> str:
+    from shlex import quote
+
     from neutralize.report import format_bytes
 
     what = f"{format_bytes(summary['bytes'])} in {len(summary['files'])} file(s)"
@@ -391,7 +400,7 @@ def _applied(summary: dict[str, Any]) -> str:
     if summary["state"] == "written":
         checked = f", {summary['verified_tensors']} untouched tensors compared" if summary["verified_tensors"] else ""
         return f"written: {summary['output']}, with {what} changed{checked}"
-    return f"edited in place: {what}; `neutralize restore {summary['checkpoint']}` puts every byte back"
+    return f"edited in place: {what}; `neutralize restore {quote(summary['checkpoint'])}` puts every byte back"
 
 
 def _edition(entry: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neutralize.cli.options import Audit, Json, Quiet, audited, complete_layers
+from neutralize.cli.options import Audit, Json, Quiet, audited, check_alone, complete_layers
 from neutralize.cli.printing import print_json, waiting
 
 
@@ -37,6 +37,7 @@ def export(
     from neutralize.drop import drop as dropped
     from neutralize.drop import free, load_whole
 
+    check_alone("export")
     with audited(audit), waiting("proving", quiet=quiet):
         free(output)  # nobody waits for a proof that cannot be written down
         whole, folder = load_whole(model, dtype)

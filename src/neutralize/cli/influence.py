@@ -194,8 +194,8 @@ def _check_alone(context: typer.Context) -> None:
     )
     if beside:
         raise NeutralizeError(
-            f"influence: expected --job with --resume, --json and --quiet alone, got {', '.join(beside)}; write that "
-            "into the job file"
+            f"influence: expected --job with --resume, --audit, --json and --quiet alone, got {', '.join(beside)}; "
+            "write that into the job file"
         )
 
 

@@ -54,7 +54,8 @@ def inspect(
     if reason:
         _print_tensors(subject, "*", json=json, no_model=reason)
     elif json:
-        print_json({"kind": subject.layout.kind, "files": list(subject.layout.files), **found.to_dict()})
+        about = {"kind": subject.layout.kind, "files": list(subject.layout.files), "stored_bytes": _stored(subject)}
+        print_json({**about, **found.to_dict()})
     else:
         _print_tree(subject, found, reasons=bool(layers))
 
@@ -64,7 +65,8 @@ def _print_tree(subject: Checkpoint, found: Anatomy, *, reasons: bool) -> None:
 
     shown = [pair for entry in found.entries for pair in entry.walk()]
     millions = f"{found.parameters / 1e6:,.1f} M parameters"
-    title = f"{subject.path}: {found.model}, {millions}, {format_bytes(found.bytes)}; {subject.layout.kind}"
+    stored = f"{subject.layout.kind}, {format_bytes(_stored(subject))} on disk"
+    title = f"{subject.path}: {found.model}, {millions}, {format_bytes(found.bytes)}; {stored}"
     rows = [
         (
             "  " * depth + _label(entry, depth),
@@ -94,6 +96,11 @@ def _print_tree(subject: Checkpoint, found: Anatomy, *, reasons: bool) -> None:
             for each in entry.abilities:
                 if each.why_not:
                     print_text(f"{entry.name}, {each.strategy}: {one_line(each.why_not)}")
+
+
+def _stored(subject: Checkpoint) -> int:
+    """What the files take: less than the model where they are quantized."""
+    return sum((subject.layout.root / file).stat().st_size for file in subject.layout.files)
 
 
 def _skip(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -119,6 +120,18 @@ def audited(path: Path | None) -> AbstractContextManager[None]:
     from neutralize.audit import audit
 
     return nullcontext() if path is None else audit(path)
+
+
+def check_alone(command: str) -> None:
+    """Check that no other process of torchrun runs the same command: what is edited twice is another edit."""
+    from neutralize.errors import NeutralizeError
+
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise NeutralizeError(
+            f"{command}: expected one process, got {count} of torchrun, each of which would write; run it without "
+            "torchrun, or from inside one of its processes with TORCHELASTIC_RUN_ID taken out of the environment"
+        )
 
 
 def opened(path: Path, factory: str | None = None) -> Checkpoint:

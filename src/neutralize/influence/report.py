@@ -70,4 +70,4 @@ def timing(sweep: Sweep) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{round(value, 4) + 0.0:.4f}"  # no minus before a zero

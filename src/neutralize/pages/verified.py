@@ -15,6 +15,7 @@ from neutralize.pages.charts import SHAPES, Chart, Line, curves
 from neutralize.pages.page import figure, provenance, render
 from neutralize.pages.weights import Change, changes
 from neutralize.plan import Plan
+from neutralize.report import blame
 
 if TYPE_CHECKING:
     from neutralize.verify import Verification
@@ -78,6 +79,7 @@ def page(
         found=found,
         is_off=_is_off(plan),
         ok=is_ok(found, plan),
+        blame=blame(found),
         errors=_errors(found),
         open_rows=plans.OPEN_ROWS,
         most_rows=plans.MOST_ROWS,
@@ -104,6 +106,7 @@ def fragment(found: Verification) -> str:
         "verification_fragment.html",
         found=found,
         ok=is_ok(found, None),
+        blame=blame(found),
         errors=_errors(found),
         open_rows=plans.OPEN_ROWS,
         most_rows=plans.MOST_ROWS,
