@@ -3,8 +3,10 @@
 import copy
 import gc
 import itertools
+import pickle
 import random
 import weakref
+from collections import UserDict
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 import neutralize as nz
 from neutralize import Assign, Fold, Plan, Rewrite
+from neutralize.pages.verified import page
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 ROWS, COLUMNS = 12, 54
@@ -474,6 +477,46 @@ def test_verify_prints_its_figures():
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert rows == [["layers.1", "0", "0", "1"], ["layers.2", "0", "0", "1"]]
     assert lines[-1] == "end to end: bit for bit, largest error 0 (bound 0); bounds hold"
+
+
+def test_verify_says_so_where_no_bound_is_stated():
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 8)
+    found = nz.verify(model, nz.plan(model, "0", "constant", example_inputs=inputs), inputs)
+    assert not found.exact
+    assert not found.has_bounds
+    assert str(found).endswith("; no bound is stated\n")
+    piece = found._repr_html_()
+    assert "no bound is stated" in piece
+    assert "✓" not in piece
+    assert "Every bound holds" not in page(found, None)
+
+
+def test_verify_takes_keyword_arguments_in_a_dict_as_plan_does():
+    class Batched(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model(**batch)
+
+    class Named(Stack):
+        def forward(self, x, mask=None):
+            return super().forward(x)
+
+    model, inputs = Named(), UserDict(x=torch.randn(5, 8))  # a BatchEncoding is a UserDict
+    assert nz.verify(model, nz.plan(model, "layers[1]", example_inputs=inputs), inputs).exact
+    batched = Batched(model)  # takes the dict itself
+    plan = nz.plan(batched, "model.layers[1]", example_inputs=(dict(inputs),))
+    assert nz.verify(batched, plan, dict(inputs)).exact
+
+
+def test_a_verification_is_pickled_without_its_model():
+    model, inputs = Stack(), torch.randn(5, 8)
+    found = nz.verify(model, nz.plan(model, "layers[1]"), inputs)
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found
+    assert refusal(again.at_scales).startswith("verify: expected floating-point inputs or hidden states to scale")
 
 
 def test_verify_wants_inputs_and_the_planned_model():

@@ -120,7 +120,7 @@ def verification_rich(verification: Verification) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="verification against the excised network")
+    table = Table(title="verification: the plan against its aim")
     table.add_column("layer", overflow="fold")
     for heading in ("measured error", "bound", "gradient gain"):
         table.add_column(heading, justify="right")
@@ -142,10 +142,16 @@ def verdict(verification: Verification) -> str:
     said += f", largest error {verification.output_error:.3g}"
     if verification.output_bound is not None:
         said += f" (bound {verification.output_bound:.3g})"
-    held = "bounds hold" if verification.bound_holds else "A BOUND IS EXCEEDED: please report this as a bug"
-    if not verification.assumptions_hold:
-        held += "; some inputs were larger than a certificate assumes"
-    return f"end to end: {said}; {held}"
+    return f"end to end: {said}; {bounds_verdict(verification)}"
+
+
+def bounds_verdict(verification: Verification) -> str:
+    """Whether the bounds hold, in words; where the certificates state none, there is nothing that could."""
+    if not verification.bound_holds:
+        held = "A BOUND IS EXCEEDED: please report this as a bug"
+    else:
+        held = "bounds hold" if verification.has_bounds else "no bound is stated"
+    return held if verification.assumptions_hold else f"{held}; some inputs were larger than a certificate assumes"
 
 
 def format_bytes(count: float) -> str:

@@ -6,6 +6,7 @@ activation (``activations.identify``), and nothing else: not the dataflow, not t
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import threading
@@ -67,7 +68,8 @@ class Verification:
             network, under the loss ``Σ mean(output²)``; NaN where there is none, or the model cannot be differentiated.
         exact: every output equals the reference's as a number, element by element (-0 equals 0, NaN equals NaN).
         bound_holds: no layer's measured error is above its certificate's bound, among the layers whose assumption
-            holds; nor, if all assumptions hold, the largest error of the outputs above that of the plan.
+            holds; nor, if all assumptions hold, the largest error of the outputs above that of the plan. Where no
+            bound is stated (``has_bounds``) it says nothing.
         assumptions_hold: every layer's input stayed within the bound that its certificate assumes, and so did the
             model's.
         bounds: for each layer with one, the bound of its certificate.
@@ -89,6 +91,15 @@ class Verification:
     scaled: str = ""
     _again: Callable[[Sequence[float]], list[Verification]] | None = field(default=None, repr=False, compare=False)
     _details: Callable[[], Details] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy holds: the figures, without the model that was measured."""
+        return {**vars(self), "_again": None, "_details": None}
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether a certificate states a bound, of a layer or of the outputs."""
+        return bool(self.bounds) or self.output_bound is not None
 
     def at_scales(self, scales: Sequence[float] | None = None) -> dict[float, Verification]:
         """Measure again at other sizes of the input: of the model's, or of what enters each layer; see ``scaled``.
@@ -477,7 +488,8 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
     Args:
         model: the model planned for, with weights.
         plan: a plan that is not applied at the moment.
-        *inputs: positional arguments of the model.
+        *inputs: positional arguments of the model; or one dict (a ``BatchEncoding`` too) of its keyword arguments. A
+            model that takes such a dict as its one argument is given it as it is.
         **kwargs: keyword arguments of the model.
 
     Raises:
@@ -499,11 +511,23 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         if brought is None:
             raise NeutralizeError("verify: expected inputs for the model, got none; pass its arguments after the plan")
         inputs, kwargs = placed_inputs(model, brought)
+    alone = next(iter(inputs)) if len(inputs) == 1 and not kwargs else None
+    if isinstance(alone, Mapping) and _takes(model, alone):
+        inputs, kwargs = (), dict(alone)
     found = compared(model, plan, (inputs, kwargs), lambda: plan.applied(model))
     said = "bit for bit" if found.exact else f"relative error {found.relative_error:.3g}"
     bound = "every bound holds" if found.bound_holds else "a bound does NOT hold"
     _LOGGER.info("verify %s: %s, %s", type(model).__name__, said, bound)
     return found
+
+
+def _takes(model: nn.Module, given: Mapping[Any, Any]) -> bool:
+    """Whether a model's forward pass can be called with these as its keyword arguments."""
+    try:
+        inspect.signature(model.forward).bind(**given)
+    except (TypeError, ValueError):  # other names, keys that are no names, or no signature
+        return False
+    return True
 
 
 def compared(
