@@ -322,6 +322,11 @@ def _subject(
     if (batches is None) == (evaluate is None):
         given = "neither" if batches is None else "both"
         raise NeutralizeError(f"influence: expected either batches or evaluate, got {given}; give one of them")
+    for name, function in (("evaluate", evaluate), ("loss", loss)):
+        if function is not None and not callable(function):
+            raise NeutralizeError(
+                f"influence: expected a function for {name}, got {type(function).__name__}; see help(influence)"
+            )
     if evaluate is not None:
         if loss is not None:
             raise NeutralizeError(
@@ -337,15 +342,23 @@ def _subject(
             raise NeutralizeError(
                 f"influence: expected token ids (n,) and no loss, or a list of batches, got one tensor "
                 f"{list(batches.shape)} of {batches.dtype}{' and a loss' if loss is not None else ''}; put batches "
-                "into a list"
+                f"into a list{', or flatten() the ids of a text' if batches.dtype == torch.long else ''}"
             )
         if window < 2:
             raise NeutralizeError(f"influence: expected 2 or more for window, got {window}; one token predicts nothing")
         windows = cut(batches, window)
         subject = Windows(windows, kl=kl, kept_bytes=kept_bytes)
         return subject, None if own_inputs(model) is not None else {"input_ids": windows[0]}
-    assert batches is not None
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise NeutralizeError(
+            f"influence: expected a list of batches, got one {type(batches).__name__}; put batches into a list"
+        )
     held = list(batches)
+    if held and isinstance(held[0], str):
+        raise NeutralizeError(
+            "influence: expected batches as the model takes them, got texts; give one text with tokenizer=, or what "
+            "the tokenizer makes of them"
+        )
     return Batches(held, loss, kl=kl, kept_bytes=kept_bytes), held[0]
 
 
