@@ -633,6 +633,7 @@ def test_the_picture_is_drawn_whatever_the_losses(ending, losses, stack, tmp_pat
     sweep.plot(path, title="a title")
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
     assert path.read_bytes().startswith(start)
+    assert sweep.plot().axes  # without a file
     assert "expected a file name that ends in" in refusal(lambda: sweep.plot(tmp_path / "picture.txt"))
 
 

@@ -120,6 +120,7 @@ def test_pictures_are_drawn_without_pyplot_and_saved(tmp_path):
     model, x = network(nn.Tanh()), unit(8, 8)
     nz.plan(model, "1", example_inputs=x).plot().savefig(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert nz.plan(model, "1", example_inputs=x).plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     code = (
         "import sys, torch, neutralize as nz; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); x = torch.ones(1, 4); "
         "p = nz.plan(m, '0', example_inputs=x); assert 'matplotlib' not in sys.modules; p.plot(); "

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from neutralize.errors import NeutralizeError, require_finite
+from neutralize.report import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -433,7 +434,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """A list of edits on named parameters, and what they make of each layer.
 
     Attributes:

@@ -31,14 +31,29 @@ PLOT_SCALES = tuple(10.0 ** (step / 4) for step in range(-8, 9))
 
 
 def _figure(rows: int, columns: int, *, width: float = 10.0, height: float = 3.4) -> tuple[Figure, Any]:
+    figure = blank(width, height * rows)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def blank(width: float, height: float) -> Figure:
+    """Return an empty figure, made without pyplot, that notebooks show.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Raises:
+        NeutralizeError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise NeutralizeError(
             "plot: expected matplotlib, got none installed; pip install 'neutralize[plot]'"
         ) from error
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    from neutralize.picture import Picture
+
+    return Picture(figsize=(width, height), layout="constrained")
 
 
 def plot_plan(plan: Plan) -> Figure:

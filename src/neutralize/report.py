@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from neutralize.verify import Verification
 
 _EDITS_SHOWN = 4
+
+
+class Shown:
+    """What IPython shows as ``print`` does: a table, rather than a line with every field."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Write the text."""
+        printer.text(str(self).rstrip())
 
 
 def plan_table(plan: Plan) -> str:
@@ -168,5 +176,8 @@ def as_text(table: Table) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=120, no_color=True, highlight=False).print(table)
+    # In a kernel of Jupyter rich would show the table there and then, and write nothing; with FORCE_COLOR, which such
+    # kernels and many a CI set, it would write escape sequences.
+    console = Console(file=out, width=120, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
+    console.print(table)
     return out.getvalue()

@@ -27,6 +27,7 @@ from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tens
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, owner_of, part_of
 from neutralize.plan import Copy, Fold, LayerPlan, Plan, Rewrite
+from neutralize.report import Shown
 from neutralize.select import Layers, select, unwrap
 from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
 from neutralize.undo import untouched
@@ -54,7 +55,7 @@ _POINTWISE = FUNCTION_NAMES | frozenset(
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """What was measured.
 
     Attributes:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import nn
@@ -27,7 +27,11 @@ from neutralize.language import cut, tokenized
 from neutralize.plan import Plan
 from neutralize.planner import Request, Strategy, drafted
 from neutralize.progress import silent
+from neutralize.report import Shown
 from neutralize.select import Layers, select, unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sweep(Sequence[Influence]):
+class Sweep(Sequence[Influence], Shown):
     """What a sweep found: a sequence of influences in model order.
 
     Attributes:
@@ -126,11 +130,22 @@ class Sweep(Sequence[Influence]):
         content: dict[str, Any] = jsonable({**found, "overhead": self.overhead, "chosen": self.chosen})
         return content
 
-    def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
-        """Draw it; see ``neutralize.influence.plot``."""
+    def plot(self, path: str | os.PathLike[str] | None = None, *, title: str = "") -> Figure:
+        """Draw the change of the loss and the divergence of every layer above its block influence, in model order.
+
+        Args:
+            path: where it is saved too: a file whose ending names the format, png, svg or pdf.
+            title: what is shown above it.
+
+        Returns:
+            A matplotlib figure, made without pyplot.
+
+        Raises:
+            NeutralizeError: matplotlib is not installed, or the file cannot be written.
+        """
         from neutralize.influence.plot import plot
 
-        plot(self, path, title=title)
+        return plot(self, path, title=title)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str = "", command: str = "") -> None:
         """Write a page: the influences as charts and a table, the plans, their certificates, provenance.
