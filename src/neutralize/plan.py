@@ -663,6 +663,16 @@ class Plan(Shown):
         return plan_table(self)
 
 
+def require_plan(where: str, given: object) -> None:
+    """Check that what was given for a plan is one.
+
+    Raises:
+        NeutralizeError: it is something else.
+    """
+    if not isinstance(given, Plan):
+        raise NeutralizeError(f"{where}: expected a Plan for plan, got {type(given).__name__}; make one by nz.plan")
+
+
 def joined_certificate(layers: Sequence[LayerPlan]) -> Certificate:
     """What the layers' certificates alone say of the whole: no Lipschitz factor is known, so no error has a bound."""
     kinds = {entry.certificate.kind for entry in layers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -162,7 +163,7 @@ def _resolve(named: dict[str, nn.Module], layers: Layers) -> list[str]:
         return [name for part in layers for name in _resolve(named, part)]
     raise NeutralizeError(
         f"select: expected a name, glob, slice, module, predicate or a list of these for layers, got "
-        f"{type(layers).__name__} {layers!r}; write an index as 'model.layers[3]'"
+        f"{type(layers).__name__} {reprlib.repr(layers)}; write an index as 'model.layers[3]'"
     )
 
 

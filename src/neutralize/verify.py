@@ -26,7 +26,7 @@ from neutralize.activations import FUNCTION_NAMES, GRID, identify
 from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tensors_in
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, owner_of, part_of
-from neutralize.plan import Copy, Fold, LayerPlan, Plan, Rewrite
+from neutralize.plan import Copy, Fold, LayerPlan, Plan, Rewrite, require_plan
 from neutralize.report import Shown
 from neutralize.select import Layers, select, unwrap
 from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
@@ -503,8 +503,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         True
     """
     model = unwrap(model)
-    if not isinstance(plan, Plan):
-        raise NeutralizeError(f"verify: expected a Plan for plan, got {type(plan).__name__}; make one by nz.plan")
+    require_plan("verify", plan)
     if not inputs and not kwargs:
         from neutralize.dataflow import own_inputs, placed_inputs
 
