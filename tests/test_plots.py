@@ -133,7 +133,7 @@ def test_what_cannot_be_drawn_is_refused(monkeypatch):
     model, x = network(nn.Tanh()), unit(8, 8)
     plan = nz.plan(model, "1", example_inputs=x)
     verification = nz.verify(model, plan, x)
-    for scales in ([1.0], [0.0, 1.0], [1.0, float("inf")]):
+    for scales in (2.0, [1.0], [0.0, 1.0], [1.0, float("inf")]):
         with pytest.raises(nz.NeutralizeError, match=r"expected (two or more )?positive finite scales, got \["):
             verification.plot(scales)
     tokens = perturbed(nn.Sequential(nn.Embedding(5, 8), PreNorm(), nn.Linear(8, 3)))

@@ -524,6 +524,8 @@ def test_verify_wants_inputs_and_the_planned_model():
     plan = nz.plan(model, "layers[1]")
     text = refusal(lambda: nz.verify(model, plan))
     assert text == "verify: expected inputs for the model, got none; pass its arguments after the plan"
+    text = refusal(lambda: nz.verify(model, plan, torch.randn(5, 8, device="meta")))
+    assert text == "verify: expected inputs with data, got one on the meta device; put it on the model's"
     text = refusal(lambda: nz.verify(Plain(), plan, torch.randn(5, 8)))
     assert text == "verify: expected the layers of the plan in the model, got none named 'layers.1'; plan for it"
 

@@ -115,6 +115,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def tokenized(text: str, tokenizer: Any) -> torch.Tensor:
     """Return the token ids (n,), int64, that a tokenizer of transformers gives a text of any length."""
+    if not callable(tokenizer):
+        raise NeutralizeError(
+            f"influence: expected a tokenizer of transformers, got {type(tokenizer).__name__}; give what "
+            "AutoTokenizer.from_pretrained returns"
+        )
     # A text longer than the context is no problem, for it is cut into windows: verbose would warn of it.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 

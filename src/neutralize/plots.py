@@ -166,14 +166,14 @@ def _written(plan: Plan) -> Figure:
     return figure
 
 
-def plot_verification(verification: Verification, scales: Sequence[float]) -> Figure:
+def plot_verification(verification: Verification, scales: Sequence[float] | float) -> Figure:
     """Measured errors and their bounds against the scale of the inputs, or of what enters the layers.
 
     Args:
         verification: what is measured again at the scales.
         scales: positive factors.
     """
-    given = sorted({float(scale) for scale in scales})
+    given = sorted({float(scale) for scale in ([scales] if isinstance(scales, int | float) else scales)})
     if len(given) < 2:
         raise NeutralizeError(f"plot: expected two or more positive finite scales, got {given}; leave them out")
     measured = verification.at_scales(given)

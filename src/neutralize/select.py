@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -158,6 +158,11 @@ def _resolve(named: dict[str, nn.Module], layers: Layers) -> list[str]:
     if isinstance(layers, Tensor):
         raise NeutralizeError(
             "select: expected a layer for layers, got a tensor; pass the module that holds it, or its name"
+        )
+    if isinstance(layers, Mapping) and not all(isinstance(module, nn.Module) for module in layers.values()):
+        raise NeutralizeError(
+            "select: expected layers alone, or what select returned, got a dict with other values than modules; make a "
+            "plan for each strategy, and apply one after the other"
         )
     if isinstance(layers, Iterable) and not isinstance(layers, bytes | bytearray):
         return [name for part in layers for name in _resolve(named, part)]

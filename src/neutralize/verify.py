@@ -102,7 +102,7 @@ class Verification(Shown):
         """Whether a certificate states a bound, of a layer or of the outputs."""
         return bool(self.bounds) or self.output_bound is not None
 
-    def at_scales(self, scales: Sequence[float] | None = None) -> dict[float, Verification]:
+    def at_scales(self, scales: Sequence[float] | float | None = None) -> dict[float, Verification]:
         """Measure again at other sizes of the input: of the model's, or of what enters each layer; see ``scaled``.
 
         Where layers are scaled, each is given what entered it, times the factor, in both networks; the hidden states
@@ -111,7 +111,7 @@ class Verification(Shown):
         bound is stated for them.
 
         Args:
-            scales: positive factors; by default the powers of four from 1/64 to 64.
+            scales: positive factors, or one; by default the powers of four from 1/64 to 64.
 
         Returns:
             For each factor, in ascending order, what was measured (no gradients).
@@ -124,12 +124,14 @@ class Verification(Shown):
                 "verify: expected floating-point inputs or hidden states to scale, got none, or a model that is no "
                 "longer at hand; verify with some, or print the verification"
             )
+        if isinstance(scales, int | float):
+            scales = [scales]
         given = sorted({float(scale) for scale in (SCALES if scales is None else scales)})
         if not given or not all(0 < scale < math.inf for scale in given):
             raise NeutralizeError(f"verify: expected positive finite scales, got {given}; leave them out")
         return dict(zip(given, self._again(given), strict=True))
 
-    def plot(self, scales: Sequence[float] | None = None) -> Figure:
+    def plot(self, scales: Sequence[float] | float | None = None) -> Figure:
         """Draw measured errors and their bounds against the size of the input: the model runs again at every scale.
 
         Args:
@@ -514,6 +516,8 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
     alone = next(iter(inputs)) if len(inputs) == 1 and not kwargs else None
     if isinstance(alone, Mapping) and _takes(model, alone):
         inputs, kwargs = (), dict(alone)
+    if any(tensor.is_meta for tensor in tensors_in((inputs, kwargs))):
+        raise NeutralizeError("verify: expected inputs with data, got one on the meta device; put it on the model's")
     found = compared(model, plan, (inputs, kwargs), lambda: plan.applied(model))
     said = "bit for bit" if found.exact else f"relative error {found.relative_error:.3g}"
     bound = "every bound holds" if found.bound_holds else "a bound does NOT hold"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import numbers
 import os
 import signal
 import threading
@@ -279,6 +280,11 @@ def influence(
     """
     model = unwrap(model)
     crew = Crew(model)
+    for name, function in (("evaluate", evaluate), ("loss", loss), ("progress", progress)):
+        if function is not None and not callable(function):
+            raise NeutralizeError(
+                f"influence: expected a function for {name}, got {type(function).__name__}; see help(influence)"
+            )
     _check_search(k, budget, among)
     subject, example = _subject(model, batches, evaluate, loss, tokenizer, window, kl=kl, kept_bytes=kept_bytes)
     with crew.telling():
@@ -337,11 +343,6 @@ def _subject(
     if (batches is None) == (evaluate is None):
         given = "neither" if batches is None else "both"
         raise NeutralizeError(f"influence: expected either batches or evaluate, got {given}; give one of them")
-    for name, function in (("evaluate", evaluate), ("loss", loss)):
-        if function is not None and not callable(function):
-            raise NeutralizeError(
-                f"influence: expected a function for {name}, got {type(function).__name__}; see help(influence)"
-            )
     if evaluate is not None:
         if loss is not None:
             raise NeutralizeError(
@@ -359,9 +360,11 @@ def _subject(
                 f"{list(batches.shape)} of {batches.dtype}{' and a loss' if loss is not None else ''}; put batches "
                 f"into a list{', or flatten() the ids of a text' if batches.dtype == torch.long else ''}"
             )
-        if window < 2:
-            raise NeutralizeError(f"influence: expected 2 or more for window, got {window}; one token predicts nothing")
-        windows = cut(batches, window)
+        if not isinstance(window, int) or window < 2:
+            raise NeutralizeError(
+                f"influence: expected 2 or more for window, got {window!r}; one token predicts nothing"
+            )
+        windows = cut(batches.long(), window)
         subject = Windows(windows, kl=kl, kept_bytes=kept_bytes)
         return subject, None if own_inputs(model) is not None else {"input_ids": windows[0]}
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
@@ -369,6 +372,11 @@ def _subject(
             f"influence: expected a list of batches, got one {type(batches).__name__}; put batches into a list"
         )
     held = list(batches)
+    if held and isinstance(held[0], numbers.Integral):
+        raise NeutralizeError(
+            f"influence: expected token ids as a tensor, got numbers in {type(batches).__name__}; give "
+            "torch.tensor(ids)"
+        )
     if held and isinstance(held[0], str):
         raise NeutralizeError(
             "influence: expected batches as the model takes them, got texts; give one text with tokenizer=, or what "
