@@ -181,6 +181,26 @@ def test_two_plans_unwind_in_order():
         assert weights(model) == state
 
 
+def test_a_plan_that_multiplies_is_not_applied_twice():
+    """As a cell of a notebook that is run again would: what reads the layer would be scaled by 1/ε squared."""
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(5, 8)
+    before, plan = weights(model), nz.plan(model, "0", example_inputs=inputs)
+    loaded = copy.deepcopy(model.state_dict())
+    undo = plan.apply(model)
+    applied = weights(model)
+    said = "got one that is, and would multiply '2.weight' a second time; call restore() of its undo first"
+    assert said in refusal(lambda: plan.apply(model))
+    assert said in refusal(lambda: nz.verify(model, plan, inputs))
+    assert weights(model) == applied
+    undo.restore()
+    assert weights(model) == before
+    again = plan.apply(model)
+    model.load_state_dict(loaded)  # off in another way: then it is not applied
+    plan.apply(model).restore()
+    again.restore()
+    assert weights(model) == before
+
+
 OVERLAPPING = (
     (Rewrite("w", (6, 4), "float32", scale=2, rows=(1, 5)), Rewrite("w", (6, 4), "float32", fill=3, columns=(0, 2))),
     (Rewrite("w", (6, 4), "float32", scale=-0.5),),

@@ -594,7 +594,8 @@ class Plan(Shown):
             The undo that restores every bit.
 
         Raises:
-            NeutralizeError: the plan does not fit the model; all problems are listed, and nothing was written.
+            NeutralizeError: the plan does not fit the model, or is applied already and would multiply a second time
+                what it rescales; all problems are listed, and nothing was written.
         """
         if not isinstance(model, nn.Module):
             from neutralize.checkpoint.handle import Checkpoint, as_checkpoint
