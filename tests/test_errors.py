@@ -243,7 +243,10 @@ def test_an_input_bound_that_cannot_be_measured_is_asked_for():
     assert text.startswith(
         "plan: expected a bound on the input of 'middle', got no weights (this is a meta or sharded model) to measure"
     )
+    assert "; give input_bound=, the largest" in text
     assert nz.plan(model, "middle", example_inputs=inputs, input_bound=3).layers[0].input_bound == 3
+    text = refusal(lambda: nz.plan(Plain().eval(), "middle"))
+    assert text.endswith("with; give example_inputs=, or input_bound=, the largest magnitude that enters the layer")
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])

@@ -350,6 +350,8 @@ def test_misuse_is_named():
     model, x = network(), unit(16, 8)
     made = torch.optim.SGD(model.parameters(), lr=1e-2)
     plan = nz.plan(model, "1", example_inputs=x)
+    with pytest.raises(nz.NeutralizeError, match=r"guard: expected a Plan for plan, got str; make one by nz\.plan"):
+        nz.guard(model, "1", made)
     with pytest.raises(nz.NeutralizeError, match=r"guard: expected an optimizer to watch, got none"):
         nz.guard(model, plan)
     with pytest.raises(nz.NeutralizeError, match=r"expected a torch\.optim\.Optimizer, got list"):

@@ -45,3 +45,9 @@ def test_does_not_initialise_cuda(imports):
 def test_leaves_heavy_packages_out(imports, heavy):
     assert heavy not in imports[0]["imported"]
     assert "neutralize" in imports[0]["imported"]
+
+
+def test_public_names_are_what_completion_offers():
+    import neutralize as nz
+
+    assert [name for name in dir(nz) if not name.startswith("_")] == sorted(nz.__all__)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import UserDict
 from dataclasses import replace
 
 import pytest
@@ -563,6 +564,16 @@ def test_losses_that_are_no_numbers_survive_the_log(stack, tmp_path):
         ({"batches": "text"}, "expected a tokenizer for a text"),
         ({"batches": []}, "expected at least one batch"),
         ({"batches": torch.zeros(3, 8)}, "put batches into a list"),
+        ({"batches": torch.zeros(3, 8, dtype=torch.long)}, "put batches into a list, or flatten() the ids of a text"),
+        ({"batches": UserDict(x=torch.zeros(3, 8))}, "expected a list of batches, got one UserDict"),
+        ({"batches": 3}, "expected a list of batches, got one int"),
+        ({"batches": [1, 2, 3]}, "expected token ids as a tensor, got numbers in list; give torch.tensor(ids)"),
+        ({"batches": "text", "tokenizer": "gpt2"}, "expected a tokenizer of transformers, got str"),
+        ({"batches": torch.zeros(9, dtype=torch.long), "window": "8"}, "expected 2 or more for window, got '8'"),
+        ({"evaluate": squared, "progress": True}, "expected a function for progress, got bool"),
+        ({"batches": ["text"]}, "expected batches as the model takes them, got texts"),
+        ({"batches": [torch.zeros(1, 8)], "loss": "ce"}, "expected a function for loss, got str"),
+        ({"evaluate": 0.5}, "expected a function for evaluate, got float"),
         ({"batches": torch.zeros(9, dtype=torch.long), "window": 1}, "expected 2 or more for window, got 1"),
         ({"batches": torch.zeros(1, dtype=torch.long)}, "expected a text of at least two tokens"),
         ({"batches": [torch.zeros(1, 8)]}, "expected outputs with a loss"),
@@ -626,6 +637,7 @@ def test_the_picture_is_drawn_whatever_the_losses(ending, losses, stack, tmp_pat
     sweep.plot(path, title="a title")
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
     assert path.read_bytes().startswith(start)
+    assert sweep.plot().axes  # without a file
     assert "expected a file name that ends in" in refusal(lambda: sweep.plot(tmp_path / "picture.txt"))
 
 

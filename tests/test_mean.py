@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+from collections import UserDict
 
 import pytest
 import torch
@@ -329,6 +330,7 @@ def test_the_model_is_left_as_it_was():
     ("model", "layer", "given", "message"),
     [
         (nn.Sequential(nn.Linear(8, 8)), "0", unit(4, 8), r"mean: expected an iterable of batches, got Tensor"),
+        (nn.Sequential(nn.Linear(8, 8)), "0", UserDict(x=unit(4, 8)), r"expected an iterable of batches, got UserDict"),
         (nn.Sequential(nn.Linear(8, 8)), "0", [], r"expected batches that reach layer '0', got none"),
         (nn.Sequential(nn.Linear(8, 8)), "0", [unit(4, 8) / 0], r"expected finite values of layer '0', got NaN or Inf"),
         (

@@ -1,5 +1,6 @@
 """Plans: pure to make, the same text and digest every time, and one error for any text that is none."""
 
+import builtins
 import copy
 import json
 from dataclasses import replace
@@ -351,6 +352,22 @@ def test_prints_layer_strategy_edits_bytes_and_certificate():
     assert [row for row in rows if row[0]] == [
         [f"layers.{index}", "auto", f"layers.{index}.norm.weight <- 0", "160 B", "exact"] for index in (1, 2)
     ]
+
+
+def test_prints_the_same_in_a_kernel_of_jupyter(monkeypatch):
+    class ZMQInteractiveShell:
+        """By this name rich knows a kernel."""
+
+    class Printer:
+        text = staticmethod(lambda shown: seen.append(shown))
+
+    plan, seen = nz.plan(Stack(), "layers[1:3]"), []
+    wanted = str(plan)
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # kernels set it
+    assert str(plan) == wanted
+    plan._repr_pretty_(Printer, False)
+    assert seen == [wanted.rstrip()]
 
 
 def test_prints_names_and_blocks_as_they_are():

@@ -128,6 +128,7 @@ def test_pictures_are_drawn_without_pyplot_and_saved(tmp_path):
     model, x = network(nn.Tanh()), unit(8, 8)
     nz.plan(model, "1", example_inputs=x).plot().savefig(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert nz.plan(model, "1", example_inputs=x).plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     code = (
         "import sys, torch, neutralize as nz; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); x = torch.ones(1, 4); "
         "p = nz.plan(m, '0', example_inputs=x); assert 'matplotlib' not in sys.modules; p.plot(); "
@@ -140,7 +141,7 @@ def test_what_cannot_be_drawn_is_refused(monkeypatch):
     model, x = network(nn.Tanh()), unit(8, 8)
     plan = nz.plan(model, "1", example_inputs=x)
     verification = nz.verify(model, plan, x)
-    for scales in ([1.0], [0.0, 1.0], [1.0, float("inf")]):
+    for scales in (2.0, [1.0], [0.0, 1.0], [1.0, float("inf")]):
         with pytest.raises(nz.NeutralizeError, match=r"expected (two or more )?positive finite scales, got \["):
             verification.plot(scales)
     tokens = perturbed(nn.Sequential(nn.Embedding(5, 8), PreNorm(), nn.Linear(8, 3)))

@@ -562,6 +562,16 @@ def test_what_keeps_a_block_on_is_named(forward, message):
     assert message in str(error.value)
 
 
+def test_a_layer_without_parameters_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(nz.NeutralizeError) as error:
+        nz.plan(model, "1", example_inputs=features())
+    assert str(error.value) == (
+        "plan: expected a layer that can hand its input on, got '1', of type ReLU, which has no parameters that could "
+        "be written; select the layer before it, or the block that contains it"
+    )
+
+
 def test_an_alpha_dropout_makes_numbers_of_zeros():
     class Dropped(Branch):
         def forward(self, x):

@@ -221,6 +221,14 @@ REFUSED = {
         "*",
         "got 'layers.0' and its part 'layers.0.norm'; select one of them (* also matches dots",
     ),
+    "a dict of strategies": (
+        {"layers.0": "zero"},
+        "expected layers alone, or what select returned, got a dict with other values than modules; make a plan for",
+    ),
+    "an object that shows much of itself": (
+        type("Plan", (), {"__repr__": lambda self: "Plan(" + 1000 * "edit, " + ")"})(),
+        "got Plan Plan(edit, ed... edit, edit, ); write an index as",
+    ),
     "a predicate that accepts nothing": (
         lambda name, module: False,
         "expected a predicate that accepts at least one layer, got <function ",

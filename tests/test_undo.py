@@ -3,8 +3,10 @@
 import copy
 import gc
 import itertools
+import pickle
 import random
 import weakref
+from collections import UserDict
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 import neutralize as nz
 from neutralize import Assign, Fold, Plan, Rewrite
+from neutralize.pages.verified import page
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 ROWS, COLUMNS = 12, 54
@@ -176,6 +179,26 @@ def test_two_plans_unwind_in_order():
     for undo, state in zip(reversed(undos), reversed(states[:-1]), strict=True):
         undo.restore()
         assert weights(model) == state
+
+
+def test_a_plan_that_multiplies_is_not_applied_twice():
+    """As a cell of a notebook that is run again would: what reads the layer would be scaled by 1/ε squared."""
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(5, 8)
+    before, plan = weights(model), nz.plan(model, "0", example_inputs=inputs)
+    loaded = copy.deepcopy(model.state_dict())
+    undo = plan.apply(model)
+    applied = weights(model)
+    said = "got one that is, and would multiply '2.weight' a second time; call restore() of its undo first"
+    assert said in refusal(lambda: plan.apply(model))
+    assert said in refusal(lambda: nz.verify(model, plan, inputs))
+    assert weights(model) == applied
+    undo.restore()
+    assert weights(model) == before
+    again = plan.apply(model)
+    model.load_state_dict(loaded)  # off in another way: then it is not applied
+    plan.apply(model).restore()
+    again.restore()
+    assert weights(model) == before
 
 
 OVERLAPPING = (
@@ -476,11 +499,53 @@ def test_verify_prints_its_figures():
     assert lines[-1] == "end to end: bit for bit, largest error 0 (bound 0); bounds hold"
 
 
+def test_verify_says_so_where_no_bound_is_stated():
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 8)
+    found = nz.verify(model, nz.plan(model, "0", "constant", example_inputs=inputs), inputs)
+    assert not found.exact
+    assert not found.has_bounds
+    assert str(found).endswith("; no bound is stated\n")
+    piece = found._repr_html_()
+    assert "no bound is stated" in piece
+    assert "✓" not in piece
+    assert "Every bound holds" not in page(found, None)
+
+
+def test_verify_takes_keyword_arguments_in_a_dict_as_plan_does():
+    class Batched(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model(**batch)
+
+    class Named(Stack):
+        def forward(self, x, mask=None):
+            return super().forward(x)
+
+    model, inputs = Named(), UserDict(x=torch.randn(5, 8))  # a BatchEncoding is a UserDict
+    assert nz.verify(model, nz.plan(model, "layers[1]", example_inputs=inputs), inputs).exact
+    batched = Batched(model)  # takes the dict itself
+    plan = nz.plan(batched, "model.layers[1]", example_inputs=(dict(inputs),))
+    assert nz.verify(batched, plan, dict(inputs)).exact
+
+
+def test_a_verification_is_pickled_without_its_model():
+    model, inputs = Stack(), torch.randn(5, 8)
+    found = nz.verify(model, nz.plan(model, "layers[1]"), inputs)
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found
+    assert refusal(again.at_scales).startswith("verify: expected floating-point inputs or hidden states to scale")
+
+
 def test_verify_wants_inputs_and_the_planned_model():
     model = Stack()
     plan = nz.plan(model, "layers[1]")
     text = refusal(lambda: nz.verify(model, plan))
     assert text == "verify: expected inputs for the model, got none; pass its arguments after the plan"
+    text = refusal(lambda: nz.verify(model, plan, torch.randn(5, 8, device="meta")))
+    assert text == "verify: expected inputs with data, got one on the meta device; put it on the model's"
     text = refusal(lambda: nz.verify(Plain(), plan, torch.randn(5, 8)))
     assert text == "verify: expected the layers of the plan in the model, got none named 'layers.1'; plan for it"
 

@@ -19,6 +19,11 @@ def __getattr__(name: str) -> str:
     raise AttributeError(f"module 'neutralize' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """The public names: what a notebook completes."""
+    return sorted([*globals().get("__all__", ()), *(name for name in globals() if name[:2] == "__")])
+
+
 def _load() -> None:
     """Make the names of ``neutralize.api`` those of this package; some are those of its modules too, and go before."""
     if "__all__" not in globals():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
 from neutralize.select import tensors_of, unwrap
-from neutralize.undo import Saved, Undo, overwrite_
+from neutralize.undo import Saved, Undo, open_on, overwrite_
 
 _SMALL_RANGE = 1e6
 """Formats whose largest number is below this: a weight times 1/ε may leave float16 and the 8-bit formats."""
@@ -140,6 +140,7 @@ def apply_plan(
         problems += [*_parted(plan, held, aliases), *(_alone(edits, parts) if team is None else ())]
         problems += adapters.unmet(module, plan.layers)
         problems += _merged(edits, parts) if freeze else ()
+        problems += () if problems else _applied_already(plan, edits, parts)
         if problems:
             problems = list(dict.fromkeys(problems))
             listing = "".join(f"\n  - {problem}" for problem in problems)
@@ -428,6 +429,33 @@ def bounded_values(edit: Edit, dtype: torch.dtype) -> Iterable[tuple[str, float,
         yield "shift", edit.shift, computed
     elif isinstance(edit, Assign):
         yield "a value", max(edit.values, key=abs, default=0.0), stored
+
+
+def _applied_already(plan: Plan, edits: Sequence[Edit], parts: Mapping[str, Part]) -> Iterator[str]:
+    """Say that the plan is on the model, where it would multiply a second time what it has multiplied.
+
+    It is known by an undo that was not restored, and by what it sets, which is all there.
+    """
+    fixed = [edit for edit in edits if isinstance(edit, Rewrite) and edit.scale == 0]
+    multiplied = [edit for edit in edits if isinstance(edit, Fold) or (isinstance(edit, Rewrite) and edit.scale != 0)]
+    if not fixed or not multiplied:
+        return
+    undone_by = open_on(parts[fixed[0].parameter].tensor)
+    if not undone_by or all(undo.digest != plan.digest for undo in undone_by):
+        return
+    for edit in fixed:
+        part = parts[edit.parameter]
+        for placed in part.block(edit):
+            now = placed.window(part.local)
+            wanted, start = now.clone(), placed.start(edit)
+            ops.rewrite_([wanted], diagonal=edit.diagonal, fill=edit.fill, start=start, step=edit.step)
+            if not torch.equal(now, wanted):
+                return
+    name = multiplied[0].parameter
+    yield (
+        f"expected a plan that is not applied, got one that is, and would multiply {name!r} a second time; call "
+        "restore() of its undo first"
+    )
 
 
 def _first_writes(edits: Iterable[Edit]) -> Iterable[tuple[Edit, str]]:

@@ -60,6 +60,8 @@ _NOT_CARRIED = re.compile("|".join([*map(fnmatch.translate, _WEIGHTS), r"^config
 """Names of files in a model's folder that are not copied beside the smaller one."""
 _SIDES = ("encoder", "decoder")
 _PLAIN = (bool, int, str, NoneType)
+_HOW_TO_TRAIN = ("training", "gradient_checkpointing")
+"""Attributes that say how a block is trained, wherever it is: no smaller model is built with them."""
 
 
 @dataclass(frozen=True)
@@ -361,7 +363,7 @@ def _moved_attribute(model: nn.Module, smaller: nn.Module, lists: _Lists) -> str
         for attribute, old in vars(module).items():
             value = vars(modules[new]).get(attribute)
             is_plain = isinstance(old, _PLAIN) and isinstance(value, _PLAIN) and not attribute.startswith("_")
-            if not is_plain or old == value or attribute == "training":
+            if not is_plain or old == value or attribute in _HOW_TO_TRAIN:
                 continue
             if type(old) is type(value) is int and old - value == up:  # the place itself
                 continue

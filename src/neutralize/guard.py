@@ -22,7 +22,7 @@ from neutralize.distributed.part import Block, Placed, Window, part_of, plain
 from neutralize.distributed.team import team_of
 from neutralize.distributed.wrapped import resharded
 from neutralize.errors import NeutralizeError
-from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite
+from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, require_plan
 from neutralize.select import tensors_of, unwrap
 from neutralize.undo import overwrite_
 
@@ -170,6 +170,7 @@ def guard(model: nn.Module, plan: Plan, *optimizers: Optimizer, rescaled: bool =
         >>> bool(model[0].weight.any())
         False
     """
+    require_plan("guard", plan)
     if not optimizers:
         raise NeutralizeError("guard: expected an optimizer to watch, got none; pass those that train the model")
     for optimizer in optimizers:

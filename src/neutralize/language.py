@@ -58,10 +58,10 @@ def load_language_model(
         NeutralizeError: transformers is not installed, or cannot load this.
     """
     place, path = {"pretrained_model_name_or_path": str(source)}, Path(source)
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    if os.path.isfile(source) and path.suffix.lower() == ".gguf":
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     local = path.is_dir() or "gguf_file" in place
-    with loading(source, "a folder, a GGUF file or a hub name of a causal language model"):
+    with loading(source, "a folder, a GGUF file or a hub name of a causal language model", (".gguf",)):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=local)
@@ -75,20 +75,23 @@ def load_language_model(
 
 
 @contextlib.contextmanager
-def loading(source: str | PathLike[str], expected: str) -> Iterator[None]:
+def loading(source: str | PathLike[str], expected: str, files: tuple[str, ...] = ()) -> Iterator[None]:
     """Make one clear error of what transformers says of a name, or of its absence; keep its lines off the screen.
 
     Args:
         source: what was given.
         expected: what could have been, in words.
+        files: endings of files that can be loaded.
     """
     if importlib.util.find_spec("transformers") is None:
         raise NeutralizeError(
             "language model: expected the package transformers, got none; run: pip install 'neutralize[hf]'"
         )
-    if os.path.isfile(source):  # unlike Path.is_file, no error for a name that no file can have
+    if os.path.isfile(source) and not str(source).lower().endswith(
+        files
+    ):  # unlike Path.is_file, no error for a name that no file can have
         raise NeutralizeError(
-            f"language model: expected a folder or a hub name of {kind}, got {str(source)!r}, a file; name a folder, "
+            f"language model: expected {expected}, got {str(source)!r}, another file; name a folder, "
             "or load it and call the function of Python"
         )
     with quiet_transformers():
@@ -119,6 +122,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def tokenized(text: str, tokenizer: Any) -> torch.Tensor:
     """Return the token ids (n,), int64, that a tokenizer of transformers gives a text of any length."""
+    if not callable(tokenizer):
+        raise NeutralizeError(
+            f"influence: expected a tokenizer of transformers, got {type(tokenizer).__name__}; give what "
+            "AutoTokenizer.from_pretrained returns"
+        )
     # A text longer than the context is no problem, for it is cut into windows: verbose would warn of it.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 

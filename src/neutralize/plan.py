@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from neutralize.errors import NeutralizeError, require_finite
+from neutralize.report import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -433,7 +434,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """A list of edits on named parameters, and what they make of each layer.
 
     Attributes:
@@ -593,7 +594,8 @@ class Plan:
             The undo that restores every bit.
 
         Raises:
-            NeutralizeError: the plan does not fit the model; all problems are listed, and nothing was written.
+            NeutralizeError: the plan does not fit the model, or is applied already and would multiply a second time
+                what it rescales; all problems are listed, and nothing was written.
         """
         if not isinstance(model, nn.Module):
             from neutralize.checkpoint.handle import Checkpoint, as_checkpoint
@@ -660,6 +662,16 @@ class Plan:
         from neutralize.report import plan_table
 
         return plan_table(self)
+
+
+def require_plan(where: str, given: object) -> None:
+    """Check that what was given for a plan is one.
+
+    Raises:
+        NeutralizeError: it is something else.
+    """
+    if not isinstance(given, Plan):
+        raise NeutralizeError(f"{where}: expected a Plan for plan, got {type(given).__name__}; make one by nz.plan")
 
 
 def joined_certificate(layers: Sequence[LayerPlan]) -> Certificate:

@@ -294,10 +294,11 @@ class Request:
     def _measure(self) -> dict[str, float]:
         if not self.is_runnable:
             lacking = "weights (this is a meta or sharded model)" if self.inputs is not None else "example_inputs"
+            remedy = "" if self.inputs is not None else "example_inputs=, or "
             raise NeutralizeError(
                 f"plan: expected a bound on the input of {', '.join(map(repr, self.layers))}, got no {lacking} to "
                 "measure it "
-                "with; give input_bound=, the largest magnitude that enters the layer"
+                f"with; give {remedy}input_bound=, the largest magnitude that enters the layer"
             )
         peaks = dict.fromkeys(self.layers, 0.0)
 

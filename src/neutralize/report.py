@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from neutralize.verify import Verification
 
 _EDITS_SHOWN = 4
+
+
+class Shown:
+    """What IPython shows as ``print`` does: a table, rather than a line with every field."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Write the text."""
+        printer.text(str(self).rstrip())
 
 
 def plan_table(plan: Plan) -> str:
@@ -120,7 +128,7 @@ def verification_rich(verification: Verification) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="verification against the excised network")
+    table = Table(title="verification: the plan against its aim")
     table.add_column("layer", overflow="fold")
     for heading in ("measured error", "bound", "gradient gain"):
         table.add_column(heading, justify="right")
@@ -142,10 +150,16 @@ def verdict(verification: Verification) -> str:
     said += f", largest error {verification.output_error:.3g}"
     if verification.output_bound is not None:
         said += f" (bound {verification.output_bound:.3g})"
-    held = "bounds hold" if verification.bound_holds else f"A BOUND IS EXCEEDED: {blame(verification)}"
-    if not verification.assumptions_hold:
-        held += "; some inputs were larger than a certificate assumes"
-    return f"end to end: {said}; {held}"
+    return f"end to end: {said}; {bounds_verdict(verification)}"
+
+
+def bounds_verdict(verification: Verification) -> str:
+    """Whether the bounds hold, in words; where the certificates state none, there is nothing that could."""
+    if not verification.bound_holds:
+        held = f"A BOUND IS EXCEEDED: {blame(verification)}"
+    else:
+        held = "bounds hold" if verification.has_bounds else "no bound is stated"
+    return held if verification.assumptions_hold else f"{held}; some inputs were larger than a certificate assumes"
 
 
 def blame(verification: Verification) -> str:
@@ -171,5 +185,8 @@ def as_text(table: Table) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=120, no_color=True, highlight=False).print(table)
+    # In a kernel of Jupyter rich would show the table there and then, and write nothing; with FORCE_COLOR, which such
+    # kernels and many a CI set, it would write escape sequences.
+    console = Console(file=out, width=120, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
+    console.print(table)
     return out.getvalue()

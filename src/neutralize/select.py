@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -162,11 +163,16 @@ def _resolve(named: dict[str, nn.Module], layers: Layers) -> list[str]:
         raise NeutralizeError(
             "select: expected a layer for layers, got a tensor; pass the module that holds it, or its name"
         )
+    if isinstance(layers, Mapping) and not all(isinstance(module, nn.Module) for module in layers.values()):
+        raise NeutralizeError(
+            "select: expected layers alone, or what select returned, got a dict with other values than modules; make a "
+            "plan for each strategy, and apply one after the other"
+        )
     if isinstance(layers, Iterable) and not isinstance(layers, bytes | bytearray):
         return [name for part in layers for name in _resolve(named, part)]
     raise NeutralizeError(
         f"select: expected a name, glob, slice, module, predicate or a list of these for layers, got "
-        f"{type(layers).__name__} {layers!r}; write an index as 'model.layers[3]'"
+        f"{type(layers).__name__} {reprlib.repr(layers)}; write an index as 'model.layers[3]'"
     )
 
 

@@ -53,6 +53,11 @@ _OPEN: MutableMapping[torch.Tensor, list[weakref.ref[Undo]]] = WeakIdKeyDictiona
 """Per tensor the applications that can still be undone, earliest first."""
 
 
+def open_on(tensor: torch.Tensor) -> list[Undo]:
+    """The applications that have written in a tensor and can still be undone, earliest first."""
+    return [undo for reference in _OPEN.get(tensor, []) if (undo := reference()) is not None]
+
+
 def overwrite_(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Copy values into a tensor, whatever autograd thinks of it; its version is bumped.
 
@@ -109,8 +114,7 @@ class Undo:
         self._files, self._leads = tuple(files), leads
         self._adapters = adapters.premise(model, self._scope(saved))
         for tensor in self._tensors():
-            alive = [earlier for earlier in _OPEN.get(tensor, []) if earlier() is not None]
-            _OPEN[tensor] = [*alive, weakref.ref(self)]
+            _OPEN[tensor] = [weakref.ref(undo) for undo in (*open_on(tensor), self)]
 
     @property
     def digest(self) -> str:
@@ -172,7 +176,8 @@ class Undo:
         if model is not None:
             note_written(model, self._tensors())
         for tensor in self._tensors():
-            later = [undo for reference in _OPEN.pop(tensor, []) if (undo := reference()) is not None]
+            later = open_on(tensor)
+            _OPEN.pop(tensor, None)
             for undo in later[later.index(self) + 1 :]:
                 undo._forget(tensor, self._saved)
             if later := [undo for undo in later if undo is not self]:

@@ -6,6 +6,7 @@ activation (``activations.identify``), and nothing else: not the dataflow, not t
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import threading
@@ -25,7 +26,8 @@ from neutralize.activations import FUNCTION_NAMES, GRID, identify
 from neutralize.dataflow import copied, first_tensor, replace_first_tensor, tensors_in
 from neutralize.errors import NeutralizeError
 from neutralize.parts import Part, owner_of, part_of
-from neutralize.plan import Copy, Fold, LayerPlan, Plan, Rewrite
+from neutralize.plan import Copy, Fold, LayerPlan, Plan, Rewrite, require_plan
+from neutralize.report import Shown
 from neutralize.select import Layers, select, unwrap
 from neutralize.stacked import HandOn, module_name, per_direction, place_of, run_by_layer, with_stacked
 from neutralize.undo import untouched
@@ -53,7 +55,7 @@ _POINTWISE = FUNCTION_NAMES | frozenset(
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """What was measured.
 
     Attributes:
@@ -67,7 +69,8 @@ class Verification:
             network, under the loss ``Σ mean(output²)``; NaN where there is none, or the model cannot be differentiated.
         exact: every output equals the reference's as a number, element by element (-0 equals 0, NaN equals NaN).
         bound_holds: no layer's measured error is above its certificate's bound, among the layers whose assumption
-            holds; nor, if all assumptions hold, the largest error of the outputs above that of the plan.
+            holds; nor, if all assumptions hold, the largest error of the outputs above that of the plan. Where no
+            bound is stated (``has_bounds``) it says nothing.
         assumptions_hold: every layer's input stayed within the bound that its certificate assumes, and so did the
             model's.
         bounds: for each layer with one, the bound of its certificate.
@@ -92,7 +95,16 @@ class Verification:
     _again: Callable[[Sequence[float]], list[Verification]] | None = field(default=None, repr=False, compare=False)
     _details: Callable[[], Details] | None = field(default=None, repr=False, compare=False)
 
-    def at_scales(self, scales: Sequence[float] | None = None) -> dict[float, Verification]:
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy holds: the figures, without the model that was measured."""
+        return {**vars(self), "_again": None, "_details": None}
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether a certificate states a bound, of a layer or of the outputs."""
+        return bool(self.bounds) or self.output_bound is not None
+
+    def at_scales(self, scales: Sequence[float] | float | None = None) -> dict[float, Verification]:
         """Measure again at other sizes of the input: of the model's, or of what enters each layer; see ``scaled``.
 
         Where layers are scaled, each is given what entered it, times the factor, in both networks; the hidden states
@@ -101,7 +113,7 @@ class Verification:
         bound is stated for them.
 
         Args:
-            scales: positive factors; by default the powers of four from 1/64 to 64.
+            scales: positive factors, or one; by default the powers of four from 1/64 to 64.
 
         Returns:
             For each factor, in ascending order, what was measured (no gradients).
@@ -114,12 +126,14 @@ class Verification:
                 "verify: expected floating-point inputs or hidden states to scale, got none, or a model that is no "
                 "longer at hand; verify with some, or print the verification"
             )
+        if isinstance(scales, int | float):
+            scales = [scales]
         given = sorted({float(scale) for scale in (SCALES if scales is None else scales)})
         if not given or not all(0 < scale < math.inf for scale in given):
             raise NeutralizeError(f"verify: expected positive finite scales, got {given}; leave them out")
         return dict(zip(given, self._again(given), strict=True))
 
-    def plot(self, scales: Sequence[float] | None = None) -> Figure:
+    def plot(self, scales: Sequence[float] | float | None = None) -> Figure:
         """Draw measured errors and their bounds against the size of the input: the model runs again at every scale.
 
         Args:
@@ -479,7 +493,8 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
     Args:
         model: the model planned for, with weights.
         plan: a plan that is not applied at the moment.
-        *inputs: positional arguments of the model.
+        *inputs: positional arguments of the model; or one dict (a ``BatchEncoding`` too) of its keyword arguments. A
+            model that takes such a dict as its one argument is given it as it is.
         **kwargs: keyword arguments of the model.
 
     Raises:
@@ -492,8 +507,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         True
     """
     model = unwrap(model)
-    if not isinstance(plan, Plan):
-        raise NeutralizeError(f"verify: expected a Plan for plan, got {type(plan).__name__}; make one by nz.plan")
+    require_plan("verify", plan)
     if not inputs and not kwargs:
         from neutralize.dataflow import own_inputs, placed_inputs
 
@@ -501,11 +515,25 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
         if brought is None:
             raise NeutralizeError("verify: expected inputs for the model, got none; pass its arguments after the plan")
         inputs, kwargs = placed_inputs(model, brought)
+    alone = next(iter(inputs)) if len(inputs) == 1 and not kwargs else None
+    if isinstance(alone, Mapping) and _takes(model, alone):
+        inputs, kwargs = (), dict(alone)
+    if any(tensor.is_meta for tensor in tensors_in((inputs, kwargs))):
+        raise NeutralizeError("verify: expected inputs with data, got one on the meta device; put it on the model's")
     found = compared(model, plan, (inputs, kwargs), lambda: plan.applied(model))
     said = "bit for bit" if found.exact else f"relative error {found.relative_error:.3g}"
     bound = "every bound holds" if found.bound_holds else "a bound does NOT hold"
     _LOGGER.info("verify %s: %s, %s", type(model).__name__, said, bound)
     return found
+
+
+def _takes(model: nn.Module, given: Mapping[Any, Any]) -> bool:
+    """Whether a model's forward pass can be called with these as its keyword arguments."""
+    try:
+        inspect.signature(model.forward).bind(**given)
+    except (TypeError, ValueError):  # other names, keys that are no names, or no signature
+        return False
+    return True
 
 
 def compared(

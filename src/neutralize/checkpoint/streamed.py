@@ -28,6 +28,7 @@ from neutralize.dataflow import Inputs, as_call, guessed_inputs, own_inputs
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Edit, Plan, Rewrite, dtype_name
 from neutralize.progress import Advance, silent
+from neutralize.report import Shown
 from neutralize.unread import Unread
 from neutralize.verify import SCALES, Verification, compared
 
@@ -36,7 +37,7 @@ _DECODED = 1 << 20
 
 
 @dataclass(frozen=True)
-class StreamedVerification:
+class StreamedVerification(Shown):
     """What was measured on a checkpoint.
 
     Attributes:

@@ -207,7 +207,7 @@ def _check_plot(path: Path) -> None:
     from neutralize.whole import write_whole
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise NeutralizeError("plot: expected the package matplotlib, got none; run: pip install 'neutralize[plot]'")
+        raise NeutralizeError("plot: expected matplotlib, got none installed; pip install 'neutralize[plot]'")
     write_whole(path, None, "plot: expected a png, svg or pdf file", (".png", ".svg", ".pdf"))
 
 

@@ -422,7 +422,7 @@ def _mask(batch: Any) -> torch.Tensor | None:
 
 def _number(value: Any, what: str) -> float:
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise NeutralizeError(
             f"influence: expected one number from {what}, got {type(value).__name__}; return the mean loss"

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from neutralize.errors import NeutralizeError
+from neutralize.plots import blank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,18 +21,23 @@ _DECADE = 10.0
 _LOSS, _GONE, _KL, _COSINE, _GREY = "#4477aa", "#ccbb44", "#aa3377", "#228833", "#555555"
 
 
-def plot(sweep: Sweep, path: str | os.PathLike[str], *, title: str = "") -> None:
+def plot(sweep: Sweep, path: str | os.PathLike[str] | None = None, *, title: str = "") -> Figure:
     """Draw the change of the loss and the divergence of every layer above its block influence, in model order.
 
     Args:
         sweep: what was found.
-        path: a file whose ending names the format: png, svg, pdf.
+        path: a file whose ending names the format: png, svg, pdf; without one it is only drawn.
         title: what is shown above it.
+
+    Returns:
+        A matplotlib figure, made without pyplot.
 
     Raises:
         NeutralizeError: matplotlib is not installed, or the file cannot be written.
     """
     figure = drawn(sweep, title)
+    if path is None:
+        return figure
     try:
         figure.savefig(os.fspath(path), dpi=120)
     except (OSError, ValueError) as error:
@@ -39,18 +45,13 @@ def plot(sweep: Sweep, path: str | os.PathLike[str], *, title: str = "") -> None
             f"plot: expected a file name that ends in png, svg or pdf in a folder that is there, got {str(path)!r} "
             f"({error}); give one"
         ) from error
+    return figure
 
 
 def drawn(sweep: Sweep, title: str = "") -> Figure:
     """Draw what ``plot`` saves."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise NeutralizeError(
-            "plot: expected the package matplotlib, got none; run: pip install 'neutralize[plot]'"
-        ) from error
     moved = any(entry.block_influence is not None for entry in sweep)
-    figure = Figure(figsize=(max(7.0, min(16.0, 0.3 * len(sweep) + 1.5)), 5.4 if moved else 3.8), layout="constrained")
+    figure = blank(max(7.0, min(16.0, 0.3 * len(sweep) + 1.5)), 5.4 if moved else 3.8)
     rows = figure.subplots(2 if moved else 1, 1, sharex=True, squeeze=False, height_ratios=[2.2, 1] if moved else [1])
     _draw_losses(rows[0, 0], sweep)
     if moved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import numbers
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import nn
@@ -27,7 +28,11 @@ from neutralize.language import cut, tokenized
 from neutralize.plan import Plan
 from neutralize.planner import Request, Strategy, drafted
 from neutralize.progress import silent
+from neutralize.report import Shown
 from neutralize.select import Layers, select, unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sweep(Sequence[Influence]):
+class Sweep(Sequence[Influence], Shown):
     """What a sweep found: a sequence of influences in model order.
 
     Attributes:
@@ -126,11 +131,22 @@ class Sweep(Sequence[Influence]):
         content: dict[str, Any] = jsonable({**found, "overhead": self.overhead, "chosen": self.chosen})
         return content
 
-    def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
-        """Draw it; see ``neutralize.influence.plot``."""
+    def plot(self, path: str | os.PathLike[str] | None = None, *, title: str = "") -> Figure:
+        """Draw the change of the loss and the divergence of every layer above its block influence, in model order.
+
+        Args:
+            path: where it is saved too: a file whose ending names the format, png, svg or pdf.
+            title: what is shown above it.
+
+        Returns:
+            A matplotlib figure, made without pyplot.
+
+        Raises:
+            NeutralizeError: matplotlib is not installed, or the file cannot be written.
+        """
         from neutralize.influence.plot import plot
 
-        plot(self, path, title=title)
+        return plot(self, path, title=title)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str = "", command: str = "") -> None:
         """Write a page: the influences as charts and a table, the plans, their certificates, provenance.
@@ -264,6 +280,11 @@ def influence(
     """
     model = unwrap(model)
     crew = Crew(model)
+    for name, function in (("evaluate", evaluate), ("loss", loss), ("progress", progress)):
+        if function is not None and not callable(function):
+            raise NeutralizeError(
+                f"influence: expected a function for {name}, got {type(function).__name__}; see help(influence)"
+            )
     _check_search(k, budget, among)
     subject, example = _subject(model, batches, evaluate, loss, tokenizer, window, kl=kl, kept_bytes=kept_bytes)
     with crew.telling():
@@ -337,15 +358,30 @@ def _subject(
             raise NeutralizeError(
                 f"influence: expected token ids (n,) and no loss, or a list of batches, got one tensor "
                 f"{list(batches.shape)} of {batches.dtype}{' and a loss' if loss is not None else ''}; put batches "
-                "into a list"
+                f"into a list{', or flatten() the ids of a text' if batches.dtype == torch.long else ''}"
             )
-        if window < 2:
-            raise NeutralizeError(f"influence: expected 2 or more for window, got {window}; one token predicts nothing")
-        windows = cut(batches, window)
+        if not isinstance(window, int) or window < 2:
+            raise NeutralizeError(
+                f"influence: expected 2 or more for window, got {window!r}; one token predicts nothing"
+            )
+        windows = cut(batches.long(), window)
         subject = Windows(windows, kl=kl, kept_bytes=kept_bytes)
         return subject, None if own_inputs(model) is not None else {"input_ids": windows[0]}
-    assert batches is not None
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise NeutralizeError(
+            f"influence: expected a list of batches, got one {type(batches).__name__}; put batches into a list"
+        )
     held = list(batches)
+    if held and isinstance(held[0], numbers.Integral):
+        raise NeutralizeError(
+            f"influence: expected token ids as a tensor, got numbers in {type(batches).__name__}; give "
+            "torch.tensor(ids)"
+        )
+    if held and isinstance(held[0], str):
+        raise NeutralizeError(
+            "influence: expected batches as the model takes them, got texts; give one text with tokenizer=, or what "
+            "the tokenizer makes of them"
+        )
     return Batches(held, loss, kl=kl, kept_bytes=kept_bytes), held[0]
 
 

@@ -15,7 +15,7 @@ from neutralize.pages.charts import SHAPES, Chart, Line, curves
 from neutralize.pages.page import figure, provenance, render
 from neutralize.pages.weights import Change, changes
 from neutralize.plan import Plan
-from neutralize.report import blame
+from neutralize.report import blame, bounds_verdict
 
 if TYPE_CHECKING:
     from neutralize.verify import Verification
@@ -102,11 +102,12 @@ def page(
 
 def fragment(found: Verification) -> str:
     """Return a verification as a short piece of HTML, in the colours of what it stands in."""
+    proven = found.exact or found.has_bounds
     return render(
         "verification_fragment.html",
         found=found,
-        ok=is_ok(found, None),
-        blame=blame(found),
+        mark="✗ " if not is_ok(found, None) else "✓ " if proven else "",
+        held=bounds_verdict(found),
         errors=_errors(found),
         open_rows=plans.OPEN_ROWS,
         most_rows=plans.MOST_ROWS,

@@ -20,7 +20,7 @@ Source: MATH §4 (which parameters null a branch), §2 (what a consumer's bias a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +135,7 @@ class Mean:
 
     def __post_init__(self) -> None:
         """Check the batches."""
-        if isinstance(self.batches, torch.Tensor | dict | str) or not isinstance(self.batches, Iterable):
+        if isinstance(self.batches, torch.Tensor | Mapping | str) or not isinstance(self.batches, Iterable):
             raise NeutralizeError(
                 f"mean: expected an iterable of batches, got {type(self.batches).__name__}; give a list of them, or a "
                 "DataLoader"

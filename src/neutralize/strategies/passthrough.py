@@ -440,6 +440,11 @@ def _why_no_identity(request: Request, layer: str, edit: Preference) -> str:
             "untie them"
         )
     kind = type(request.layers[layer]).__name__
+    if next(request.layers[layer].parameters(), None) is None:
+        return (
+            f"{start}of type {kind}, which has no parameters that could be written; select the layer before it, or the "
+            "block that contains it"
+        )
     found = joint([(search, search.same(search.call.exit)) for search in searches])
     if found:
         failed = [
