@@ -17,6 +17,7 @@ from neutralize.drop import Dropped, drop
 from neutralize.errors import NeutralizeError
 from neutralize.guard import Guard, guard
 from neutralize.influence import Influence, Sweep, influence
+from neutralize.oracle import excised
 from neutralize.plan import Assign, Certificate, Copy, Fold, LayerPlan, Plan, Rewrite
 from neutralize.planner import Strategy, plan
 from neutralize.ramp import Ramp, ramp
@@ -24,7 +25,7 @@ from neutralize.report import activation_table
 from neutralize.select import Layers, select
 from neutralize.strategies import STRATEGIES
 from neutralize.undo import Undo
-from neutralize.verify import Verification, excised, verify
+from neutralize.verify import Verification, verify
 
 __all__ = [
     "STRATEGIES",

@@ -323,7 +323,7 @@ class Request:
         Raises:
             NeutralizeError: the model does not accept the inputs.
         """
-        from neutralize.verify import excised
+        from neutralize.oracle import excised
 
         given = self.inputs
         assert given is not None
