@@ -338,7 +338,8 @@ class Checkpoint:
                 f"{'run: neutralize restore' if state == 'interrupted' else 'wait until it is done'}"
             )
         patches = self.patches(edits)
-        deed = replace(self._deed("write", edits, digest, patches), target=os.path.abspath(output))
+        deed = self._deed("write", edits, digest, patches)
+        deed = replace(deed, target=os.path.abspath(output), source=deed.target)
         written = None
         try:
             with recorded(deed):
