@@ -19,7 +19,7 @@ from neutralize.checkpoint.naming import Names, retarget
 from neutralize.checkpoint.patch import Patch, written_bytes
 from neutralize.checkpoint.region import Files
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, Plan, dtype_name
+from neutralize.plan import Edit, Plan, changed_again, dtype_name
 from neutralize.progress import Advance, silent
 from neutralize.select import tensors_of
 
@@ -148,6 +148,7 @@ class Checkpoint:
             with Files(self.layout.root) as files:
                 return self.layout.patches(edits, files)
         self._check_fits(edits)
+        self._check_not_applied(edits)
         tied = [{source.stored for name in group for source in self.names.get(name, ())} for group in edits.tied]
         with Files(self.layout.root) as files:
             return self.layout.patches(retarget(edits.edits, self.names, self.layout), files, tied)
@@ -210,6 +211,20 @@ class Checkpoint:
                 f"checkpoint: expected a plan that fits {str(self.path)!r}, got one that was made for another "
                 f"model; plan "
                 f"for this checkpoint:{listing}"
+            )
+
+    def _check_not_applied(self, plan: Plan) -> None:
+        """Check that the files do not hold a plan that would change a second time what it has changed.
+
+        Raises:
+            NeutralizeError: they do.
+        """
+        name = changed_again(plan.edits)
+        edition = self._edition_of(plan) if name else None
+        if edition is not None and self.journal.found(edition) == "edited":
+            raise NeutralizeError(
+                f"checkpoint: expected a plan that is not applied to {str(self.path)!r}, got that of edit "
+                f"{edition.number}, which would change {name!r} a second time; restore it first"
             )
 
     # ---- writing ------------------------------------------------------------------------------------------------
