@@ -288,7 +288,12 @@ def test_a_plan_that_sets_and_rescales_is_not_applied_twice(tmp_path: Path) -> N
             nz.NeutralizeError, match=r"of edit 1, which would change '2.weight' a second time; restore"
         ):
             again()
+    with pytest.raises(nz.NeutralizeError, match=r"a second time; restore it first, or verify it as applied"):
+        own.verify(plan, torch.randn(5, 8))
     assert path.read_bytes() == applied
+    beside = tmp_path / "beside.safetensors"  # another checkpoint, in the folder of the same journal
+    beside.write_bytes(whole)
+    plan.apply(nz.Checkpoint(beside, factory="checkpoints:own_model")).restore()
     undo.restore()
     plan.apply(own)
     path.write_bytes(whole)  # fetched again: the plan is not in it

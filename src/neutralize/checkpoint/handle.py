@@ -170,6 +170,8 @@ class Checkpoint:
         from neutralize.checkpoint.streamed import verify
 
         before = self._edition_of(plan) if applied else None
+        if not applied:
+            self._check_not_applied(plan, "restore it first, or verify it as applied (--applied)")
         return verify(
             self.layout,
             plan,
@@ -183,7 +185,7 @@ class Checkpoint:
 
     def _edition_of(self, plan: Plan) -> Edition | None:
         """The last edit that brought a plan into the files, if no later one has written over its bytes."""
-        editions = self.journal.editions()
+        editions = [edition for edition in self.journal.editions() if self._touches(edition)]
         for place, edition in reversed(list(enumerate(editions))):
             if edition.digest == plan.digest and edition.is_done:
                 return None if any(edition.is_under(later) for later in editions[place + 1 :]) else edition
@@ -213,7 +215,7 @@ class Checkpoint:
                 f"for this checkpoint:{listing}"
             )
 
-    def _check_not_applied(self, plan: Plan) -> None:
+    def _check_not_applied(self, plan: Plan, advice: str = "restore it first") -> None:
         """Check that the files do not hold a plan that would change a second time what it has changed.
 
         Raises:
@@ -224,7 +226,7 @@ class Checkpoint:
         if edition is not None and self.journal.found(edition) == "edited":
             raise NeutralizeError(
                 f"checkpoint: expected a plan that is not applied to {str(self.path)!r}, got that of edit "
-                f"{edition.number}, which would change {name!r} a second time; restore it first"
+                f"{edition.number}, which would change {name!r} a second time; {advice}"
             )
 
     # ---- writing ------------------------------------------------------------------------------------------------
