@@ -282,7 +282,7 @@ def test_the_commands_append_to_the_file(folder, tmp_path):
     assert applied["tensors"] == restored["tensors"]
     assert applied["digest"] == restored["digest"] != written["digest"]
     assert applied["target"] == restored["target"] == str(folder)
-    assert written["target"] == str(tmp_path / "copy")
+    assert (written["target"], written["source"]) == (str(tmp_path / "copy"), str(folder))
     assert digests(folder) == bytes_
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -271,6 +272,36 @@ def test_code_in_the_folder_is_never_run(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(nz.NeutralizeError, match="code of its own, which is never run"):
         nz.plan(llama, "model.layers[1]")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_plan_that_sets_and_rescales_is_not_applied_twice(tmp_path: Path) -> None:
+    """What reads the layer would be scaled by 1/ε squared, and ``verify --applied`` would call that right."""
+    path = tmp_path / "model.safetensors"
+    save_file(checkpoints.own_model().state_dict(), path)
+    own, whole = nz.Checkpoint(path, factory="checkpoints:own_model"), path.read_bytes()
+    plan = nz.plan(own, "1")
+    plan = replace(plan, edits=(*plan.edits, nz.Rewrite("2.weight", (4, 8), "float32", scale=4.0)))
+    undo = plan.apply(own)
+    applied = path.read_bytes()
+    for again in (lambda: plan.apply(own), lambda: own.write(plan, tmp_path / "copy.safetensors")):
+        with pytest.raises(
+            nz.NeutralizeError, match=r"of edit 1, which would change '2.weight' a second time; restore"
+        ):
+            again()
+    with pytest.raises(nz.NeutralizeError, match=r"a second time; restore it first, or verify it as applied"):
+        own.verify(plan, torch.randn(5, 8))
+    assert path.read_bytes() == applied
+    beside = tmp_path / "beside.safetensors"  # another checkpoint, in the folder of the same journal
+    beside.write_bytes(whole)
+    plan.apply(nz.Checkpoint(beside, factory="checkpoints:own_model")).restore()
+    undo.restore()
+    plan.apply(own)
+    path.write_bytes(whole)  # fetched again: the plan is not in it
+    plan.apply(own)
+    assert path.read_bytes() == applied
+    damp = nz.plan(own, "1", "damp", factor=0.5)
+    damp.apply(own)
+    damp.apply(own)  # a half of a half
 
 
 def test_a_model_of_ones_own_is_planned_through_its_factory(tmp_path: Path) -> None:

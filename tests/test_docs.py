@@ -156,6 +156,20 @@ def test_the_code_of_a_page_runs(page, models, tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out
 
 
+def test_the_job_files_that_are_shown_elsewhere_run(models, tmp_path, monkeypatch, capsys):
+    from neutralize.influence import job
+
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (readme,) = re.findall(
+        r"^```toml\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    for number, text in enumerate([readme, job.__doc__[job.__doc__.index("log = ") :]]):
+        small = f"text = 'corpus.txt'\nwindow = 16\n{text}".replace("path/or/hub-name", "llama")
+        Path("job.toml").write_text(small.replace("sweeps.jsonl", f"{number}.jsonl"))
+        command("neutralize influence --job job.toml --quiet", capsys)
+
+
 def modules() -> list[ModuleType]:
     found = pkgutil.walk_packages(neutralize.__path__, "neutralize.")
     names = [each.name for each in found if not each.name.rpartition(".")[2].startswith("_")]

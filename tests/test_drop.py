@@ -87,6 +87,7 @@ def without(model, blocks, gone, ids):
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_smaller_model_is_the_network_without_the_blocks(kind, tmp_path):
     model = made(kind)
+    model.name_or_path = "where/it/came/from"
     before = weights(model)
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == 4)
     (name,) = (name for name, module in model.named_modules() if module is blocks)
@@ -101,6 +102,7 @@ def test_the_smaller_model_is_the_network_without_the_blocks(kind, tmp_path):
     size = sum(tensor.numel() * tensor.element_size() for tensor in dropped.model.parameters())
     assert (told["action"], told["target"], told["bytes"]) == ("export", str(tmp_path / "smaller"), size)
     assert (told["digest"], told["layers"]) == (dropped.digest, list(dropped.layers))
+    assert told["source"] == "where/it/came/from"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, expected)

@@ -131,10 +131,12 @@ def test_restores_once_and_lets_go_of_the_copies():
     before = weights(model)
     undo = nz.neutralize(model, "layers[1]")
     assert not undo.restored
+    undo.check()
     assert undo.held_bytes == 160
     assert repr(undo) == f"Undo(4 tensors, 160 bytes, plan {undo.digest[:12]})"
     undo.restore()
     assert (undo.restored, undo.held_bytes, repr(undo)) == (True, 0, "Undo(restored)")
+    assert "check: expected a plan that is applied, got one that was restored" in refusal(undo.check)
     with torch.no_grad():
         model.layers[1].norm.weight.fill_(3)
     undo.restore()  # does nothing
@@ -188,7 +190,7 @@ def test_a_plan_that_multiplies_is_not_applied_twice():
     loaded = copy.deepcopy(model.state_dict())
     undo = plan.apply(model)
     applied = weights(model)
-    said = "got one that is, and would multiply '2.weight' a second time; call restore() of its undo first"
+    said = "got one that is, and would change '2.weight' a second time; call restore() of its undo first"
     assert said in refusal(lambda: plan.apply(model))
     assert said in refusal(lambda: nz.verify(model, plan, inputs))
     assert weights(model) == applied
@@ -199,6 +201,20 @@ def test_a_plan_that_multiplies_is_not_applied_twice():
     plan.apply(model).restore()
     again.restore()
     assert weights(model) == before
+
+
+def test_a_plan_that_copies_what_it_overwrites_is_not_applied_twice():
+    """A fold of norms moves a gain: the second time it would move the number that it has put there."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, inputs = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval(), torch.randn(2, 5, 16)
+    plan = nz.plan(model, "layers[1]", example_inputs=inputs)
+    assert any(isinstance(edit, nz.Copy) for edit in plan.edits)
+    undo = plan.apply(model)
+    applied = weights(model)
+    assert "got one that is, and would change 'layers." in refusal(lambda: plan.apply(model))
+    assert weights(model) == applied
+    undo.restore()
+    plan.apply(model).restore()
 
 
 OVERLAPPING = (

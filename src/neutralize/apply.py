@@ -21,7 +21,7 @@ from neutralize.distributed.team import Team, TeamError, same_plan, team_of
 from neutralize.distributed.wrapped import note_written, resharded
 from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
-from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, dtype_name
+from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, changed_again, dtype_name
 from neutralize.select import tensors_of, unwrap
 from neutralize.undo import Saved, Undo, open_on, overwrite_
 
@@ -432,13 +432,13 @@ def bounded_values(edit: Edit, dtype: torch.dtype) -> Iterable[tuple[str, float,
 
 
 def _applied_already(plan: Plan, edits: Sequence[Edit], parts: Mapping[str, Part]) -> Iterator[str]:
-    """Say that the plan is on the model, where it would multiply a second time what it has multiplied.
+    """Say that the plan is on the model, where it would change a second time what it has changed.
 
     It is known by an undo that was not restored, and by what it sets, which is all there.
     """
     fixed = [edit for edit in edits if isinstance(edit, Rewrite) and edit.scale == 0]
-    multiplied = [edit for edit in edits if isinstance(edit, Fold) or (isinstance(edit, Rewrite) and edit.scale != 0)]
-    if not fixed or not multiplied:
+    name = changed_again(edits)
+    if not name:
         return
     undone_by = open_on(parts[fixed[0].parameter].tensor)
     if not undone_by or all(undo.digest != plan.digest for undo in undone_by):
@@ -451,9 +451,8 @@ def _applied_already(plan: Plan, edits: Sequence[Edit], parts: Mapping[str, Part
             ops.rewrite_([wanted], diagonal=edit.diagonal, fill=edit.fill, start=start, step=edit.step)
             if not torch.equal(now, wanted):
                 return
-    name = multiplied[0].parameter
     yield (
-        f"expected a plan that is not applied, got one that is, and would multiply {name!r} a second time; call "
+        f"expected a plan that is not applied, got one that is, and would change {name!r} a second time; call "
         "restore() of its undo first"
     )
 

@@ -49,7 +49,8 @@ class Deed:
         layers: of the plan.
         tensors: the names of what is written.
         bytes: how many are written, in all processes.
-        source: where a live model says that it comes from (``name_or_path`` of transformers), or ``""``.
+        source: where a live model says that it comes from (``name_or_path`` of transformers); what a copy was made of,
+            or a smaller model; or ``""``.
         processes: how many hold the model together, and do this together.
         factor: what the layers' contribution is multiplied by after a step of a ramp.
         steps: after how many steps of an optimizer a guard has put back what it holds.

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from neutralize.adapters import premise
-from neutralize.audit import Deed, recorded
+from neutralize.audit import Deed, recorded, source_of
 from neutralize.bits import same_bits
 from neutralize.checkpoint.model import model_class, parameters_on_meta
 from neutralize.dataflow import placed_inputs
@@ -75,6 +75,7 @@ class Dropped:
         parameters: how many parameters are gone.
         digest: of the plan that switches the blocks off, with which it was compared.
         strategy: of that plan.
+        origin: where the whole model says that it comes from (``name_or_path``), or ``""``: for the audit.
     """
 
     model: nn.Module
@@ -83,6 +84,7 @@ class Dropped:
     parameters: int
     digest: str
     strategy: str
+    origin: str = ""
 
     def save(self, folder: str | Path, *, tokenizer: Any = None, source: str | Path | None = None) -> Path:
         """Write the model with ``save_pretrained``, under a temporary name until it is complete.
@@ -99,7 +101,7 @@ class Dropped:
         target = free(folder)
         unfinished = target.with_name(f".{target.name}.partial")
         count = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
-        deed = Deed("export", str(target), self.digest, self.strategy, self.layers, bytes=count)
+        deed = Deed("export", str(target), self.digest, self.strategy, self.layers, bytes=count, source=self.origin)
         is_written = False
         try:
             with recorded(deed):
@@ -238,7 +240,7 @@ def drop(model: nn.Module, layers: Layers, *, inputs: Any = None) -> Dropped:
     smaller, changed = _rebuilt(model, config, lists, proofs)
     count = sum(parameter.numel() for parameter in model.parameters())
     gone = count - sum(parameter.numel() for parameter in smaller.parameters())
-    return Dropped(smaller, chosen, changed, gone, plan.digest, plan.strategy)
+    return Dropped(smaller, chosen, changed, gone, plan.digest, plan.strategy, source_of(model))
 
 
 def _by_list(model: nn.Module, chosen: tuple[str, ...]) -> _Lists:

@@ -153,8 +153,8 @@ def excised(model: nn.Module, layers: Layers, *, partial: bool = False) -> Itera
     """Cut layers out of the forward pass for the length of a ``with`` block; the weights are not touched.
 
     A block hands its first tensor input on as its first tensor output. A plain affine layer does the same, and the
-    norm and
-    activation that follow it are skipped with it: a layer is the affine map, its batch norm and its activation.
+    norm and activation that follow it are skipped with it: a layer is the affine map, its batch norm and its
+    activation.
 
     Args:
         model: any module.

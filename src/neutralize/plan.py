@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
@@ -594,8 +594,9 @@ class Plan(Shown):
             The undo that restores every bit.
 
         Raises:
-            NeutralizeError: the plan does not fit the model, or is applied already and would multiply a second time
-                what it rescales; all problems are listed, and nothing was written.
+            NeutralizeError: the plan does not fit the model, or both sets and rescales, and is applied already, so that
+                it would rescale a second time; all problems are listed, and nothing was written. Plans that rescale
+                alone, as ``damp`` makes them, may be stacked.
         """
         if not isinstance(model, nn.Module):
             from neutralize.checkpoint.handle import Checkpoint, as_checkpoint
@@ -688,6 +689,23 @@ def joined_certificate(layers: Sequence[LayerPlan]) -> Certificate:
 def matrix_extent(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows (dim 0) and columns (the rest flattened) of a tensor seen as a matrix; a scalar is 1 by 1."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def changed_again(edits: Iterable[Edit]) -> str:
+    """Name what a second application would change once more, of edits that also set parameters; else ``""``.
+
+    A pass-through rescales what reads the layer, and a fold of norms copies a gain that it overwrites. Edits that
+    rescale alone (``damp``) are meant to stack.
+    """
+    edits = tuple(edits)
+    if not any(isinstance(edit, Rewrite) and edit.scale == 0 for edit in edits):
+        return ""
+    written = {name for edit in edits for name in (edit.parameters if isinstance(edit, Fold) else (edit.parameter,))}
+    for edit in edits:
+        is_moved = edit.source in written if isinstance(edit, Copy) else isinstance(edit, Fold)
+        if is_moved or (isinstance(edit, Rewrite) and edit.scale != 0):
+            return edit.parameter
+    return ""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -138,8 +138,11 @@ class Undo:
         off. So may what code of yours writes into the weights: that is not looked at.
 
         Raises:
-            NeutralizeError: a tensor was replaced, or other adapters are in the layers than were at the application.
+            NeutralizeError: a tensor was replaced, other adapters are in the layers than were at the application, or
+                everything is restored already.
         """
+        if self.restored:
+            raise NeutralizeError("check: expected a plan that is applied, got one that was restored; apply it again")
         self._check("check")
         if told := self._other_adapters():
             raise NeutralizeError(f"check: {told}; restore, and plan on the model as it is then")

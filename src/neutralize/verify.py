@@ -48,9 +48,8 @@ class Verification(Shown):
         relative_error: end to end, ``‖output - reference‖₂ / ‖reference‖₂`` over all floating-point outputs, in
             float64.
         per_layer: for each layer, the largest error of what it hands on, divided by the bound on its input (a plain
-            layer), by
-            the largest magnitude of its input (a block), or by that of the reference's value (other targets than the
-            input); NaN where the value cannot be seen from outside.
+            layer), by the largest magnitude of its input (a block), or by that of the reference's value (other targets
+            than the input); NaN where the value cannot be seen from outside.
         gradient_gain: for each layer, the norm of the gradient that reaches its input, divided by that in the reference
             network, under the loss ``Σ mean(output²)``; NaN where there is none, or the model cannot be differentiated.
         exact: every output equals the reference's as a number, element by element (-0 equals 0, NaN equals NaN).
@@ -201,8 +200,7 @@ def verify(model: nn.Module, plan: Plan, *inputs: Any, **kwargs: Any) -> Verific
     """Measure how far a plan is from its aim, on given inputs; the model is left as it was.
 
     The reference is the excised network for layers that become their input; for the other strategies it is the intact
-    network
-    with the layer's contribution replaced by hooks (by zero, or by itself times the factor).
+    network with the layer's contribution replaced by hooks (by zero, or by itself times the factor).
 
     Args:
         model: the model planned for, with weights.

@@ -19,7 +19,7 @@ from neutralize.checkpoint.naming import Names, retarget
 from neutralize.checkpoint.patch import Patch, written_bytes
 from neutralize.checkpoint.region import Files
 from neutralize.errors import NeutralizeError
-from neutralize.plan import Edit, Plan, dtype_name
+from neutralize.plan import Edit, Plan, changed_again, dtype_name
 from neutralize.progress import Advance, silent
 from neutralize.select import tensors_of
 
@@ -148,6 +148,7 @@ class Checkpoint:
             with Files(self.layout.root) as files:
                 return self.layout.patches(edits, files)
         self._check_fits(edits)
+        self._check_not_applied(edits)
         tied = [{source.stored for name in group for source in self.names.get(name, ())} for group in edits.tied]
         with Files(self.layout.root) as files:
             return self.layout.patches(retarget(edits.edits, self.names, self.layout), files, tied)
@@ -169,6 +170,8 @@ class Checkpoint:
         from neutralize.checkpoint.streamed import verify
 
         before = self._edition_of(plan) if applied else None
+        if not applied:
+            self._check_not_applied(plan, "restore it first, or verify it as applied (--applied)")
         return verify(
             self.layout,
             plan,
@@ -182,7 +185,7 @@ class Checkpoint:
 
     def _edition_of(self, plan: Plan) -> Edition | None:
         """The last edit that brought a plan into the files, if no later one has written over its bytes."""
-        editions = self.journal.editions()
+        editions = [edition for edition in self.journal.editions() if self._touches(edition)]
         for place, edition in reversed(list(enumerate(editions))):
             if edition.digest == plan.digest and edition.is_done:
                 return None if any(edition.is_under(later) for later in editions[place + 1 :]) else edition
@@ -210,6 +213,20 @@ class Checkpoint:
                 f"checkpoint: expected a plan that fits {str(self.path)!r}, got one that was made for another "
                 f"model; plan "
                 f"for this checkpoint:{listing}"
+            )
+
+    def _check_not_applied(self, plan: Plan, advice: str = "restore it first") -> None:
+        """Check that the files do not hold a plan that would change a second time what it has changed.
+
+        Raises:
+            NeutralizeError: they do.
+        """
+        name = changed_again(plan.edits)
+        edition = self._edition_of(plan) if name else None
+        if edition is not None and self.journal.found(edition) == "edited":
+            raise NeutralizeError(
+                f"checkpoint: expected a plan that is not applied to {str(self.path)!r}, got that of edit "
+                f"{edition.number}, which would change {name!r} a second time; {advice}"
             )
 
     # ---- writing ------------------------------------------------------------------------------------------------
@@ -338,7 +355,8 @@ class Checkpoint:
                 f"{'run: neutralize restore' if state == 'interrupted' else 'wait until it is done'}"
             )
         patches = self.patches(edits)
-        deed = replace(self._deed("write", edits, digest, patches), target=os.path.abspath(output))
+        deed = self._deed("write", edits, digest, patches)
+        deed = replace(deed, target=os.path.abspath(output), source=deed.target)
         written = None
         try:
             with recorded(deed):

@@ -10,8 +10,8 @@ layers = "model.layers[:]"
 [[sweep]]
 model = "path/or/hub-name"
 layers = ["*.mlp"]
-strategy = "passthrough"
-options = { edit = "outgoing" }
+strategy = "zero"
+options = { sides = "out" }
 k = 3
 """
 
