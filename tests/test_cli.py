@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -232,6 +233,17 @@ def test_an_output_that_cannot_be_written_is_one_line_and_one_that_nobody_reads_
     assert (broken.returncode, broken.stderr) == (1, "")
     closed = subprocess.run(f"{shlex.join(command)} >&-", **options)
     assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_an_output_that_is_closed_or_knows_few_letters_gets_what_it_can(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path / "ü")
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    for output, command in ((None, ["doctor"]), (latin, ["status", str(tmp_path / "ü")])):
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as ended:
+            cli.app(command)
+        assert ended.value.code == 0
+    assert latin.buffer.getvalue() == f"{tmp_path}/\\xfc: intact\n".encode()
 
 
 def test_after_two_dashes_debug_is_a_name():

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import neutralize as nz
 from neutralize import cli, demo, planner
-from neutralize.bits import fingerprint, same_bits
+from neutralize.bits import fingerprint, same_bits, with_bytes
 from neutralize.demo import subject as demo_subject
 from neutralize.demo.measure import Harm, block_inputs, hooked_out, only, speed, unequal
 from neutralize.demo.proofs import Figure
@@ -272,8 +272,15 @@ def test_same_bits_tells_minus_zero_from_zero():
     assert not same_bits(torch.zeros(4), torch.zeros(2, 2))
 
 
-def test_the_fingerprint_sees_every_bit_and_every_name():
+def test_the_fingerprint_sees_every_bit_and_every_name(monkeypatch):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    whole = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode() + tensor.detach().numpy().tobytes())
+    monkeypatch.setattr(torch.Tensor, "numpy", None)  # torch runs without NumPy, and so does this
+    assert fingerprint(model) == whole.hexdigest()
+    for tensor in (torch.arange(6.0).view(2, 3).T, torch.tensor(1.0, dtype=torch.bfloat16), torch.empty(0, 3)):
+        assert with_bytes(tensor, bytes) == bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
     before = fingerprint(model)
     assert before == fingerprint(model)
     for tensor in (model[0].weight.data, model[1].running_mean):

@@ -36,6 +36,11 @@ def test_json_holds_what_diagnose_returns():
     assert printed["devices"][0]["name"] == "cpu"
 
 
+def test_sources_that_are_not_installed_have_no_version(monkeypatch):
+    monkeypatch.setattr(metadata.Distribution, "discover", lambda **asked: iter(()))
+    assert nz.__version__ == doctor.diagnose().versions["neutralize"] == "0+unknown"
+
+
 def test_backends_are_those_the_ops_use():
     for device in doctor.diagnose().devices:
         assert device.backend == nz.ops.backend(torch.empty(1, device=device.name))

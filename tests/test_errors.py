@@ -238,6 +238,8 @@ def test_takes_numpy_numbers_as_the_numbers_they_are():
 def test_an_input_bound_that_cannot_be_measured_is_asked_for():
     with torch.device("meta"):
         model = Plain().eval()
+        text = refusal(lambda: nz.plan(model, "middle", input_bound=3))
+    assert text.startswith("plan: expected a default device that computes, got meta; plan after the `with")
     inputs = torch.empty(2, 8, device="meta")
     text = refusal(lambda: nz.plan(model, "middle", example_inputs=inputs))
     assert text.startswith(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+import sys
 from types import SimpleNamespace
 
 import numpy
@@ -245,6 +247,20 @@ def test_the_harness_command_line_says_it_in_one_line(harness, monkeypatch, caps
     assert (
         capsys.readouterr().err.splitlines()[-1].startswith("lm_eval: expected either layers or plan, got none; give")
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "lacks", "extra"),
+    [("lm_eval", "lm_eval.__main__", "integrations"), ("transformers", "transformers", "hf")],
+)
+def test_a_package_that_is_lacking_is_named_with_how_to_install_it(monkeypatch, capsys, module, lacks, extra):
+    monkeypatch.setitem(sys.modules, lacks, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"got none named {lacks}; pip install 'neutralize\[{extra}\]'$"):
+        runpy.run_module(f"neutralize.integrations.{module}")
+    if module == "lm_eval":
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_module("neutralize.integrations.lm_eval", run_name="__main__")
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---- models of vision, and where compiled and exported ones go -------------------------------------------------------

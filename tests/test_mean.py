@@ -316,6 +316,8 @@ def test_a_bar_is_drawn_on_a_terminal_only(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         nz.plan(model, "0", "mean", batches=given)
         assert bool(stream.getvalue()) is drawn
+    monkeypatch.setattr(sys, "stderr", None)  # as of a service
+    nz.plan(model, "0", "mean", batches=given)
 
 
 def test_the_model_is_left_as_it_was():

@@ -11,11 +11,14 @@ logging.getLogger("neutralize").addHandler(logging.NullHandler())  # silent, unl
 
 
 def __getattr__(name: str) -> str:
-    """The version, as it was installed; looked up when it is asked for."""
+    """The version, as it was installed; looked up when it is asked for. Mere sources on the path do not know theirs."""
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("neutralize")
+        try:
+            return version("neutralize")
+        except PackageNotFoundError:
+            return "0+unknown"
     raise AttributeError(f"module 'neutralize' has no attribute {name!r}")
 
 

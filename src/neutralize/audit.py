@@ -18,10 +18,10 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import neutralize
 from neutralize.errors import NeutralizeError
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _line(deed: Deed, error: BaseException | None) -> bytes:
         "host": platform.node(),
         "pid": os.getpid(),
         "command": _command(),
-        "neutralize": metadata.version("neutralize"),
+        "neutralize": neutralize.__version__,
         **{name: value for name, value in asdict(deed).items() if value is not None},
         "outcome": "done" if error is None else "failed",
         **about,

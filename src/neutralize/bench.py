@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+import neutralize
 from neutralize import ops, reference
 from neutralize.bits import same_bits
 from neutralize.errors import NeutralizeError
@@ -303,7 +303,7 @@ def machine() -> dict[str, object]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "neutralize": metadata.version("neutralize"),
+        "neutralize": neutralize.__version__,
         "backend": ops.backend(torch.empty(1)),
     }
 

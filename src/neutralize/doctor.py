@@ -3,11 +3,11 @@
 import json
 import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
 
+import neutralize
 from neutralize import _native, ops
 
 
@@ -82,7 +82,7 @@ def diagnose() -> Diagnosis:
     build = _native.build_info()
     return Diagnosis(
         versions={
-            "neutralize": metadata.version("neutralize"),
+            "neutralize": neutralize.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

@@ -98,10 +98,11 @@ def loading(source: str | PathLike[str], expected: str, files: tuple[str, ...] =
         try:
             yield
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+            remedy = "pip install 'neutralize[hf]'" if isinstance(error, ImportError) else "check the name"
             summary = next(iter(str(error).strip().splitlines()), "")
             raise NeutralizeError(
                 f"language model: expected {expected}, got {str(source)!r}, "
-                f"which does not load ({type(error).__name__}: {summary}); check the name"
+                f"which does not load ({type(error).__name__}: {summary}); {remedy}"
             ) from error
 
 

@@ -395,6 +395,11 @@ def plan(
         checkpoint = as_checkpoint(model)
         if checkpoint is not None:
             model = checkpoint.model
+    if torch.empty(0).device.type == "meta":
+        raise NeutralizeError(
+            'plan: expected a default device that computes, got meta; plan after the `with torch.device("meta")` in '
+            "which the model is made, or torch.set_default_device(None)"
+        )
     module = unwrap(model)
     started = time.perf_counter()
     with as_whole(module):

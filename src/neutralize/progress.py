@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +16,11 @@ Advance: TypeAlias = Callable[[float], None]
 
 def silent(units: float) -> None:
     """Tell nobody."""
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal; a process without one, as a service may be, has none."""
+    return stream is not None and stream.isatty()
 
 
 def bar(console: Console, rate: Callable[[float], str], *, disable: bool = False) -> Progress:
@@ -45,5 +50,5 @@ def bar(console: Console, rate: Callable[[float], str], *, disable: bool = False
         transient=True,
         disable=disable,
         speed_estimate_period=600,
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=is_terminal(sys.stdout),
     )

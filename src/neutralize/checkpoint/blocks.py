@@ -187,7 +187,7 @@ def _dequantized(blocks: torch.Tensor, kind: BlockType) -> torch.Tensor:
         from gguf import GGMLQuantizationType, quants
     except ImportError as error:
         raise NeutralizeError(
-            f"checkpoint: expected the package gguf to decode {kind.name}, got none; pip install 'neutralize[hf]'"
+            f"checkpoint: expected the package gguf to decode {kind.name}, got none; pip install 'neutralize[gguf]'"
         ) from error
     import numpy as np
 

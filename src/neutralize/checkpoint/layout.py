@@ -13,6 +13,7 @@ import torch
 
 from neutralize import ops
 from neutralize.apply import bounded_values
+from neutralize.bits import with_bytes
 from neutralize.checkpoint.patch import Affine, Bytes, Checksum, FoldIn, Patch
 from neutralize.checkpoint.region import Files, Region, Tile, Tiles
 from neutralize.errors import NeutralizeError
@@ -239,7 +240,7 @@ class Elements:
 
     def _bytes(self, values: torch.Tensor, piece: Piece) -> Bytes:
         box = tuple(slice(first, first + size) for first, size in zip(piece.origin, piece.shape, strict=True))
-        return Bytes(piece.region, values[box].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return Bytes(piece.region, with_bytes(values[box], bytes))
 
 
 @dataclass(frozen=True)

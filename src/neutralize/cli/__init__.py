@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import neutralize
 from neutralize.cli.checkpoint import apply, plan, restore, status, verify
 from neutralize.cli.export import export
 from neutralize.cli.influence import influence
@@ -70,9 +71,7 @@ def root(
 ) -> None:
     """Switch layers of PyTorch models off in place, say how exactly they are off, and put every bit back."""
     if version:
-        from importlib import metadata
-
-        print(metadata.version("neutralize"))
+        print(neutralize.__version__)
     elif context.invoked_subcommand is None:
         print(context.get_help())
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from json import dumps
 from typing import TYPE_CHECKING, Any
 
+from neutralize import progress
+
 if TYPE_CHECKING:
     from rich.box import Box
     from rich.progress import Progress
@@ -45,7 +47,7 @@ def one_line(text: str) -> str:
 
 def is_terminal() -> bool:
     """Whether standard output is a terminal that can do more than print letters."""
-    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return progress.is_terminal(sys.stdout) and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def print_text(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -58,6 +59,8 @@ class Group(TyperGroup):
         own = words.index("--") if "--" in words else len(words)
         debug = "--debug" in words[:own]
         words = [word for word in words[:own] if word != "--debug"] + words[own:]
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a ≥ where the output is ASCII is written out, as on stderr
+            sys.stdout.reconfigure(errors="backslashreplace")
         with refusals(debug=debug):
             status = super().main(words, prog_name or NAME, **{**extra, "standalone_mode": False})
             if sys.stdout is not None:  # as where it was closed

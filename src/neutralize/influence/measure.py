@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from neutralize.bits import with_bytes
 from neutralize.dataflow import Inputs, first_tensor, placed_inputs
 from neutralize.distributed.part import is_dtensor
 from neutralize.errors import NeutralizeError
@@ -136,8 +137,7 @@ class Batches:
             for leaf in leaves:
                 if isinstance(leaf, torch.Tensor):
                     digest.update(f"{leaf.dtype} {list(leaf.shape)}\n".encode())
-                    content = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    digest.update(content.numpy().data)
+                    with_bytes(leaf.detach().cpu(), digest.update)
                 else:
                     digest.update(f"{leaf!r}\n".encode())
         return digest.hexdigest()

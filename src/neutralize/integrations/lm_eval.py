@@ -16,9 +16,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    lacking = (
+        f"lm_eval: expected the packages lm_eval and transformers, got none named {error.name}; "
+        "pip install 'neutralize[integrations]'"
+    )
+    if __name__ == "__main__":
+        print(lacking, file=sys.stderr)
+        raise SystemExit(2) from None
+    raise ModuleNotFoundError(lacking, name=error.name) from error
 
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Plan

@@ -6,7 +6,14 @@ import warnings
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"integrations: expected the package transformers, got none named {error.name}; pip install 'neutralize[hf]'",
+        name=error.name,
+    ) from error
 
 from neutralize.dataflow import Inputs
 from neutralize.errors import NeutralizeError

@@ -8,11 +8,11 @@ import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import cache
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import neutralize
 from neutralize.report import format_bytes
 from neutralize.whole import write_whole
 
@@ -84,7 +84,7 @@ def provenance(command: str, digests: Mapping[str, str], facts: Mapping[str, str
     if command:
         told.append(("command line", command, True))
     told += [
-        ("neutralize", metadata.version("neutralize"), False),
+        ("neutralize", neutralize.__version__, False),
         ("PyTorch", f"{torch.__version__}{cuda}", False),
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}", False),
     ]

@@ -34,6 +34,7 @@ from neutralize.dataflow import argument, copied, first_tensor, is_mark, op_name
 from neutralize.errors import NeutralizeError
 from neutralize.plan import Assign, Certificate, Edit, LayerPlan, dtype_name
 from neutralize.planner import Draft, Request
+from neutralize.progress import is_terminal
 from neutralize.rules import is_number, is_transparent
 from neutralize.search import Assignment
 from neutralize.sites import Affine, AffineSite, Norm, affine_of, affine_site, norm_of
@@ -201,7 +202,7 @@ def _shown(progress: Progress | None, total: int | None) -> Iterator[Callable[[i
     """Tell the caller how far it is, or draw a bar if stderr is a terminal, or be silent."""
     if progress is not None:
         yield lambda number: progress(number, total)
-    elif not sys.stderr.isatty():
+    elif not is_terminal(sys.stderr):
         yield lambda number: None
     else:
         from rich.console import Console
