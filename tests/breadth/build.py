@@ -693,7 +693,7 @@ def _resized(inputs: dict[str, Any], generator: torch.Generator) -> dict[str, An
     """Eleven of sixteen tokens; pictures, spectrograms and series of half as much again."""
 
     def resized(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
             return value
         if not value.is_floating_point() and name != "pixel_mask":
             return value[:, : max(1, value.shape[1] * 11 // 16)]
