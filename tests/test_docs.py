@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import logging
 import os
 import pkgutil
@@ -168,6 +169,10 @@ def test_the_job_files_that_are_shown_elsewhere_run(models, tmp_path, monkeypatc
         small = f"text = 'corpus.txt'\nwindow = 16\n{text}".replace("path/or/hub-name", "llama")
         Path("job.toml").write_text(small.replace("sweeps.jsonl", f"{number}.jsonl"))
         command("neutralize influence --job job.toml --quiet", capsys)
+        logged = [json.loads(line) for line in Path(f"{number}.jsonl").read_text().splitlines()]
+        off = [entry["off"] for entry in logged if "loss" in entry]
+        assert [] in off  # the intact model, and each candidate
+        assert any(off)
 
 
 def modules() -> list[ModuleType]:

@@ -628,7 +628,7 @@ def test_a_browser_shows_the_page(name, width, height, dark, ground, inks, writt
         assert share_of(picture, ink) > 1e-4, ink
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium was found: apt-get install chromium (.ci/run does)")
+@needs_browser
 def test_pieces_for_notebooks_are_readable_in_light_and_dark_ones(verified, swept, tmp_path):
     pieces = "".join(found._repr_html_() for found in (verified._details().plan, verified, swept))
     themes = "".join(

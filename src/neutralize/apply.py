@@ -23,7 +23,7 @@ from neutralize.errors import NeutralizeError
 from neutralize.offload import offloaded
 from neutralize.plan import TIMEOUT, Assign, Copy, Edit, Fold, Plan, Rewrite, changed_again, dtype_name
 from neutralize.select import tensors_of, unwrap
-from neutralize.undo import Saved, Undo, open_on, overwrite_
+from neutralize.undo import Saved, Undo, bytes_of, open_on, overwrite_
 
 _SMALL_RANGE = 1e6
 """Formats whose largest number is below this: a weight times 1/ε may leave float16 and the 8-bit formats."""
@@ -151,8 +151,7 @@ def apply_plan(
         with nullcontext() if is_trial else recording() as record:
             own = _intent(plan, here, parts, aliases, () if is_trial else audited())
             intents = _agreed(plan, [own] if team is None else team.exchange("apply", "its begin", own))
-            held_bytes = sum(entry.values.numel() * entry.values.element_size() for entry in saved)
-            written_bytes = held_bytes if team is None else plan.written_bytes
+            written_bytes = bytes_of(saved) if team is None else plan.written_bytes
             deed = Deed.of(plan, "apply", module, written_bytes, processes=len(intents))
             earlier = () if team is None else intents[: team.ranks.index(dist.get_rank())]
             files = tuple(path for path in own.audits if not any(path in other.audits for other in earlier))
@@ -440,8 +439,8 @@ def _applied_already(plan: Plan, edits: Sequence[Edit], parts: Mapping[str, Part
     name = changed_again(edits)
     if not name:
         return
-    undone_by = open_on(parts[fixed[0].parameter].tensor)
-    if not undone_by or all(undo.digest != plan.digest for undo in undone_by):
+    applied = {undo.digest for undo in open_on(parts[fixed[0].parameter].tensor)}
+    if not applied or plan.digest not in applied:  # the digest is work
         return
     for edit in fixed:
         part = parts[edit.parameter]

@@ -58,9 +58,10 @@ def load_language_model(
         NeutralizeError: transformers is not installed, or cannot load this.
     """
     place, path = {"pretrained_model_name_or_path": str(source)}, Path(source)
-    if os.path.isfile(source) and path.suffix.lower() == ".gguf":
+    is_gguf = os.path.isfile(source) and path.suffix.lower() == ".gguf"
+    if is_gguf:
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    local = path.is_dir() or "gguf_file" in place
+    local = is_gguf or path.is_dir()
     with loading(source, "a folder, a GGUF file or a hub name of a causal language model", (".gguf",)):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +69,7 @@ def load_language_model(
         model: nn.Module = AutoModelForCausalLM.from_pretrained(**place, local_files_only=local, dtype=dtype)
     model = model.to(device).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
-    name = path.stem if "gguf_file" in place else str(source)
+    name = path.stem if is_gguf else str(source)
     stored = dtype_name(next(model.parameters()).dtype)
     title = f"{name}: {type(model).__name__}, {stored}, {count / 1e6:.1f} M parameters"
     return LanguageModel(model, tokenizer, title)
@@ -87,9 +88,8 @@ def loading(source: str | PathLike[str], expected: str, files: tuple[str, ...] =
         raise NeutralizeError(
             "language model: expected the package transformers, got none; run: pip install 'neutralize[hf]'"
         )
-    if os.path.isfile(source) and not str(source).lower().endswith(
-        files
-    ):  # unlike Path.is_file, no error for a name that no file can have
+    # Unlike Path.is_file, no error for a name that no file can have.
+    if os.path.isfile(source) and not str(source).lower().endswith(files):
         raise NeutralizeError(
             f"language model: expected {expected}, got {str(source)!r}, another file; name a folder, "
             "or load it and call the function of Python"

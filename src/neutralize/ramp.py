@@ -126,9 +126,10 @@ class Ramp:
     @contextmanager
     def _recorded(self, action: str, factor: float | None = None) -> Iterator[None]:
         """Record what is written in a ``with`` block; a step that cannot be recorded is taken back."""
-        files = dict.fromkeys((*self._files, *audited()))
-        resharded(self._model)
-        before = [block.clone() for block in self._blocks()] if files and action == "ramp" else None
+        files, before = dict.fromkeys((*self._files, *audited())), None
+        if files and action == "ramp":
+            resharded(self._model)
+            before = [block.clone() for block in self._blocks()]
         try:
             with recorded(replace(self._deed, action=action, factor=factor), files, files if self.leads else ()):
                 yield

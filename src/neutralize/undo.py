@@ -53,6 +53,11 @@ _OPEN: MutableMapping[torch.Tensor, list[weakref.ref[Undo]]] = WeakIdKeyDictiona
 """Per tensor the applications that can still be undone, earliest first."""
 
 
+def bytes_of(saved: Iterable[Saved]) -> int:
+    """How many bytes of memory copies take."""
+    return sum(entry.values.nbytes for entry in saved)
+
+
 def open_on(tensor: torch.Tensor) -> list[Undo]:
     """The applications that have written in a tensor and can still be undone, earliest first."""
     return [undo for reference in _OPEN.get(tensor, []) if (undo := reference()) is not None]
@@ -129,7 +134,7 @@ class Undo:
     @property
     def held_bytes(self) -> int:
         """How many bytes of memory the copies take."""
-        return sum(entry.values.numel() * entry.values.element_size() for entry in self._saved)
+        return bytes_of(self._saved)
 
     def check(self) -> None:
         """Check that nothing was put between the model and what was written: the layers are off as they were planned.
